@@ -1,0 +1,1 @@
+"""SwiftKV text backbones, the small presets, and how a teacher's checkpoint becomes a student."""

@@ -1,0 +1,252 @@
+"""From what `model.name_or_path` names to a student: the teacher's checkpoint with a SwiftKV text backbone.
+
+Teacher and student are one model. What trains is `*_swiftkv`; everything else is the teacher, frozen.
+"""
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from vlskv_ray.model import presets
+from vlskv_ray.model.swiftkv import BACKBONES, check_layers, swiftkv_backbone
+
+WRAPPERS = ("llava_next",)
+"""Vision-language model types whose images `vlskv_ray.data` prepares and checks; no other is accepted."""
+
+DOWNLOADED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # never weights that need unpickling
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model comes from: a preset's name, or a folder; `revision` is the commit of a hub model."""
+
+    name_or_path: str
+    preset: bool
+    folder: Path | None
+    revision: str | None
+
+
+def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
+    """Resolves a preset name, a local folder or a hub id; the latter is downloaded, and pinned to its commit.
+
+    Raises:
+        ValueError: there is no such thing; says what was looked for and what to do.
+    """
+    if name_or_path in presets.PRESETS:
+        return Checkpoint(name_or_path, preset=True, folder=None, revision=None)
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint")
+        return Checkpoint(name_or_path, preset=False, folder=folder, revision=None)
+    wanted = f"a preset ({', '.join(presets.PRESETS)}), a folder, or a hub id such as llava-hf/llava-v1.6-mistral-7b-hf"
+    if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~")):
+        raise ValueError(f"model.name_or_path: there is no folder {name_or_path!r}; wanted {wanted}")
+    arguments: dict[str, Any] = {"repo_id": name_or_path, "revision": revision, "allow_patterns": DOWNLOADED}
+    try:
+        if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+            try:  # a commit never changes: what is here already needs no network
+                path = snapshot_download(**arguments, local_files_only=True)
+            except LocalEntryNotFoundError:
+                path = snapshot_download(**arguments)
+        else:
+            path = snapshot_download(**arguments)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"model.name_or_path: {name_or_path!r}{at} is neither a folder nor to be had from the hub ({reason}); "
+            f"wanted {wanted}"
+        ) from error
+    return Checkpoint(name_or_path, preset=False, folder=Path(path), revision=Path(path).name)
+
+
+def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The checkpoint's own config. ValueError if it is not a vision-language model that this package converts."""
+    if checkpoint.preset:
+        return presets.PRESETS[checkpoint.name_or_path]()
+    assert checkpoint.folder is not None
+    where = f"model.name_or_path: {checkpoint.name_or_path}"
+    try:
+        declared = json.loads((checkpoint.folder / "config.json").read_text())
+        model_type = declared["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: config.json cannot be read, or names no model_type ({error})") from error
+    if model_type not in WRAPPERS:
+        raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(WRAPPERS)}")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: config.json is not a config of this model type ({error})") from error
+    backbone = config.text_config.model_type.removesuffix("_swiftkv")
+    if backbone not in BACKBONES:
+        raise ValueError(
+            f"{where}: its text model is a {backbone!r}, whose SwiftKV form is not proven exact; "
+            f"supported: {', '.join(BACKBONES)}"
+        )
+    return config
+
+
+def swiftkv_config(
+    config: PreTrainedConfig, num_key_value_layers: int | None = None, key_value_group_size: int | None = None
+) -> PreTrainedConfig:
+    """The config of the student of a model with this config; `config` itself where it is a student's already.
+
+    Args:
+        config: of a vision-language model.
+        num_key_value_layers: N; None for what a student's config says, else half of the layers.
+        key_value_group_size: None for what a student's config says, else 1.
+
+    Raises:
+        ValueError: no layers are left to the student, or no whole groups; or `config` is that of a student with others.
+    """
+    text = config.text_config
+    if text.model_type.endswith("_swiftkv"):
+        for name, wanted in (
+            ("num_key_value_layers", num_key_value_layers),
+            ("key_value_group_size", key_value_group_size),
+        ):
+            if wanted is not None and wanted != getattr(text, name):
+                raise ValueError(
+                    f"model.{name}: {wanted}, but the checkpoint holds SwiftKV weights for {getattr(text, name)}; "
+                    f"leave the key out, or start from the teacher's checkpoint"
+                )
+        return config
+    layers = text.num_hidden_layers
+    num_key_value_layers = layers // 2 if num_key_value_layers is None else num_key_value_layers
+    key_value_group_size = 1 if key_value_group_size is None else key_value_group_size
+    if num_key_value_layers >= layers:
+        raise ValueError(
+            f"model.num_key_value_layers: {num_key_value_layers}, but the text model has {layers} layers; "
+            f"wanted 1 to {layers - 1}, so that at least one layer is left to SwiftKV"
+        )
+    try:
+        check_layers(layers, num_key_value_layers, key_value_group_size)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+    fields = text.to_dict()
+    model_type = fields.pop("model_type")
+    student = copy.deepcopy(config)
+    student.text_config = CONFIG_MAPPING[f"{model_type}_swiftkv"](
+        **fields,
+        swiftkv=True,
+        num_key_value_layers=num_key_value_layers,
+        key_value_group_size=key_value_group_size,
+    )
+    return student
+
+
+def build_student(
+    checkpoint: Checkpoint,
+    num_key_value_layers: int | None = None,
+    key_value_group_size: int | None = None,
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A stock vision-language model whose text backbone is a SwiftKV one, switched on, with only `*_swiftkv` to train.
+
+    A teacher's checkpoint gives a student that starts as the teacher; one that holds SwiftKV weights keeps them.
+    Frozen weights are of `dtype`, those to train always float32.
+
+    Raises:
+        ValueError: the checkpoint cannot be converted, or does not hold what its config says.
+    """
+    config = load_config(checkpoint)
+    is_teacher = not config.text_config.model_type.endswith("_swiftkv")
+    student_config = swiftkv_config(config, num_key_value_layers, key_value_group_size)
+    if checkpoint.preset:
+        model = AutoModelForImageTextToText.from_config(student_config, attn_implementation=attn_implementation)
+        model.load_state_dict(presets.build_teacher(config).state_dict(), strict=False)
+        swiftkv_backbone(model).start_from_teacher()
+        model.to(dtype)
+    else:
+        model = _load_weights(checkpoint, student_config, is_teacher, attn_implementation, dtype)
+    swiftkv_backbone(model).config.swiftkv = True
+    model.eval()  # no dropout anywhere: teacher and student share what is frozen
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("_swiftkv" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    return model
+
+
+def _load_weights(
+    checkpoint: Checkpoint, config: PreTrainedConfig, is_teacher: bool, attn_implementation: str, dtype: torch.dtype
+) -> Any:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report lists the SwiftKV weights as missing: they are meant to be
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model.name_or_path: {checkpoint.name_or_path}: weights cannot be loaded: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = [key for key in report["missing_keys"] if not (is_teacher and "_swiftkv" in key)]
+    problems = {"missing": missing, "of another shape": [str(key) for key in report["mismatched_keys"]]}
+    for what, keys in problems.items():
+        if keys:
+            raise ValueError(
+                f"model.name_or_path: {checkpoint.name_or_path}: {len(keys)} weights are {what}, "
+                f"such as {sorted(keys)[0]}; the checkpoint is damaged or does not belong to its config.json"
+            )
+    return model
+
+
+def load_processor(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own processor, images by Pillow, text padded on the right.
+
+    Raises:
+        ValueError: there is none, it has no chat template, or its ids do not fit the model.
+    """
+    config = load_config(checkpoint)
+    where = f"model.name_or_path: {checkpoint.name_or_path}"
+    if checkpoint.preset:
+        processor = presets.llava_next_processor(config)
+    else:
+        try:
+            processor = AutoProcessor.from_pretrained(checkpoint.folder, backend="pil")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: its processor cannot be loaded: {error}") from error
+    if processor.chat_template is None:
+        raise ValueError(f"{where}: its processor has no chat template (chat_template.jinja), which data needs")
+    tokenizer, vocab_size = processor.tokenizer, config.text_config.vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{where}: its tokenizer has ids up to {largest} but the model has {vocab_size} embeddings; "
+            f"a tokenizer that is not the model's own cannot be used"
+        )
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"{where}: its tokenizer's id of {processor.image_token!r} is {processor.image_token_id}, but the model "
+            f"puts images at id {config.image_token_id}; a tokenizer that is not the model's own cannot be used"
+        )
+    if processor.patch_size is None:  # processors saved by older versions leave it to the model's config
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    tokenizer.padding_side = "right"
+    return processor
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that train, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

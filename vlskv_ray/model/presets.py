@@ -1,0 +1,125 @@
+"""Small models with seeded random weights, by name: for tests, and for trying things without a checkpoint."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each byte, so that no text is unknown to it, and LLaVA's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def llava_next_config(
+    text_model_type: str = "llama",
+    *,
+    image_size: int,
+    patch_size: int,
+    image_grid_pinpoints: list[list[int]],
+    vision: dict[str, Any],
+    text: dict[str, Any],
+) -> LlavaNextConfig:
+    """A LLaVA-NeXT of any size around a CLIP tower; ids of special tokens are those of `byte_tokenizer`."""
+    ids = {name: SPECIAL_TOKENS.index(token) for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
+    text_config = CONFIG_MAPPING[text_model_type](**{f"{k}_token_id": v for k, v in ids.items()}, **text)
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(image_size=image_size, patch_size=patch_size, **vision),
+        text_config=text_config,
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
+        image_grid_pinpoints=image_grid_pinpoints,
+    )
+
+
+def llava_next_processor(config: LlavaNextConfig) -> LlavaNextProcessor:
+    """The stock processor, Pillow backend, that fits a config of `llava_next_config`."""
+    size = config.vision_config.image_size
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=byte_tokenizer(),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class token
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def small_llava_next() -> LlavaNextConfig:
+    """The small model of the original project: 4,389,632 parameters, 4,406,080 with SwiftKV at N = 2.
+
+    Its weights are drawn wider than a model to be trained would have them: the outputs of a teacher that is nowhere near
+    uniform give a student something to match.
+    """
+    return llava_next_config(
+        image_size=224,
+        patch_size=16,
+        image_grid_pinpoints=[[224, 224]],
+        vision={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "projection_dim": 64,
+        },
+        text={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 32064,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.2,
+        },
+    )
+
+
+PRESETS: dict[str, Callable[[], LlavaNextConfig]] = {"small-llava-next": small_llava_next}
+"""Names that `model.name_or_path` takes beside a folder and a hub id."""
+
+
+def build_teacher(config: LlavaNextConfig, seed: int = 0) -> Any:
+    """A stock model with weights drawn from `seed`, leaving the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForImageTextToText.from_config(config).eval()

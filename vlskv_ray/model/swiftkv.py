@@ -1,0 +1,399 @@
+"""SwiftKV (arXiv 2410.03960) for the text backbones of stock transformers models.
+
+For each of `BACKBONES` this module registers a model type with transformers' Auto classes, `llama` becoming
+`llama_swiftkv`. A stock vision-language class builds its text model from `config.text_config`, so that model type is the
+whole conversion. The backbone's own `forward` runs unchanged (masks, rotary embeddings, cache); only its layers from
+`num_key_value_layers` on are replaced, and they share one `SwiftKVPass` handed down in the forward's `**kwargs`.
+
+Shapes: B samples, T tokens, S keys (cache included), D hidden, H query heads, K key/value heads, E head size,
+n kept tokens of all samples together.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+BACKBONES = ("llama", "mistral", "qwen2", "qwen3")
+"""Text model types whose SwiftKV form is proven exact by the tests; no other is accepted."""
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+@dataclass(kw_only=True)
+class SwiftKVConfig:
+    """What a SwiftKV config adds to its backbone's."""
+
+    swiftkv: bool = False
+    """On: the student. Off: the teacher, bit for bit."""
+    num_key_value_layers: int | None = None
+    """N: layers with keys and values of their own; the layers above project theirs from the input of layer N."""
+    key_value_group_size: int = 1
+    """Neighbouring layers from N on that share one pair of key and value projections, and one cache."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_layers is None:
+            self.num_key_value_layers = self.num_hidden_layers  # type: ignore[attr-defined]
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def validate_swiftkv(self) -> None:
+        check_layers(self.num_hidden_layers, self.num_key_value_layers, self.key_value_group_size)  # type: ignore
+        kinds = getattr(self, "layer_types", None)
+        if kinds and any(kinds[i] != kinds[self.key_value_leader(i)] for i in range(len(kinds))):
+            raise ValueError(
+                f"key_value_group_size={self.key_value_group_size} puts layers with full and with sliding attention in "
+                f"one group, which cannot share a cache; use 1"
+            )
+
+    def key_value_leader(self, layer_idx: int) -> int:
+        """The layer whose keys and values layer `layer_idx` reads: the first of its group, or itself."""
+        return layer_idx - max(layer_idx - self.num_key_value_layers, 0) % self.key_value_group_size  # type: ignore
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None] | None:
+        """Read by transformers' caches: a layer marked "reuse" stores nothing."""
+        if not self.swiftkv:
+            return None
+        layers = range(self.num_hidden_layers)  # type: ignore[attr-defined]
+        return [None if self.key_value_leader(i) == i else "reuse" for i in layers]
+
+
+def check_layers(num_hidden_layers: int, num_key_value_layers: int, key_value_group_size: int) -> None:
+    """Raises ValueError where the layers above `num_key_value_layers` do not form whole groups."""
+    if not 1 <= num_key_value_layers <= num_hidden_layers:
+        raise ValueError(f"num_key_value_layers={num_key_value_layers}: the model has {num_hidden_layers} layers")
+    upper = num_hidden_layers - num_key_value_layers
+    if key_value_group_size < 1 or upper % key_value_group_size:
+        raise ValueError(
+            f"key_value_group_size={key_value_group_size} does not divide the {upper} layers above "
+            f"num_key_value_layers={num_key_value_layers}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------- one forward pass
+class SwiftKVPass:
+    """What the layers from N on share during one forward pass.
+
+    Args:
+        keep: the tokens that need an output, None for all. int: the last so many of each sequence, as [B, keep, D].
+            bool[B, T]: those marked, of all sequences in one row [1, n, D] without padding; needs an empty cache.
+        distill: run the teacher's layers as well, without gradient. The forward then returns the teacher's hidden
+            states, and the student's are in `student`.
+
+    After a pass with `distill`, both of `student` and the returned hidden states belong to the kept tokens and have gone
+    through the final norm; `last_inputs` holds student and teacher as they entered the last layer.
+    """
+
+    def __init__(self, keep: int | Tensor | None = None, distill: bool = False) -> None:
+        self.keep, self.distill = keep, distill
+        self.source: Tensor | None = None  # [B, T, D] norm_swiftkv of what enters layer N: all keys and values come of it
+        self.key_value: tuple[Tensor, Tensor] | None = None  # [B, K, S, E] each, of the group being run
+        self.student: Tensor | None = None  # [B, T, D], [B, keep, D] or [1, n, D]
+        self.position_embeddings: tuple[Tensor, Tensor] | None = None  # of the kept tokens
+        self.last_inputs: tuple[Tensor, Tensor] | None = None
+        self._masks: dict[int, tuple[Tensor | None, Any]] = {}  # by identity: all layers of one kind share a mask
+        self.norm: nn.Module | None = None
+
+    def enter(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
+        """Called by layer N with its input float[B, T, D]."""
+        assert self.norm is not None
+        self.source = self.norm(hidden_states)
+        self.student = self.select(hidden_states)
+        self.position_embeddings = (self.select(position_embeddings[0]), self.select(position_embeddings[1]))
+
+    def select(self, x: Tensor) -> Tensor:
+        """The kept tokens of `x`, [B or 1, T, ...]."""
+        if self.keep is None:
+            return x
+        if isinstance(self.keep, int):
+            return x[:, -self.keep :]
+        return x.expand(len(self.keep), *x.shape[1:])[self.keep][None]  # [1, n, ...]
+
+    def select_mask(self, mask: Tensor | None, num_keys: int) -> Any:
+        """The kept rows of an attention mask [B or 1, 1, T, S], or of the causal one that None stands for.
+
+        Returns a list with one mask a sample where `keep` is bool[B, T].
+        """
+        if self.keep is None:
+            return mask
+        if id(mask) not in self._masks:
+            self._masks[id(mask)] = (mask, self._rows(mask, num_keys))  # the mask is kept so that its id stays taken
+        return self._masks[id(mask)][1]
+
+    def _rows(self, mask: Tensor | None, num_keys: int) -> Any:
+        assert self.source is not None and self.keep is not None
+        if mask is None:  # only ever with an empty cache, or with a single query, which sees everything
+            length, device = self.source.shape[1], self.source.device
+            if length == 1:
+                return None
+            mask = torch.ones(length, num_keys, dtype=torch.bool, device=device).tril()[None, None]
+        if isinstance(self.keep, int):
+            return mask[:, :, -self.keep :]
+        masks = mask.expand(len(self.keep), *mask.shape[1:]).split(1)
+        return [m[:, :, k] for m, k in zip(masks, self.keep, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------- attention and layer
+def _like(linear: nn.Linear) -> nn.Linear:
+    return nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+
+
+class SwiftKVAttention(nn.Module):
+    """Over a backbone's attention: queries of the tokens given, keys and values handed in."""
+
+    stock: type[nn.Module]
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        self.q_proj_swiftkv = _like(self.q_proj)
+        if config.key_value_leader(layer_idx) == layer_idx:
+            self.k_proj_swiftkv, self.v_proj_swiftkv = _like(self.k_proj), _like(self.v_proj)
+
+    def key_value_states(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], student: bool) -> Any:
+        """Keys, rotated, and values float[B, K, T, E] of `x` float[B, T, D], by the student's or teacher's weights."""
+        k_proj, v_proj = (self.k_proj_swiftkv, self.v_proj_swiftkv) if student else (self.k_proj, self.v_proj)
+        keys = self._heads(k_proj(x), getattr(self, "k_norm", None))
+        return self._rotate(keys, position_embeddings), self._heads(v_proj(x))
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        key_value: tuple[Tensor, Tensor] | None = None,
+        student: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stock attention where no `key_value` is given; else its output for the queries of `hidden_states`."""
+        if key_value is None:
+            return super().forward(
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
+            )
+        q_proj = self.q_proj_swiftkv if student else self.q_proj
+        queries = self._rotate(self._heads(q_proj(hidden_states), getattr(self, "q_norm", None)), position_embeddings)
+        kwargs.pop("past_key_values", None)  # `key_value` holds what the cache gave
+        eager = sys.modules[self.stock.__module__].eager_attention_forward
+        attend = functools.partial(
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager),
+            self,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
+            **kwargs,
+        )
+        weights = None
+        if isinstance(attention_mask, list):  # the kept tokens of several samples stand in one row
+            parts = queries.split([mask.shape[2] for mask in attention_mask], dim=2)
+            samples = zip(parts, *(x.split(1) for x in key_value), attention_mask, strict=True)
+            output = torch.cat([attend(*sample)[0] for sample in samples if sample[0].shape[2]], dim=1)
+        else:
+            output, weights = attend(queries, *key_value, attention_mask)
+        return self.o_proj(output.flatten(-2)), weights  # [B, T, H, E] -> [B, T, D]
+
+    def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        x = x.unflatten(-1, (-1, self.head_dim))  # [B, T, H * E] -> [B, T, H, E]
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _rotate(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        rotate = sys.modules[self.stock.__module__].apply_rotary_pos_emb  # takes queries and keys: here one of them
+        return rotate(x, x[:, :0], *position_embeddings)[0]
+
+
+class SwiftKVLayer(nn.Module):
+    """Over a backbone's decoder layer, from layer N on: stock norms, residuals and MLP around a `SwiftKVAttention`."""
+
+    stock: type[nn.Module]
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        self.config, self.layer_idx = config, layer_idx
+        self.self_attn = _over(SwiftKVAttention, type(self.self_attn))(config, layer_idx)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        swiftkv: SwiftKVPass | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The teacher's layer where there is no pass or a distilling one; else the student's."""
+        stock = functools.partial(super().forward, **kwargs)
+        whole = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+        if swiftkv is None:
+            return stock(hidden_states, past_key_values=past_key_values, **whole)
+
+        if swiftkv.source is None:
+            assert position_embeddings is not None
+            swiftkv.enter(hidden_states, position_embeddings)
+        if self.config.key_value_leader(self.layer_idx) == self.layer_idx:
+            swiftkv.key_value = self.self_attn.key_value_states(swiftkv.source, position_embeddings, student=True)
+            if past_key_values is not None:
+                swiftkv.key_value = past_key_values.update(*swiftkv.key_value, self.layer_idx)
+        assert swiftkv.key_value is not None
+        kept = {
+            "attention_mask": swiftkv.select_mask(attention_mask, swiftkv.key_value[0].shape[-2]),
+            "position_embeddings": swiftkv.position_embeddings,
+        }
+        is_last = self.layer_idx == self.config.num_hidden_layers - 1
+        if is_last and swiftkv.distill:
+            swiftkv.last_inputs = (swiftkv.student, swiftkv.select(hidden_states))  # type: ignore[assignment]
+
+        student: Callable[[Tensor | None], Tensor]
+        student = functools.partial(stock, key_value=swiftkv.key_value, student=True, **kept)
+        if self.gradient_checkpointing and self.training:  # type: ignore[truthy-function]
+            student = functools.partial(self._gradient_checkpointing_func, student)  # so much of this forward is pure
+        swiftkv.student = student(swiftkv.student)
+        if not swiftkv.distill:
+            return swiftkv.student
+
+        with torch.no_grad():
+            if not is_last or swiftkv.keep is None:
+                return stock(hidden_states, **whole)
+            # of the teacher's last layer too only the kept tokens need a query, an MLP and an output
+            key_value = self.self_attn.key_value_states(
+                self.input_layernorm(hidden_states), position_embeddings, student=False
+            )
+            return stock(swiftkv.select(hidden_states), key_value=key_value, **kept)
+
+
+@functools.cache
+def _over(mixin: type, stock: type) -> type[Any]:
+    """The class `mixin` over `stock`, reachable by name in this module so that it pickles."""
+    name = f"SwiftKV{stock.__name__}"
+    cls = type(name, (mixin, stock), {"stock": stock, "__module__": __name__})
+    cls.forward = mixin.forward  # type: ignore[attr-defined]  # GradientCheckpointingLayer wraps subclasses' forward
+    globals()[name] = cls
+    return cls
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+class SwiftKVModel(nn.Module):
+    """Over a backbone: the layers from N on take keys and values from the input of layer N, through `norm_swiftkv`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for i in range(config.num_key_value_layers, config.num_hidden_layers):
+            self.layers[i] = _over(SwiftKVLayer, type(self.layers[i]))(config, i)
+        self.norm_swiftkv = copy.deepcopy(self.norm)
+        self._is_hf_initialized = False  # the stock __init__ ended in post_init, before there was anything to do here
+        self.post_init()
+
+    def forward(self, *args: Any, swiftkv: SwiftKVPass | None = None, **kwargs: Any) -> Any:
+        """The stock forward, through `swiftkv` where one is given or the config's toggle is on."""
+        if swiftkv is None and not self.config.swiftkv:
+            return super().forward(*args, **kwargs)
+        swiftkv = swiftkv or SwiftKVPass()
+        swiftkv.norm = self.norm_swiftkv
+        output = super().forward(*args, swiftkv=swiftkv, **kwargs)
+        if swiftkv.distill:
+            swiftkv.student = self.norm(swiftkv.student)
+        return output
+
+    # `from_pretrained` calls these for what the checkpoint lacks. A plain teacher lacks the SwiftKV weights, which start
+    # from the teacher's; `initialization.copy_` leaves alone every weight that the checkpoint did hold.
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and hasattr(self, "norm_swiftkv"):  # the stock __init__ passes here before there is one
+            self.start_from_teacher(initialization.copy_)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As library code: a module of custom code that holds no weights itself, as this one, would be passed over.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def start_from_teacher(self, copy_: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
+        """Norm of layer N and queries as the teacher's, keys and values the mean of their group's, biases too."""
+        layers = self.layers[self.config.num_key_value_layers :]
+        if len(layers):
+            copy_(self.norm_swiftkv.weight, layers[0].input_layernorm.weight)
+        for layer in layers:
+            attention = layer.self_attn
+            group = [x.self_attn for x in layers if self.config.key_value_leader(x.layer_idx) == layer.layer_idx]
+            for name, teachers in (("q_proj", [attention]), ("k_proj", group), ("v_proj", group)):
+                if teachers:  # only a group's first layer has key and value projections
+                    for key, weight in getattr(attention, f"{name}_swiftkv").named_parameters():
+                        copy_(weight, torch.stack([getattr(x, name).get_parameter(key) for x in teachers]).mean(0))
+
+
+class SwiftKVForCausalLM(nn.Module):
+    """Over a backbone's language model, for text-only use."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = AutoModel.from_config(config)
+        self.post_init()
+
+
+# ------------------------------------------------------------------------------------------------------ fast prefill
+def _keep_what_generate_needs(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pre-hook of a whole model: `generate` asks it for the last logits only, which it does not tell its backbone."""
+    keep = kwargs.get("logits_to_keep", 0)
+    if isinstance(keep, int) and keep > 0 and "swiftkv" not in kwargs and swiftkv_backbone(model).config.swiftkv:
+        kwargs["swiftkv"] = SwiftKVPass(keep=keep)
+    return args, kwargs
+
+
+def _add_fast_prefill(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Seen by torch each time a module gets a child: gives every generating model with a SwiftKV backbone the pre-hook.
+
+    The models are stock classes built by stock code, in `from_pretrained` as in `from_config`, so this is where prompt
+    tokens can be made to skip the upper layers for everybody who imported the package, without a class of our own.
+    """
+    if isinstance(parent, GenerationMixin) and child is not None:
+        held = any(isinstance(m, SwiftKVModel) for m in parent.modules())
+        if not held and any(isinstance(m, SwiftKVModel) for m in child.modules()):
+            parent.register_forward_pre_hook(_keep_what_generate_needs, with_kwargs=True)
+
+
+def swiftkv_backbone(model: nn.Module) -> Any:
+    """The SwiftKV text backbone of a model. ValueError if it has none."""
+    for module in model.modules():
+        if isinstance(module, SwiftKVModel):
+            return module
+    raise ValueError(f"{type(model).__name__} has no SwiftKV backbone; build it with vlskv_ray.model.build")
+
+
+# ------------------------------------------------------------------------------------------------------- registration
+def register(model_type: str) -> None:
+    """Registers `<model_type>_swiftkv` with the Auto classes: a config, a backbone and a causal language model."""
+    stock = CONFIG_MAPPING[model_type]
+    name = stock.__name__.removesuffix("Config") + "SwiftKV"
+
+    def define(suffix: str, *bases: type, **attributes: Any) -> type:
+        cls = type(name + suffix, bases, {"__module__": __name__, **attributes})
+        globals()[cls.__name__] = cls  # so that it pickles
+        return cls
+
+    config = strict(define("Config", SwiftKVConfig, stock, model_type=f"{model_type}_swiftkv"))
+    recorded = MODEL_MAPPING[stock]._can_record_outputs  # names the backbone's layer and attention classes
+    layer, _ = _over(SwiftKVLayer, recorded["hidden_states"]), _over(SwiftKVAttention, recorded["attentions"])
+    unsplit = sorted({*MODEL_MAPPING[stock]._no_split_modules, layer.__name__})
+    model = define("Model", SwiftKVModel, MODEL_MAPPING[stock], config_class=config, _no_split_modules=unsplit)
+    language_model = define("ForCausalLM", SwiftKVForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING[stock], config_class=config)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, language_model, exist_ok=True)
+
+
+for _model_type in BACKBONES:
+    register(_model_type)
+nn.modules.module.register_module_module_registration_hook(_add_fast_prefill)

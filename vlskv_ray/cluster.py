@@ -1,0 +1,162 @@
+"""Starting or joining Ray, what of it a run may reserve, and one live line instead of its noise."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from vlskv_ray.config import ClusterConfig, Config, DataConfig
+
+QUIET = {
+    "RAY_AUTH_MODE": "token",  # no cluster of ours takes orders from strangers
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Read by Ray when it is imported and when it starts, so set before; what the user has set stays."""
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Logical CPUs and threads of a run; a logical CPU is a ticket to run, not a core."""
+
+    cpus_per_worker: float
+    cpus_per_task: float
+    threads_per_worker: int
+
+
+def start_ray(address: str | None) -> tuple[float, bool]:
+    """Joins the cluster there is, else starts one on this machine; returns its CPUs and whether it was joined.
+
+    Args:
+        address: None: that of RAY_ADDRESS, or of a `ray start` on this machine, else a new one. "local": always a new
+            one. Anything else is joined.
+
+    Raises:
+        ValueError: a cluster that was asked for cannot be reached.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    options: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "logging_config": ray.LoggingConfig(log_level="ERROR"),
+        "log_to_driver": False,
+    }
+    wanted = address or os.environ.get("RAY_ADDRESS")
+    if wanted != "local":
+        try:
+            ray.init(address=wanted or "auto", **options)
+            return float(ray.cluster_resources().get("CPU", 0)), True
+        except ConnectionError as error:
+            if wanted:
+                raise ValueError(
+                    f"cluster.address: no Ray cluster answers at {wanted!r} ({error}); start one with `ray start --head`, "
+                    f"or use cluster.address=local"
+                ) from error
+    ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
+    return float(ray.cluster_resources()["CPU"]), False
+
+
+def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
+    """How a cluster of so many CPUs is shared out between training and data, where the config leaves it open.
+
+    Workers take half of it and data tasks the rest. Ray starts no data task for which no CPU is free, and the workers
+    would wait for it forever, so that is refused.
+    """
+    workers = max(cluster.num_workers, 1)
+    per_worker = cluster.cpus_per_worker
+    if per_worker is None:
+        share = cpus / 2 / workers
+        per_worker = float(math.floor(share)) if share >= 1 else round(share - 0.005, 2)  # Ray: whole numbers above 1
+    per_task = data.cpus_per_task or (1.0 if cpus - workers * per_worker >= 2 else 0.5)
+    if workers * per_worker + per_task > cpus + 1e-6:
+        raise ValueError(
+            f"cluster.num_workers: {workers} workers of {per_worker:g} CPUs and one data task of {per_task:g} need "
+            f"{workers * per_worker + per_task:g} CPUs, the cluster has {cpus:g}, so no data would ever come; "
+            f"lower cluster.cpus_per_worker, data.cpus_per_task or cluster.num_workers"
+        )
+    threads = cluster.threads_per_worker or max(1, int(cpus // workers))
+    return Reserved(per_worker, per_task, threads)
+
+
+class ProgressLine:
+    """Follows a run's metrics.jsonl: one line redrawn on a terminal, plain lines now and then anywhere else."""
+
+    def __init__(self, metrics: Path, total_steps: int, out: TextIO = sys.stdout) -> None:
+        self.path, self.total_steps, self.out = metrics, total_steps, out
+        self.live = out.isatty()
+        self.offset, self.partial = 0, ""
+        self.printed_at = -math.inf
+        self.first: tuple[float, int] | None = None
+        self.latest: dict[str, Any] | None = None
+
+    def update(self) -> None:
+        """Reads what is new and shows the latest step."""
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            return
+        if size < self.offset:  # a restarted worker has taken back lines after its checkpoint
+            self.offset, self.partial, self.first = 0, "", None
+        if size == self.offset:
+            return
+        with open(self.path) as file:
+            file.seek(self.offset)
+            *lines, self.partial = (self.partial + file.read()).split("\n")
+            self.offset = file.tell()
+        if not lines:
+            return
+        self.latest = json.loads(lines[-1])
+        self.first = self.first or (time.monotonic(), self.latest["step"])
+        is_last = self.latest["step"] >= self.total_steps
+        if self.live:
+            self.out.write(f"\r\x1b[K{self.text()}")
+            self.out.flush()
+        elif is_last or time.monotonic() - self.printed_at >= 10:
+            print(self.text(), file=self.out, flush=True)
+            self.printed_at = time.monotonic()
+
+    def text(self) -> str:
+        """The latest step in one line."""
+        assert self.latest is not None and self.first is not None
+        m = self.latest
+        parts = [f"step {m['step']}/{self.total_steps}", f"loss {m['loss']:.4g}"]
+        parts += [f"{label} {m[key]:.4g}" for label, key in (("image", "kl_vision"), ("text", "kl_text")) if key in m]
+        parts += [f"agree {m['top1_agreement']:.0%}", f"{m['tokens_per_second']:,.0f} tok/s"]
+        began, step = self.first
+        if m["step"] > step:
+            per_step = (time.monotonic() - began) / (m["step"] - step)
+            parts.append(f"{duration((self.total_steps - m['step']) * per_step)} left")
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        self.update()
+        if self.live and self.latest:
+            self.out.write("\n")
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def describe(config: Config, reserved: Reserved, cpus: float, joined: bool) -> str:
+    """One line on what runs where."""
+    where = f"joined a cluster of {cpus:g} CPUs" if joined else f"started Ray on this machine, {cpus:g} CPUs"
+    return (
+        f"{where}: {config.cluster.num_workers} workers x {reserved.threads_per_worker} threads "
+        f"({reserved.cpus_per_worker:g} CPUs each), data tasks of {reserved.cpus_per_task:g} CPUs"
+    )

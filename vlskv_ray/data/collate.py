@@ -1,0 +1,118 @@
+"""Samples that are ready for the model, the micro-batch made of them, and its one format on the way to a worker.
+
+Shapes: B samples, T tokens of the longest, I images of all samples together, P tiles of the image with most, S tile side.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a token that no loss counts, as in transformers."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample after chat template, tokenizer and image processor."""
+
+    uid: str
+    input_ids: NDArray[np.int64]  # [T]
+    labels: NDArray[np.int64]  # [T], aligned with input_ids
+    pixel_values: list[NDArray[np.float32]]  # an array [tiles, 3, S, S] for each image
+    image_sizes: list[tuple[int, int]]  # (height, width) of each image as decoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, padded on the right to its longest sample and its image with most tiles."""
+
+    step: int
+    micro_batch: int
+    """Place within the global step, counted over all workers."""
+    sample_ids: list[str]
+    rejected: list[dict[str, str]]
+    """Rows of this micro-batch that were left out: `id`, `reason`, `detail`."""
+    input_ids: Tensor  # int64[B, T]
+    attention_mask: Tensor  # int64[B, T]
+    labels: Tensor  # int64[B, T]
+    has_image: Tensor  # bool[B]
+    pixel_values: Tensor | None = field(default=None)  # float32[I, P, 3, S, S]
+    image_sizes: Tensor | None = field(default=None)  # int64[I, 2]
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The arguments of the model's forward, labels apart."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.pixel_values is not None and self.image_sizes is not None:
+            inputs |= {"pixel_values": self.pixel_values, "image_sizes": self.image_sizes}
+        return inputs
+
+
+def collate(
+    samples: Sequence[Encoded],
+    pad_token_id: int,
+    *,
+    step: int = 0,
+    micro_batch: int = 0,
+    rejected: Sequence[dict[str, str]] = (),
+) -> Batch:
+    """Pads samples to one micro-batch; also of no samples at all, where every row was left out."""
+    shape = (len(samples), max((len(s.input_ids) for s in samples), default=0))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        input_ids[row, :length] = torch.from_numpy(sample.input_ids)
+        attention_mask[row, :length] = 1
+        labels[row, :length] = torch.from_numpy(sample.labels)
+    images = [torch.from_numpy(tiles) for sample in samples for tiles in sample.pixel_values]
+    pixel_values = image_sizes = None
+    if images:
+        pixel_values = images[0].new_zeros(len(images), max(map(len, images)), *images[0].shape[1:])
+        for i, tiles in enumerate(images):
+            pixel_values[i, : len(tiles)] = tiles  # the model drops the tiles beyond, by image_sizes
+        image_sizes = torch.tensor([size for sample in samples for size in sample.image_sizes])
+    return Batch(
+        step=step,
+        micro_batch=micro_batch,
+        sample_ids=[sample.uid for sample in samples],
+        rejected=list(rejected),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        has_image=torch.tensor([bool(sample.pixel_values) for sample in samples], dtype=torch.bool),
+        pixel_values=pixel_values,
+        image_sizes=image_sizes,
+    )
+
+
+TENSORS = ("input_ids", "attention_mask", "labels", "has_image", "pixel_values", "image_sizes")
+
+
+def to_row(batch: Batch) -> dict[str, Any]:
+    """A batch as one row of a Ray dataset: its tensors as safetensors bytes, the rest as JSON."""
+    tensors = {name: getattr(batch, name) for name in TENSORS if getattr(batch, name) is not None}
+    about = {"sample_ids": batch.sample_ids, "rejected": batch.rejected}
+    return {
+        "step": batch.step,
+        "micro_batch": batch.micro_batch,
+        "about": json.dumps(about),
+        "tensors": save(tensors),
+    }
+
+
+def from_row(row: dict[str, Any]) -> Batch:
+    """The inverse of `to_row`."""
+    return Batch(
+        step=int(row["step"]),
+        micro_batch=int(row["micro_batch"]),
+        **json.loads(row["about"]),
+        **load(bytes(row["tensors"])),
+    )

@@ -1,0 +1,83 @@
+"""The data graph: rows of the plan in, micro-batches out. The one module of the data that knows Ray."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.collate import Batch, Encoded, collate, from_row, to_row
+from vlskv_ray.data.plan import Plan
+from vlskv_ray.data.sample import Rejected
+from vlskv_ray.data.sources import Source
+from vlskv_ray.model.build import Checkpoint, find_checkpoint, load_config, load_processor
+
+ROWS_PER_TASK = 8
+"""Plan rows of one data task: enough to hide what a task costs, few enough that the first rows come soon."""
+
+
+@functools.lru_cache(maxsize=2)
+def _model_side(name_or_path: str, revision: str | None) -> tuple[Any, Any]:
+    """Processor and config of a model, loaded once a process: data tasks come again and again to the same ones."""
+    checkpoint = find_checkpoint(name_or_path, revision)
+    return load_processor(checkpoint), load_config(checkpoint)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Turns a row of the plan into a micro-batch; runs on the data workers, so it travels to them."""
+
+    sources: tuple[Source, ...]
+    plan: Plan
+    checkpoint: Checkpoint
+    limits: Limits
+
+    def __call__(self, row: dict[str, Any]) -> Batch:
+        """Loads, decodes, tokenises and collates the samples of a row; those that cannot be used are listed."""
+        processor, config = _model_side(self.checkpoint.name_or_path, self.checkpoint.revision)
+        samples: list[Encoded] = []
+        rejected: list[dict[str, str]] = []
+        for number in row["samples"]:
+            k, at = self.plan.locate(int(number))
+            source = self.sources[k]
+            try:
+                sample = source.read(at)
+                samples.append(encode(sample, processor, functools.partial(num_image_features, config), self.limits))
+            except Rejected as reason:
+                rejected.append({"id": source.uid(at), "reason": reason.code, "detail": reason.detail})
+        return collate(
+            samples,
+            processor.tokenizer.pad_token_id or 0,
+            step=int(row["step"]),
+            micro_batch=int(row["micro_batch"]),
+            rejected=rejected,
+        )
+
+
+def local_batches(loader: Loader, start: int, stop: int) -> Iterator[Batch]:
+    """The micro-batches of steps [start, stop), made in this process."""
+    return map(loader, loader.plan.rows(start, stop))
+
+
+def ray_dataset(loader: Loader, start: int, stop: int, *, cpus_per_task: float, num_tasks: int | None) -> Any:
+    """The micro-batches of steps [start, stop) as a Ray dataset, one row and one block each.
+
+    One-row blocks and `preserve_order` make `streaming_split` deal them to the workers exactly in turn.
+    """
+    import ray.data
+
+    rows = list(loader.plan.rows(start, stop))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return (
+        ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // ROWS_PER_TASK)))
+        .map(lambda row: to_row(loader(row)), num_cpus=cpus_per_task, concurrency=num_tasks)
+        .repartition(target_num_rows_per_block=1)
+    )
+
+
+def ray_batches(shard: Any) -> Iterator[Batch]:
+    """This worker's micro-batches, in the order of the plan."""
+    for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
+        yield from map(from_row, table.to_pylist())

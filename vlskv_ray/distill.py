@@ -1,0 +1,185 @@
+"""The objective: one pass for teacher and student, and its loss terms as sums and counts.
+
+The vision tower, the projector and the layers below N are frozen and shared, so they run once. Above N the student
+takes keys and values from the input of layer N only, so its queries, MLPs and logits are needed just at supervised
+positions, as is the teacher's last layer; none of this changes a gradient (SwiftKV, arXiv 2410.03960).
+
+Shapes: B samples, T tokens, D hidden, V vocabulary, n supervised positions of the micro-batch.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlskv_ray.data.collate import IGNORE_INDEX, Batch
+from vlskv_ray.model.swiftkv import SwiftKVPass
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss of a supervised position is made of."""
+
+    temperature: float = 2.0
+    vision_loss_weight: float = 1.0
+    text_loss_weight: float = 1.0
+    hidden_loss_weight: float = 0.0
+    logits_memory_mib: int = 256
+
+
+@dataclass
+class LossSums:
+    """Sums over supervised positions and samples; Python floats, so float64. They add up over any split of a batch."""
+
+    loss: float = 0.0
+    kl_vision: float = 0.0
+    kl_text: float = 0.0
+    hidden: float = 0.0
+    teacher_ce: float = 0.0
+    student_ce: float = 0.0
+    top1: float = 0.0
+    tokens_vision: float = 0.0
+    tokens_text: float = 0.0
+    samples: float = 0.0
+    tokens: float = 0.0
+    rejected: float = 0.0
+
+    @property
+    def supervised_tokens(self) -> float:
+        return self.tokens_vision + self.tokens_text
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def to_tensor(self) -> Tensor:
+        return torch.tensor([getattr(self, f.name) for f in fields(self)], dtype=torch.float64)
+
+    @staticmethod
+    def from_tensor(values: Tensor) -> "LossSums":
+        return LossSums(*values.tolist())
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """bool[B, T]: where the logits predict a label that counts, one position before it. `labels` int64[B, T]."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+
+
+def shared_pass(model: Any, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Teacher and student at the supervised positions of a batch, by one forward.
+
+    Returns:
+        student float[n, D] and teacher float[n, D] after the final norm, the latter without gradient, and the pair of
+        them as they enter the last layer.
+    """
+    swiftkv = SwiftKVPass(keep=supervised_positions(batch.labels), distill=True)
+    teacher = model.base_model(**batch.model_inputs(), use_cache=False, swiftkv=swiftkv).last_hidden_state
+    assert swiftkv.student is not None and swiftkv.last_inputs is not None
+    student_input, teacher_input = swiftkv.last_inputs
+    return swiftkv.student[0], teacher[0], (student_input[0], teacher_input[0])
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) of each row and its gradient by the student's logits.
+
+    With p and q the softmax of the teacher's and the student's logits over `temperature`, KL = sum p (log p - log q)
+    and dKL/dlogits = (q - p) / temperature. A token that the teacher rules out (logit -inf) adds exactly 0, whatever the
+    student says of it; KL is infinite only where the student rules out what the teacher does not.
+
+    Args:
+        student_logits, teacher_logits: float32 or float64[n, V], unscaled.
+
+    Returns:
+        float[n] and float[n, V].
+    """
+    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
+    log_q = F.log_softmax(student_logits / temperature, dim=-1)
+    p = log_p.exp()
+    kl = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
+    return kl, (log_q.exp() - p) / temperature
+
+
+class _DivergenceAtHead(torch.autograd.Function):
+    """`kl_divergence` of the logits of hidden states, in chunks of rows: no more logits than that exist at any time.
+
+    The head is frozen and a row's KL depends on that row alone, so the gradient by the student's hidden states is made
+    with the chunk's logits at hand and kept, float[n, D]; backward scales it. Nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, head: nn.Linear, targets: Tensor, temperature: float, rows: int
+    ) -> tuple[Tensor, ...]:
+        columns: list[tuple[Tensor, ...]] = []
+        gradient = torch.empty_like(student)
+        for start in range(0, len(student), rows):
+            chunk = slice(start, start + rows)
+            student_logits, teacher_logits = _logits(head, student[chunk]), _logits(head, teacher[chunk])
+            kl, by_logits = kl_divergence(student_logits, teacher_logits, temperature)
+            gradient[chunk] = by_logits.to(head.weight.dtype) @ head.weight
+            agrees = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+            student_ce = F.cross_entropy(student_logits, targets[chunk], reduction="none")
+            teacher_ce = F.cross_entropy(teacher_logits, targets[chunk], reduction="none")
+            columns.append((kl, teacher_ce, student_ce, agrees))
+        kl, teacher_ce, student_ce, agrees = (torch.cat(column) for column in zip(*columns, strict=True))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(teacher_ce, student_ce, agrees)
+        return kl, teacher_ce, student_ce, agrees
+
+    @staticmethod
+    def backward(ctx: Any, by_kl: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * by_kl[:, None].to(gradient.dtype), None, None, None, None, None
+
+
+def _logits(head: nn.Linear, hidden_states: Tensor) -> Tensor:
+    logits = F.linear(hidden_states.to(head.weight.dtype), head.weight, head.bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def rows_per_chunk(vocab_size: int, logits_memory_mib: int) -> int:
+    """How many rows of float32 logits, teacher's and student's, fit the budget; at least one."""
+    return max(1, logits_memory_mib * 2**20 // (2 * 4 * vocab_size))
+
+
+def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[Tensor | None, LossSums]:
+    """The loss of a micro-batch as a sum, to be divided by the number of supervised tokens of the global batch.
+
+    loss = sum over samples of weight(modality) x sum over their supervised positions of
+    (temperature^2 x KL(teacher || student) + hidden_loss_weight x mean squared difference entering the last layer).
+    A sample's weight depends on whether it has an image itself, never on its batch mates.
+
+    Returns:
+        a scalar with a graph, None where nothing is supervised (which then contributes exactly nothing), and the sums.
+    """
+    sums = LossSums(samples=len(batch.sample_ids), tokens=float(batch.attention_mask.sum()), rejected=len(batch.rejected))
+    keep = supervised_positions(batch.labels)
+    if not keep.any():
+        return None, sums
+    student, teacher, (student_input, teacher_input) = shared_pass(model, batch)
+    head = model.get_output_embeddings()
+    kl, teacher_ce, student_ce, agrees = _DivergenceAtHead.apply(
+        student,
+        teacher,
+        head,
+        batch.labels[:, 1:][keep[:, :-1]],
+        objective.temperature,
+        rows_per_chunk(head.weight.shape[0], objective.logits_memory_mib),
+    )
+    vision = batch.has_image[keep.nonzero()[:, 0]]  # bool[n], in the order of the kept rows
+    weights = torch.where(vision, objective.vision_loss_weight, objective.text_loss_weight).to(kl.dtype)
+    per_token = objective.temperature**2 * kl
+    if objective.hidden_loss_weight:
+        hidden = (student_input.to(kl.dtype) - teacher_input.to(kl.dtype)).square().mean(-1)
+        per_token = per_token + objective.hidden_loss_weight * hidden
+        sums.hidden = hidden.detach().double().sum().item()
+    loss = (weights * per_token).double().sum()
+
+    kl = kl.detach().double()
+    sums.loss = loss.item()
+    sums.kl_vision, sums.kl_text = kl[vision].sum().item(), kl[~vision].sum().item()
+    sums.tokens_vision, sums.tokens_text = float(vision.sum()), float((~vision).sum())
+    sums.teacher_ce, sums.student_ce = teacher_ce.double().sum().item(), student_ce.double().sum().item()
+    sums.top1 = float(agrees.sum())
+    return loss, sums

@@ -1,0 +1,449 @@
+"""One worker's life: build, resume, step, log, save. It knows neither Ray nor where its micro-batches come from."""
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensorboardX import SummaryWriter
+from torch import Tensor
+from transformers import get_scheduler
+
+from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, sweep, write_text
+from vlskv_ray.config import Config
+from vlskv_ray.data.collate import Batch
+from vlskv_ray.distill import LossSums, Objective, distillation_loss
+from vlskv_ray.model.build import Checkpoint, build_student, load_processor, trainable_parameters
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every worker is told about the run, the same for all of them."""
+
+    config: Config
+    folder: Path
+    """On storage that every worker shares."""
+    checkpoint: Checkpoint
+    """Where the model comes from."""
+    micro_batches_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    plan_fingerprint: str
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def stop_file(self) -> Path:
+        """Made by the driver to ask for a stop: the workers save at the end of the step they are in."""
+        return self.folder / "STOP"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which of the workers this one is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class StoppedRun(RuntimeError):
+    """Raised on every worker alike: this run cannot go on, and starting it again would end the same way."""
+
+
+def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]]) -> dict[str, Any]:
+    """Trains from the newest checkpoint to the end of the run.
+
+    Args:
+        run: the same on every worker.
+        worker: this one.
+        batches_from: this worker's micro-batches from a step on, in the order of the plan.
+
+    Returns:
+        `status` ("done", "stopped": saved and left as asked, or "failed": with a `message`) and `step`.
+    """
+    config = run.config
+    torch.set_num_threads(config.cluster.threads_per_worker or 1)
+    model = build_student(
+        run.checkpoint,
+        config.model.num_key_value_layers,
+        config.model.key_value_group_size,
+        attn_implementation=config.model.attn_implementation,
+        dtype=getattr(torch, config.model.dtype),
+    )
+    trained = trainable_parameters(model)
+    optimizer = build_optimizer(config, trained)
+    gradients = GradientBuffer(trained.values())
+    schedule = learning_rate_schedule(config, run.total_steps)
+    step, counts = resume(run, worker, trained, optimizer)
+    log = RunLog(run, step) if worker.rank == 0 else None
+    objective = objective_of(config)
+    every = config.checkpoint.every_steps or max(1, math.ceil(run.total_steps / 10))
+    per_worker = run.micro_batches_per_step // worker.world_size
+    batches = batches_from(step)
+    stopped = False
+
+    while step < run.total_steps and not stopped:
+        began = time.perf_counter()
+        micro_batches, data_wait = take(batches, step, per_worker)
+        set_learning_rate(optimizer, config.optimizer.lr * schedule(step))
+        try:
+            result = train_step(
+                model,
+                optimizer,
+                gradients,
+                micro_batches,
+                objective,
+                max_grad_norm=config.optimizer.max_grad_norm,
+                asked_to_stop=worker.rank == 0 and run.stop_file.exists(),
+            )
+            step += 1
+            counts.add(result.sums, gather(micro_batches, result.sums, always=config.output.order))
+            counts.check(config.data.max_rejected_fraction)
+        except StoppedRun as reason:
+            if log:
+                log.rejected(step, counts.latest_rejected)
+                log.close()
+            return {"status": "failed", "message": str(reason), "step": step}
+        stopped = result.stop
+        if log:
+            if step % config.output.log_every_steps == 0 or step == run.total_steps:
+                log.metrics(metrics_of(run, step, result, optimizer, data_wait, time.perf_counter() - began))
+            log.rejected(step, counts.latest_rejected)
+            if config.output.order:
+                log.order(step, counts.latest_ids)
+            if stopped or step % every == 0 or step == run.total_steps:
+                save(run, step, trained, optimizer, counts)
+
+    if log:
+        log.close()
+        if step == run.total_steps:
+            export(run, model)
+    return {"status": "done" if step == run.total_steps else "stopped", "step": step, "rejected": dict(counts.reasons)}
+
+
+# --------------------------------------------------------------------------------------------------------- the step
+class GradientBuffer:
+    """The gradients of all trained weights as views of one flat float32 tensor: one all-reduce, one norm, no copies."""
+
+    def __init__(self, parameters: Any) -> None:
+        parameters = list(parameters)
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
+        for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)  # backward adds to what is there
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step tells, the same on every worker."""
+
+    sums: LossSums
+    grad_norm: float
+    stop: bool
+
+
+def train_step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    gradients: GradientBuffer,
+    micro_batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    max_grad_norm: float | None = None,
+    asked_to_stop: bool = False,
+) -> StepResult:
+    """One optimizer step on one global batch: sums over all its micro-batches, divided once by its supervised tokens.
+
+    Raises:
+        StoppedRun: loss or gradient is not finite; on every worker, before the update.
+    """
+    gradients.flat.zero_()
+    sums = LossSums()
+    for batch in micro_batches:  # 1. forward and backward on sums, one micro-batch at a time
+        with autocast(model):
+            loss, of_batch = distillation_loss(model, batch, objective)
+        if loss is not None:
+            loss.backward()
+        sums += of_batch
+    sums, stop = reduce_over_workers(sums, gradients.flat, asked_to_stop)  # 2. every worker holds the same numbers
+    if sums.supervised_tokens:  # 3. divided once, by the global count
+        gradients.flat /= sums.supervised_tokens
+    grad_norm = torch.linalg.vector_norm(gradients.flat, dtype=torch.float64).item()
+    stop_if_not_finite(sums, grad_norm, micro_batches)  # 4. on every worker at once, before the update
+    if max_grad_norm is not None and grad_norm > max_grad_norm:
+        gradients.flat *= max_grad_norm / grad_norm
+    if sums.supervised_tokens:  # 5. update; a step whose every row was left out has nothing to say
+        optimizer.step()
+    return StepResult(sums, grad_norm, stop)
+
+
+def autocast(model: Any) -> Any:
+    """bfloat16 products where the frozen weights are bfloat16, so that float32 trained weights mix with them."""
+    is_bfloat16 = model.get_output_embeddings().weight.dtype == torch.bfloat16
+    return torch.autocast("cpu", dtype=torch.bfloat16) if is_bfloat16 else nullcontext()
+
+
+def reduce_over_workers(sums: LossSums, gradients: Tensor, asked_to_stop: bool) -> tuple[LossSums, bool]:
+    """Adds up sums and gradients (in place) over all workers; whether any of them was asked to stop."""
+    if not dist.is_initialized():
+        return sums, asked_to_stop
+    numbers = torch.cat([sums.to_tensor(), torch.tensor([asked_to_stop], dtype=torch.float64)])
+    dist.all_reduce(numbers)
+    dist.all_reduce(gradients)
+    return LossSums.from_tensor(numbers[:-1]), bool(numbers[-1])
+
+
+def stop_if_not_finite(sums: LossSums, grad_norm: float, micro_batches: Sequence[Batch]) -> None:
+    """Decides from reduced numbers, so that all workers agree."""
+    if math.isfinite(sums.loss) and math.isfinite(grad_norm):
+        return
+    what = f"loss is {sums.loss}" if not math.isfinite(sums.loss) else f"gradient norm is {grad_norm}"
+    ids = sorted(i for mine in gather_objects([b.sample_ids for b in micro_batches]) for batch in mine for i in batch)
+    raise StoppedRun(
+        f"step {micro_batches[0].step + 1}: the {what}; nothing was updated. Samples of this step: {', '.join(ids)}. "
+        f"Look at these, or lower optimizer.lr; the checkpoints before this step are unharmed"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- parts of the loop
+def objective_of(config: Config) -> Objective:
+    return Objective(
+        temperature=config.temperature,
+        vision_loss_weight=config.vision_loss_weight,
+        text_loss_weight=config.text_loss_weight,
+        hidden_loss_weight=config.hidden_loss_weight,
+        logits_memory_mib=config.model.logits_memory_mib,
+    )
+
+
+def build_optimizer(config: Config, trained: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only, as is usual: a norm or a bias has no reason to shrink."""
+    matrices = [p for p in trained.values() if p.ndim > 1]
+    vectors = [p for p in trained.values() if p.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    options = config.optimizer
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate_schedule(config: Config, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of step i as a fraction of the highest: a pure function, so nothing of it needs saving."""
+    warmup = config.scheduler.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(config.scheduler.warmup_ratio * total_steps)
+    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    scheduler = get_scheduler(config.scheduler.type, unused, num_warmup_steps=warmup, num_training_steps=total_steps)
+    fraction = scheduler.lr_lambdas[0]
+    # transformers starts at exactly 0, a step that does nothing; count steps from 1 while warming up
+    return lambda step: float(fraction(step + 1 if step < warmup else step))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def take(batches: Iterator[Batch], step: int, count: int) -> tuple[list[Batch], float]:
+    """This worker's micro-batches of a step, and the seconds spent waiting for them."""
+    began = time.perf_counter()
+    taken = list(islice(batches, count))
+    assert [b.step for b in taken] == [step] * count, f"step {step}: got {[b.step for b in taken]}, out of plan"
+    return taken, time.perf_counter() - began
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """What every worker has, by rank."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def gather(micro_batches: Sequence[Batch], sums: LossSums, always: bool) -> list[tuple[int, list[str], list[Any]]]:
+    """Place, sample ids and left-out rows of all workers' micro-batches; nothing where there is nothing to tell."""
+    if not always and not sums.rejected:
+        return []
+    mine = [(batch.micro_batch, batch.sample_ids, batch.rejected) for batch in micro_batches]
+    return sorted(entry for of_worker in gather_objects(mine) for entry in of_worker)
+
+
+class Counts:
+    """Rows seen and left out since the run began, and those of the latest step."""
+
+    def __init__(self, seen: int = 0, reasons: dict[str, int] | None = None) -> None:
+        self.seen, self.reasons = seen, Counter(reasons or {})
+        self.latest_rejected: list[dict[str, str]] = []
+        self.latest_ids: list[list[str]] = []
+
+    def add(self, sums: LossSums, gathered: Sequence[tuple[int, list[str], list[Any]]]) -> None:
+        self.seen += int(sums.samples + sums.rejected)
+        self.latest_ids = [ids for _, ids, _ in gathered]
+        self.latest_rejected = [row for _, _, rejected in gathered for row in rejected]
+        self.reasons.update(row["reason"] for row in self.latest_rejected)
+
+    def check(self, max_fraction: float) -> None:
+        """StoppedRun once more rows are left out than allowed; of the first hundred, as many as of a hundred."""
+        rejected = sum(self.reasons.values())
+        if rejected > max_fraction * max(self.seen, 100):
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
+            example = self.latest_rejected[0] if self.latest_rejected else {"id": "?", "detail": "?"}
+            raise StoppedRun(
+                f"{rejected} of {self.seen} rows had to be left out ({reasons}), more than "
+                f"data.max_rejected_fraction={max_fraction}. For one, {example['id']}: {example['detail']}. "
+                f"All are listed in rejected.jsonl; mend the data, or raise data.max_rejected_fraction"
+            )
+
+
+# -------------------------------------------------------------------------------------------------- state on storage
+def resume(
+    run: Run, worker: Worker, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, Counts]:
+    """Takes weights, moments and counts from the newest checkpoint, if there is one; returns the step to go on with."""
+    if worker.rank == 0:
+        sweep(run.checkpoints)
+    saved = newest_checkpoint(run.checkpoints, warn=lambda message: print(f"warning: {message}", flush=True))
+    if saved is None:
+        return 0, Counts()
+    names = {parameter: name for name, parameter in trained.items()}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved.tensors["trainable"][name])
+    for parameter, name in names.items():
+        moments = {
+            key.removeprefix(f"{name}."): value
+            for key, value in saved.tensors["optimizer"].items()
+            if key.rpartition(".")[0] == name
+        }
+        if moments:
+            optimizer.state[parameter] = moments
+    return saved.step, Counts(saved.state["seen"], saved.state["rejected"])
+
+
+def save(
+    run: Run, step: int, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, counts: Counts
+) -> None:
+    moments = {
+        f"{name}.{key}": value for name, parameter in trained.items() for key, value in optimizer.state[parameter].items()
+    }
+    state = {
+        "micro_batches_per_step": run.micro_batches_per_step,
+        "total_steps": run.total_steps,
+        "plan": run.plan_fingerprint,
+        "threads_per_worker": run.config.cluster.threads_per_worker,
+        "seen": counts.seen,
+        "rejected": dict(counts.reasons),
+        "config": run.config.model_dump(mode="json"),
+    }
+    save_checkpoint(
+        run.checkpoints, step, {"trainable": trained, "optimizer": moments}, state, run.config.checkpoint.keep_last
+    )
+
+
+def export(run: Run, model: Any) -> None:
+    """Writes `final/`: the student as a Hugging Face folder with its processor, all weights of one dtype."""
+    final, aside = run.folder / "final", run.folder / ".writing-final"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.to(getattr(torch, run.config.model.dtype)).save_pretrained(aside)
+    load_processor(run.checkpoint).save_pretrained(aside)
+    if final.exists():  # written by this very run before it was killed at its last step
+        shutil.rmtree(final)
+    aside.rename(final)
+
+
+def metrics_of(
+    run: Run, step: int, result: StepResult, optimizer: Any, data_wait: float, seconds: float
+) -> dict[str, float]:
+    """One line of metrics.jsonl. Means are per supervised token; a modality that the step has none of is left out."""
+    sums, count = result.sums, max(result.sums.supervised_tokens, 1)
+    metrics = {
+        "step": step,
+        "epoch": round(step / run.steps_per_epoch, 6),
+        "loss": sums.loss / count,
+        "teacher_ce": sums.teacher_ce / count,
+        "student_ce": sums.student_ce / count,
+        "top1_agreement": sums.top1 / count,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "grad_norm": result.grad_norm,
+        "samples": int(sums.samples),
+        "supervised_tokens": int(sums.supervised_tokens),
+        "tokens_per_second": sums.tokens / seconds,
+        "data_wait_seconds": data_wait,
+        "step_seconds": seconds,
+    }
+    if sums.tokens_vision:
+        metrics["kl_vision"] = sums.kl_vision / sums.tokens_vision
+    if sums.tokens_text:
+        metrics["kl_text"] = sums.kl_text / sums.tokens_text
+    if run.config.hidden_loss_weight:
+        metrics["hidden_loss"] = sums.hidden / count
+    return metrics
+
+
+class RunLog:
+    """The run's own files, written by rank 0: what a killed run wrote beyond its checkpoint is taken back first."""
+
+    def __init__(self, run: Run, start: int) -> None:
+        self.folder = run.folder
+        for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl"):
+            keep_lines_up_to(run.folder / name, start)
+        self.files = {name: open(run.folder / f"{name}.jsonl", "a") for name in ("metrics", "rejected")}  # noqa: SIM115
+        if run.config.output.order:
+            self.files["order"] = open(run.folder / "order.jsonl", "a")  # noqa: SIM115
+        self.tensorboard = None
+        if run.config.output.tensorboard:
+            self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1)
+
+    def metrics(self, metrics: dict[str, float]) -> None:
+        self._line("metrics", metrics)
+        if self.tensorboard:
+            for name, value in metrics.items():
+                if name != "step":
+                    self.tensorboard.add_scalar(name, value, int(metrics["step"]))
+
+    def rejected(self, step: int, rows: Sequence[dict[str, str]]) -> None:
+        for row in rows:
+            self._line("rejected", {"step": step, **row})
+
+    def order(self, step: int, ids: Sequence[Sequence[str]]) -> None:
+        self._line("order", {"step": step, "micro_batches": ids})
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+    def _line(self, name: str, value: Any) -> None:
+        self.files[name].write(json.dumps(value) + "\n")
+        self.files[name].flush()
+
+
+def keep_lines_up_to(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    write_text(path, "".join(kept))

@@ -78,7 +78,7 @@ def save_checkpoint(
 
 
 def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> SavedState | None:
-    """The newest checkpoint that verifies, found by looking at each; `warn` is told of every damaged one passed over."""
+    """The newest checkpoint that verifies, found by looking; `warn` is told of every damaged one passed over."""
     for step in sorted(_committed(root), reverse=True):
         try:
             return load_checkpoint(root / f"step-{step:08d}")

@@ -61,8 +61,8 @@ def start_ray(address: str | None) -> tuple[float, bool]:
         except ConnectionError as error:
             if wanted:
                 raise ValueError(
-                    f"cluster.address: no Ray cluster answers at {wanted!r} ({error}); start one with `ray start --head`, "
-                    f"or use cluster.address=local"
+                    f"cluster.address: no Ray cluster answers at {wanted!r} ({error}); "
+                    f"start one with `ray start --head`, or use cluster.address=local"
                 ) from error
     ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
     return float(ray.cluster_resources()["CPU"]), False
@@ -78,7 +78,7 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
     per_worker = cluster.cpus_per_worker
     if per_worker is None:
         share = cpus / 2 / workers
-        per_worker = float(math.floor(share)) if share >= 1 else round(share - 0.005, 2)  # Ray: whole numbers above 1
+        per_worker = float(math.floor(share)) if share >= 1 else math.floor(share * 100) / 100  # whole above 1
     per_task = data.cpus_per_task or (1.0 if cpus - workers * per_worker >= 2 else 0.5)
     if workers * per_worker + per_task > cpus + 1e-6:
         raise ValueError(
@@ -117,7 +117,7 @@ class ProgressLine:
             self.offset = file.tell()
         if not lines:
             return
-        self.latest = json.loads(lines[-1])
+        self.latest = (self.latest or {}) | json.loads(lines[-1])  # a step may have samples of one modality only
         self.first = self.first or (time.monotonic(), self.latest["step"])
         is_last = self.latest["step"] >= self.total_steps
         if self.live:

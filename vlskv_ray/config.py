@@ -330,7 +330,7 @@ class Config(_Section):
     """Weight of the distance between final hidden states of student and teacher. 0: the term is not computed."""
 
     model: ModelConfig
-    """The teacher, and the SwiftKV form it is brought into."""
+    """The teacher and its SwiftKV form."""
 
     data: DataConfig
     """What the model reads."""
@@ -544,7 +544,7 @@ class _Draft:
         if len(content) > _MAX_BYTES:
             raise ConfigError([f"{self.file}: larger than {_MAX_BYTES >> 20} MiB; wanted a YAML file of options"])
         try:
-            text = content.decode("utf-8-sig")
+            text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise ConfigError([f"{self.file}:{line}: not UTF-8 text; save the file as UTF-8"]) from None
@@ -644,6 +644,7 @@ class _Draft:
                 below = _source_from_text(below)
             if not isinstance(below, dict | list):
                 below = [] if names[depth + 1].isdecimal() else {}
+                self.lines[key] = _COMMAND_LINE
             here[part] = below
             here = below
         return here, key
@@ -800,8 +801,8 @@ _OTHER_NAMES = {
     "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len seq_length seq_len model_max_length",
     "data.num_proc": "dataset_num_proc preprocessing_num_workers dataloader_num_workers dataset_processes",
     "data.cache_dir": "use_data_cache cache_processed_data dataset_prepared_path",
-    "data.sources.0.image_root": "image_dir image_folder media_dir image_path",
-    "data.sources.0.num_samples": "max_samples max_train_samples",
+    "data.sources.*.image_root": "image_dir image_folder media_dir image_path",
+    "data.sources.*.num_samples": "max_samples max_train_samples",
     "optimizer.type": "optim",
     "optimizer.lr": "learning_rate peak_lr",
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
@@ -819,7 +820,7 @@ _OTHER_NAMES = {
     "output.level": "log_level logging_level",
     "output.tensorboard": "report_to",
 }
-_OURS = {theirs: ours for ours, names in _OTHER_NAMES.items() for theirs in names.split()}
+_OURS: dict[str, str] = {theirs: ours for ours, names in _OTHER_NAMES.items() for theirs in names.split()}
 
 
 def _dotted(key: KeyPath) -> str:
@@ -908,7 +909,7 @@ def _wanted(schema: dict[str, Any]) -> str:
 def _unknown(key: KeyPath) -> str:
     """Suggests the key that was meant: by another trainer's name for it, else by spelling; or lists what there is."""
     leaf = str(key[-1])[-64:].lower().replace("-", "_")
-    parent, pattern = key[:-1], _pattern(key[:-1])
+    pattern = _pattern(key[:-1])
     siblings = [name for name in _known_keys() if name and name[:-1] == pattern]
     in_list = "*" in pattern
     candidates = siblings if in_list else [name for name in _known_keys() if name and "*" not in name]
@@ -917,14 +918,13 @@ def _unknown(key: KeyPath) -> str:
         ratio = difflib.SequenceMatcher(None, leaf.rpartition(".")[2], str(name[-1])).ratio()
         return ratio + 0.1 * (name[:-1] == pattern)
 
-    best = max(candidates, key=closeness)
-    if leaf in _OURS and not in_list:
-        meant = _OURS[leaf]
-    elif closeness(best) >= 0.75:
-        meant = _dotted((*parent, best[-1]) if in_list else best)
-    else:
-        return f"unknown key; the keys here are {', '.join(str(name[-1]) for name in siblings)}"
-    if meant == _dotted(key):
-        section, _, name = meant.rpartition(".")
+    meant: KeyPath = tuple(_OURS.get(leaf, "").split("."))
+    if leaf not in _OURS or (in_list and meant[:-1] != pattern):
+        meant = max(candidates, key=closeness)
+        if closeness(meant) < 0.75:
+            return f"unknown key; the keys here are {', '.join(str(name[-1]) for name in siblings)}"
+    suggestion = _dotted((*key[:-1], meant[-1]) if in_list else meant).replace("*", "0")
+    if suggestion == _dotted(key):
+        section, _, name = suggestion.rpartition(".")
         return f"unknown key; in a file write `{name}:` indented below `{section}:`"
-    return f"unknown key, did you mean {meant}?"
+    return f"unknown key, did you mean {suggestion}?"

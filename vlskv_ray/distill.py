@@ -84,8 +84,8 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     """KL(teacher || student) of each row and its gradient by the student's logits.
 
     With p and q the softmax of the teacher's and the student's logits over `temperature`, KL = sum p (log p - log q)
-    and dKL/dlogits = (q - p) / temperature. A token that the teacher rules out (logit -inf) adds exactly 0, whatever the
-    student says of it; KL is infinite only where the student rules out what the teacher does not.
+    and dKL/dlogits = (q - p) / temperature. A token that the teacher rules out (logit -inf) adds exactly 0, whatever
+    the student says of it; KL is infinite only where the student rules out what the teacher does not.
 
     Args:
         student_logits, teacher_logits: float32 or float64[n, V], unscaled.
@@ -100,7 +100,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     return kl, (log_q.exp() - p) / temperature
 
 
-class _DivergenceAtHead(torch.autograd.Function):
+class DivergenceAtHead(torch.autograd.Function):
     """`kl_divergence` of the logits of hidden states, in chunks of rows: no more logits than that exist at any time.
 
     The head is frozen and a row's KL depends on that row alone, so the gradient by the student's hidden states is made
@@ -128,7 +128,7 @@ class _DivergenceAtHead(torch.autograd.Function):
         return kl, teacher_ce, student_ce, agrees
 
     @staticmethod
-    def backward(ctx: Any, by_kl: Tensor, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, by_kl: Tensor, *_: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         return gradient * by_kl[:, None].to(gradient.dtype), None, None, None, None, None
 
@@ -153,13 +153,15 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
     Returns:
         a scalar with a graph, None where nothing is supervised (which then contributes exactly nothing), and the sums.
     """
-    sums = LossSums(samples=len(batch.sample_ids), tokens=float(batch.attention_mask.sum()), rejected=len(batch.rejected))
+    sums = LossSums(
+        samples=len(batch.sample_ids), tokens=float(batch.attention_mask.sum()), rejected=len(batch.rejected)
+    )
     keep = supervised_positions(batch.labels)
     if not keep.any():
         return None, sums
     student, teacher, (student_input, teacher_input) = shared_pass(model, batch)
     head = model.get_output_embeddings()
-    kl, teacher_ce, student_ce, agrees = _DivergenceAtHead.apply(
+    kl, teacher_ce, student_ce, agrees = DivergenceAtHead.apply(
         student,
         teacher,
         head,
@@ -168,7 +170,7 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
         rows_per_chunk(head.weight.shape[0], objective.logits_memory_mib),
     )
     vision = batch.has_image[keep.nonzero()[:, 0]]  # bool[n], in the order of the kept rows
-    weights = torch.where(vision, objective.vision_loss_weight, objective.text_loss_weight).to(kl.dtype)
+    weights = kl.new_tensor([objective.text_loss_weight, objective.vision_loss_weight])[vision.long()]
     per_token = objective.temperature**2 * kl
     if objective.hidden_loss_weight:
         hidden = (student_input.to(kl.dtype) - teacher_input.to(kl.dtype)).square().mean(-1)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,20 @@ import torch
 import vlskv_ray
 from vlskv_ray.checkpoint import SavedState, newest_checkpoint, newest_step, write_json, write_text
 from vlskv_ray.cluster import ProgressLine, Reserved, describe, duration, reserve, start_ray
-from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config_and_notices
+from vlskv_ray.config import Config, changed_keys, dump_config, load_config_and_notices
 from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.distill import distillation_loss
-from vlskv_ray.model.build import build_student, find_checkpoint, load_config, load_processor, swiftkv_config
-from vlskv_ray.model.build import trainable_parameters
+from vlskv_ray.model.build import (
+    build_student,
+    find_checkpoint,
+    load_config,
+    load_processor,
+    swiftkv_config,
+    trainable_parameters,
+)
 from vlskv_ray.train_loop import GradientBuffer, Run, Worker, build_optimizer, objective_of, train_step, train_worker
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -114,9 +119,7 @@ def prepare(config: Config, num_samples: int | None = None) -> tuple[Run, Loader
         group_by_length=config.data.group_by_length,
     )
     total_steps = min(config.epochs * plan.steps_per_epoch, config.max_steps or sys.maxsize)
-    limits = Limits(
-        config.data.max_length, config.data.max_images_per_sample, config.data.image_processing_batch_size
-    )
+    limits = Limits(config.data.max_length, config.data.max_images_per_sample, config.data.image_processing_batch_size)
     run = Run(
         config=config,
         folder=Path(config.output.dir) / str(config.output.name),
@@ -179,7 +182,9 @@ def owned(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is running this run; wait, or use another output.name") from None
+            raise ValueError(
+                f"{folder}: another process is running this run; wait, or use another output.name"
+            ) from None
         yield
 
 
@@ -207,7 +212,9 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
             print(f"error: {outcome['message']}", file=sys.stderr)
             return FAILED
         if outcome["status"] == "stopped":
-            print(f"stopped and saved at step {outcome['step']} of {run.total_steps}; the same command goes on from there")
+            print(
+                f"stopped and saved at step {outcome['step']} of {run.total_steps}; the same command goes on from there"
+            )
             return TERMINATED if asked_by == signal.SIGTERM else INTERRUPTED
         write_summary(run, outcome, time.time() - began)
         print(result_table(run.folder))
@@ -246,7 +253,9 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
         return watch(run, work, outcome)
     finally:
         ray.shutdown()
-        shutil.rmtree(run.folder / "ray", ignore_errors=True)  # Ray's notes on this attempt; ours are all we resume from
+        shutil.rmtree(
+            run.folder / "ray", ignore_errors=True
+        )  # Ray's notes on this attempt; ours are all we resume from
 
 
 def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
@@ -398,7 +407,9 @@ def result_table(folder: Path) -> str:
             lines.append(f"{label:36}{first:12.4g}{last:12.4g}")
     rejected = sum(summary["rejected"].values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["rejected"].items()))
-    lines.append(f"{summary['steps']} steps in {duration(summary['seconds'])}; {rejected} rows left out {reasons}".rstrip())
+    lines.append(
+        f"{summary['steps']} steps in {duration(summary['seconds'])}; {rejected} rows left out {reasons}".rstrip()
+    )
     lines.append(f"student: {os.path.relpath(folder / 'final')}")
     return "\n".join(lines)
 
@@ -443,8 +454,8 @@ def dry_run(run: Run, loader: Loader) -> int:
         f"{sum(p.numel() for p in trained.values()):,} trained\n"
         f"memory        {weights / 2**30:.2f} GiB weights + {state / 2**30:.2f} GiB gradients and moments a worker; "
         f"this process peaked at {peak / 2**30:.2f} GiB\n"
-        f"time          {data_seconds:.2f} s to prepare the micro-batch, {seconds[-1]:.2f} s to train on it with {threads} "
-        f"threads: about {duration(per_step * run.total_steps)} for {run.total_steps} steps like it\n"
+        f"time          {data_seconds:.2f} s to prepare the micro-batch, {seconds[-1]:.2f} s to train on it with "
+        f"{threads} threads: about {duration(per_step * run.total_steps)} for {run.total_steps} steps like it\n"
         f"dry run: all is well; nothing was written"
     )
     return DONE

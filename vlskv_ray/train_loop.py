@@ -230,7 +230,7 @@ def build_optimizer(config: Config, trained: dict[str, torch.nn.Parameter]) -> t
     """AdamW; weight decay on matrices only, as is usual: a norm or a bias has no reason to shrink."""
     matrices = [p for p in trained.values() if p.ndim > 1]
     vectors = [p for p in trained.values() if p.ndim <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     options = config.optimizer
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -340,7 +340,9 @@ def save(
     run: Run, step: int, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, counts: Counts
 ) -> None:
     moments = {
-        f"{name}.{key}": value for name, parameter in trained.items() for key, value in optimizer.state[parameter].items()
+        f"{name}.{key}": value
+        for name, parameter in trained.items()
+        for key, value in optimizer.state[parameter].items()
     }
     state = {
         "micro_batches_per_step": run.micro_batches_per_step,

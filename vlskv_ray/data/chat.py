@@ -95,9 +95,9 @@ def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, in
                 )
     text, spans = render(processor, sample.messages)
     if text.count(processor.image_token) != len(sample.images):
+        written = text.count(processor.image_token)
         raise Rejected(
-            "marker_mismatch",
-            f"the chat template writes {text.count(processor.image_token)} image tokens for {len(sample.images)} images",
+            "marker_mismatch", f"the chat template writes {written} image tokens for {len(sample.images)} images"
         )
     pixel_values, image_sizes, placeholders = _preprocess(sample, processor, limits.image_processing_batch_size)
     (expanded,), (offsets,) = processor.get_text_with_replacements([text], placeholders)
@@ -169,7 +169,9 @@ def _labels(
 def check_template(processor: Any) -> None:
     """ValueError if labels cannot be placed with the processor's chat template; tried on two turns about an image."""
     turns = [("user", "What is this?"), ("assistant", "A circle."), ("user", "Which colour?"), ("assistant", "Red.")]
-    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
+    ]
     messages[0]["content"].insert(0, {"type": "image"})
     text, spans = render(processor, messages)
     for (start, end), answer in zip(spans, ("A circle.", "Red."), strict=True):

@@ -1,6 +1,7 @@
 """Samples that are ready for the model, the micro-batch made of them, and its one format on the way to a worker.
 
-Shapes: B samples, T tokens of the longest, I images of all samples together, P tiles of the image with most, S tile side.
+Shapes: B samples, T tokens of the longest, I images of all samples together, P tiles of the image with most, S side of
+a tile in pixels.
 """
 
 import json

@@ -41,7 +41,7 @@ class ShapesSource:
         rng = np.random.default_rng([SPLITS.index(self.split), row])
         kind = row % 4
         if kind == 2:
-            turns, images = [sum_in_words(rng)], []
+            turns, images = [sum_in_words(rng)], list[bytes]()
         elif kind == 3:
             turns, images = compare_pictures(rng)
         else:

@@ -31,7 +31,7 @@ class SourceError(ValueError):
 
 
 class SourceSpec(Protocol):
-    """What a source is opened from, one entry of `data.sources`: files (`path`), `shapes` or a hub data set (`name`)."""
+    """What a source is opened from, an entry of `data.sources`: files (`path`), `shapes` or a hub data set (`name`)."""
 
     @property
     def name(self) -> str | None: ...
@@ -433,8 +433,9 @@ def _list_rows(file: Path) -> Iterator[_Found]:
                 problem = error
             if end == len(text) and not at_end:
                 # What ends with the window may go on behind it: look again with more text, twice as much each time.
+                text = text[start:]
                 more = stream.read(max(_WINDOW, len(text)))
-                text, start, at_end = text[start:] + more, 0, not more
+                text, start, at_end = text + more, 0, not more
                 continue
             if problem:
                 place = _line_and_column(file, offset + len(text[start : problem.pos].encode()))

@@ -87,8 +87,8 @@ def llava_next_processor(config: LlavaNextConfig) -> LlavaNextProcessor:
 def small_llava_next() -> LlavaNextConfig:
     """The small model of the original project: 4,389,632 parameters, 4,406,080 with SwiftKV at N = 2.
 
-    Its weights are drawn wider than a model to be trained would have them: the outputs of a teacher that is nowhere near
-    uniform give a student something to match.
+    Its weights are drawn wider than a model to be trained would have them: a teacher whose outputs are nowhere near
+    uniform gives a student something to match.
     """
     return llava_next_config(
         image_size=224,

@@ -1,9 +1,9 @@
 """SwiftKV (arXiv 2410.03960) for the text backbones of stock transformers models.
 
 For each of `BACKBONES` this module registers a model type with transformers' Auto classes, `llama` becoming
-`llama_swiftkv`. A stock vision-language class builds its text model from `config.text_config`, so that model type is the
-whole conversion. The backbone's own `forward` runs unchanged (masks, rotary embeddings, cache); only its layers from
-`num_key_value_layers` on are replaced, and they share one `SwiftKVPass` handed down in the forward's `**kwargs`.
+`llama_swiftkv`. A stock vision-language class builds its text model from `config.text_config`, so that model type is
+the whole conversion. The backbone's own `forward` runs unchanged (masks, rotary embeddings, cache); only its layers
+from `num_key_value_layers` on are replaced, and they share one `SwiftKVPass` handed down in the forward's `**kwargs`.
 
 Shapes: B samples, T tokens, S keys (cache included), D hidden, H query heads, K key/value heads, E head size,
 n kept tokens of all samples together.
@@ -27,7 +27,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    PreTrainedModel,
     initialization,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -35,10 +34,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 BACKBONES = ("llama", "mistral", "qwen2", "qwen3")
 """Text model types whose SwiftKV form is proven exact by the tests; no other is accepted."""
 
+Stock: Any = object  # stands for the class of transformers that each mixin below is put over
+
 
 # ------------------------------------------------------------------------------------------------------------- config
 @dataclass(kw_only=True)
-class SwiftKVConfig:
+class SwiftKVConfig(Stock):
     """What a SwiftKV config adds to its backbone's."""
 
     swiftkv: bool = False
@@ -50,11 +51,12 @@ class SwiftKVConfig:
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_layers is None:
-            self.num_key_value_layers = self.num_hidden_layers  # type: ignore[attr-defined]
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+            self.num_key_value_layers = self.num_hidden_layers
+        super().__post_init__(**kwargs)
 
     def validate_swiftkv(self) -> None:
-        check_layers(self.num_hidden_layers, self.num_key_value_layers, self.key_value_group_size)  # type: ignore
+        assert self.num_key_value_layers is not None
+        check_layers(self.num_hidden_layers, self.num_key_value_layers, self.key_value_group_size)
         kinds = getattr(self, "layer_types", None)
         if kinds and any(kinds[i] != kinds[self.key_value_leader(i)] for i in range(len(kinds))):
             raise ValueError(
@@ -64,14 +66,15 @@ class SwiftKVConfig:
 
     def key_value_leader(self, layer_idx: int) -> int:
         """The layer whose keys and values layer `layer_idx` reads: the first of its group, or itself."""
-        return layer_idx - max(layer_idx - self.num_key_value_layers, 0) % self.key_value_group_size  # type: ignore
+        assert self.num_key_value_layers is not None
+        return layer_idx - max(layer_idx - self.num_key_value_layers, 0) % self.key_value_group_size
 
     @property
     def kv_sharing_modes(self) -> list[str | None] | None:
         """Read by transformers' caches: a layer marked "reuse" stores nothing."""
         if not self.swiftkv:
             return None
-        layers = range(self.num_hidden_layers)  # type: ignore[attr-defined]
+        layers = range(self.num_hidden_layers)
         return [None if self.key_value_leader(i) == i else "reuse" for i in layers]
 
 
@@ -97,13 +100,15 @@ class SwiftKVPass:
         distill: run the teacher's layers as well, without gradient. The forward then returns the teacher's hidden
             states, and the student's are in `student`.
 
-    After a pass with `distill`, both of `student` and the returned hidden states belong to the kept tokens and have gone
-    through the final norm; `last_inputs` holds student and teacher as they entered the last layer.
+    After a pass with `distill`, both of `student` and the returned hidden states belong to the kept tokens and have
+    gone through the final norm; `last_inputs` holds student and teacher as they entered the last layer.
     """
 
     def __init__(self, keep: int | Tensor | None = None, distill: bool = False) -> None:
         self.keep, self.distill = keep, distill
-        self.source: Tensor | None = None  # [B, T, D] norm_swiftkv of what enters layer N: all keys and values come of it
+        self.source: Tensor | None = (
+            None  # [B, T, D] norm_swiftkv of what enters layer N: all keys and values come of it
+        )
         self.key_value: tuple[Tensor, Tensor] | None = None  # [B, K, S, E] each, of the group being run
         self.student: Tensor | None = None  # [B, T, D], [B, keep, D] or [1, n, D]
         self.position_embeddings: tuple[Tensor, Tensor] | None = None  # of the kept tokens
@@ -155,13 +160,13 @@ def _like(linear: nn.Linear) -> nn.Linear:
     return nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
 
 
-class SwiftKVAttention(nn.Module):
+class SwiftKVAttention(Stock):
     """Over a backbone's attention: queries of the tokens given, keys and values handed in."""
 
     stock: type[nn.Module]
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        super().__init__(config, layer_idx)
         self.q_proj_swiftkv = _like(self.q_proj)
         if config.key_value_leader(layer_idx) == layer_idx:
             self.k_proj_swiftkv, self.v_proj_swiftkv = _like(self.k_proj), _like(self.v_proj)
@@ -172,7 +177,7 @@ class SwiftKVAttention(nn.Module):
         keys = self._heads(k_proj(x), getattr(self, "k_norm", None))
         return self._rotate(keys, position_embeddings), self._heads(v_proj(x))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -216,17 +221,18 @@ class SwiftKVAttention(nn.Module):
         return rotate(x, x[:, :0], *position_embeddings)[0]
 
 
-class SwiftKVLayer(nn.Module):
+class SwiftKVLayer(Stock):
     """Over a backbone's decoder layer, from layer N on: stock norms, residuals and MLP around a `SwiftKVAttention`."""
 
     stock: type[nn.Module]
+    self_attn: Any
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        super().__init__(config, layer_idx)
         self.config, self.layer_idx = config, layer_idx
         self.self_attn = _over(SwiftKVAttention, type(self.self_attn))(config, layer_idx)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -255,11 +261,12 @@ class SwiftKVLayer(nn.Module):
         }
         is_last = self.layer_idx == self.config.num_hidden_layers - 1
         if is_last and swiftkv.distill:
-            swiftkv.last_inputs = (swiftkv.student, swiftkv.select(hidden_states))  # type: ignore[assignment]
+            assert swiftkv.student is not None
+            swiftkv.last_inputs = (swiftkv.student, swiftkv.select(hidden_states))
 
         student: Callable[[Tensor | None], Tensor]
         student = functools.partial(stock, key_value=swiftkv.key_value, student=True, **kept)
-        if self.gradient_checkpointing and self.training:  # type: ignore[truthy-function]
+        if self.gradient_checkpointing and self.training:
             student = functools.partial(self._gradient_checkpointing_func, student)  # so much of this forward is pure
         swiftkv.student = student(swiftkv.student)
         if not swiftkv.distill:
@@ -275,22 +282,22 @@ class SwiftKVLayer(nn.Module):
             return stock(swiftkv.select(hidden_states), key_value=key_value, **kept)
 
 
-@functools.cache
-def _over(mixin: type, stock: type) -> type[Any]:
-    """The class `mixin` over `stock`, reachable by name in this module so that it pickles."""
+def _over(mixin: Any, stock: Any) -> Any:
+    """The class `mixin` over `stock`, made once, reachable by name in this module so that it pickles."""
     name = f"SwiftKV{stock.__name__}"
-    cls = type(name, (mixin, stock), {"stock": stock, "__module__": __name__})
-    cls.forward = mixin.forward  # type: ignore[attr-defined]  # GradientCheckpointingLayer wraps subclasses' forward
-    globals()[name] = cls
-    return cls
+    if name not in globals():
+        cls: Any = type(name, (mixin, stock), {"stock": stock, "__module__": __name__})
+        cls.forward = mixin.forward  # GradientCheckpointingLayer wraps the forward of subclasses
+        globals()[name] = cls
+    return globals()[name]
 
 
 # -------------------------------------------------------------------------------------------------------------- model
-class SwiftKVModel(nn.Module):
+class SwiftKVModel(Stock):
     """Over a backbone: the layers from N on take keys and values from the input of layer N, through `norm_swiftkv`."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+        super().__init__(config)
         for i in range(config.num_key_value_layers, config.num_hidden_layers):
             self.layers[i] = _over(SwiftKVLayer, type(self.layers[i]))(config, i)
         self.norm_swiftkv = copy.deepcopy(self.norm)
@@ -308,8 +315,8 @@ class SwiftKVModel(nn.Module):
             swiftkv.student = self.norm(swiftkv.student)
         return output
 
-    # `from_pretrained` calls these for what the checkpoint lacks. A plain teacher lacks the SwiftKV weights, which start
-    # from the teacher's; `initialization.copy_` leaves alone every weight that the checkpoint did hold.
+    # `from_pretrained` calls these for what the checkpoint lacks. A plain teacher lacks the SwiftKV weights, which
+    # start from the teacher's; `initialization.copy_` leaves alone every weight that the checkpoint did hold.
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self and hasattr(self, "norm_swiftkv"):  # the stock __init__ passes here before there is one
@@ -334,11 +341,11 @@ class SwiftKVModel(nn.Module):
                         copy_(weight, torch.stack([getattr(x, name).get_parameter(key) for x in teachers]).mean(0))
 
 
-class SwiftKVForCausalLM(nn.Module):
+class SwiftKVForCausalLM(Stock):
     """Over a backbone's language model, for text-only use."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+        super().__init__(config)
         self.model = AutoModel.from_config(config)
         self.post_init()
 

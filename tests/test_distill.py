@@ -1,0 +1,218 @@
+"""The objective against a separate float64 reference, and what must not change it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from conftest import batch_of
+from torch import Tensor
+
+from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded
+from vlskv_ray.distill import DivergenceAtHead, LossSums, Objective, distillation_loss, kl_divergence, rows_per_chunk
+from vlskv_ray.model.build import trainable_parameters
+from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
+
+OBJECTIVE = Objective(temperature=2.0, vision_loss_weight=0.7, text_loss_weight=1.3, hidden_loss_weight=0.4)
+
+
+def loss_and_gradient(model: Any, batches: list[Batch], objective: Objective = OBJECTIVE) -> tuple[float, Tensor]:
+    """Loss and gradient of a global batch: sums over micro-batches, divided once."""
+    model.zero_grad(set_to_none=True)
+    sums = LossSums()
+    for batch in batches:
+        loss, of_batch = distillation_loss(model, batch, objective)
+        if loss is not None:
+            loss.backward()
+        sums += of_batch
+    count = sums.supervised_tokens
+    return sums.loss / count, torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()]) / count
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def as_float64(batch: Batch) -> Batch:
+    if batch.pixel_values is not None:
+        object.__setattr__(batch, "pixel_values", batch.pixel_values.double())
+    return batch
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("group", [1, 2])
+def test_equals_the_reference_in_float64(
+    student: Callable[..., Any], encoded: list[Encoded], float64_norms: None, backbone: str, group: int
+) -> None:
+    """The shared, gathered, chunked pass is two whole passes with all logits: loss, gradient and every metric."""
+    model = student(backbone, dtype=torch.float64, key_value_group_size=group)
+    batch = as_float64(batch_of(encoded))
+    total, count, sums = reference.distillation(
+        model, batch, temperature=2.0, vision_loss_weight=0.7, text_loss_weight=1.3, hidden_loss_weight=0.4
+    )
+    total.backward()
+    wanted = torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()]) / count
+    loss, gradient = loss_and_gradient(model, [batch])
+    assert loss == pytest.approx(total.item() / count, rel=1e-12)
+    assert error(gradient, wanted) < 1e-12
+    _, ours = distillation_loss(model, batch, OBJECTIVE)
+    assert ours.supervised_tokens == count
+    for name, value in sums.items():
+        assert getattr(ours, name) == pytest.approx(value, rel=1e-9), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_any_split_of_a_global_batch_gives_the_same(
+    student: Callable[..., Any],
+    encoded: list[Encoded],
+    float64_norms: None,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    """1 x 8, 2 x 4, 4 x 2 and 8 x 1 samples: the same loss and gradient."""
+    model = student(dtype=dtype)
+
+    def split(size: int) -> list[Batch]:
+        batches = [batch_of(encoded[i : i + size]) for i in range(0, 8, size)]
+        return [as_float64(b) for b in batches] if dtype == torch.float64 else batches
+
+    loss, gradient = loss_and_gradient(model, split(8))
+    for size in (4, 2, 1):
+        other_loss, other_gradient = loss_and_gradient(model, split(size))
+        assert other_loss == pytest.approx(loss, rel=tolerance)
+        assert error(other_gradient, gradient) < tolerance
+
+
+def test_padding_changes_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    """More padding, and other ids in it, leave loss and gradient as they are."""
+    model = student()
+    batch = batch_of(encoded[:4])
+    loss, gradient = loss_and_gradient(model, [batch])
+    pad = torch.randint(5, 200, (4, 13))
+    padded = Batch(
+        **{**vars(batch), "input_ids": torch.cat([batch.input_ids, pad], 1)}
+        | {
+            "attention_mask": torch.cat([batch.attention_mask, torch.zeros_like(pad)], 1),
+            "labels": torch.cat([batch.labels, torch.full_like(pad, IGNORE_INDEX)], 1),
+        }
+    )
+    padded_loss, padded_gradient = loss_and_gradient(model, [padded])
+    assert padded_loss == pytest.approx(loss, rel=1e-6)
+    assert error(padded_gradient, gradient) < 1e-6
+
+
+def test_chunks_of_logits_change_nothing() -> None:
+    """However few rows of logits exist at once: KL, its gradient and the metrics are those of all rows together."""
+    head = torch.nn.Linear(16, 500, bias=False).requires_grad_(False)
+    teacher, targets, by_kl = torch.randn(10, 16), torch.randint(0, 500, (10,)), torch.rand(10)
+    results = []
+    for rows in (100, 3, 1):
+        student = torch.ones(10, 16, requires_grad=True)
+        columns = DivergenceAtHead.apply(student, teacher, head, targets, 2.0, rows)
+        (columns[0] * by_kl).sum().backward()
+        results.append([*(column.detach().float() for column in columns), student.grad])
+    for chunked in results[1:]:
+        assert all(torch.allclose(got, wanted, rtol=1e-5) for got, wanted in zip(chunked, results[0], strict=True))
+
+
+def test_the_budget_sets_the_chunk() -> None:
+    """256 MiB hold 1,046 rows of teacher's and student's float32 logits over 32,064 tokens; one row always fits."""
+    assert rows_per_chunk(32064, 256) == 1046 == 256 * 2**20 // (2 * 4 * 32064)
+    assert rows_per_chunk(2**40, 1) == 1
+
+
+def test_weight_of_a_sample_is_its_own(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    """A text sample among image samples has the text weight: with that at 0 it adds nothing."""
+    model = student()
+    objective = Objective(text_loss_weight=0.0)
+    mixed, text = batch_of([encoded[0], encoded[1]]), batch_of([encoded[1]])
+    alone = batch_of([encoded[0]])
+    sums = {
+        name: distillation_loss(model, batch, objective)[1]
+        for name, batch in (("mixed", mixed), ("text", text), ("image", alone))
+    }
+    assert sums["text"].loss == 0 and sums["text"].kl_text > 0
+    assert sums["mixed"].loss == pytest.approx(sums["image"].loss, rel=1e-6)
+
+
+def test_nothing_supervised_adds_exactly_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    """A sample without labels, alone or beside another, changes neither loss nor gradient by a bit."""
+    model = student()
+    silent = Encoded("silent", encoded[3].input_ids, encoded[3].labels * 0 + IGNORE_INDEX, encoded[3].pixel_values, [])
+    loss, sums = distillation_loss(model, batch_of([silent]), OBJECTIVE)
+    assert loss is None and sums.loss == 0 and sums.supervised_tokens == 0 and sums.samples == 1
+    alone = loss_and_gradient(model, [batch_of([encoded[3]])])
+    beside = loss_and_gradient(model, [batch_of([encoded[3], silent])])
+    assert beside[0] == pytest.approx(alone[0], rel=1e-6) and error(beside[1], alone[1]) < 1e-6
+    with_empty = loss_and_gradient(model, [batch_of([encoded[3]]), batch_of([silent]), batch_of([])])
+    assert with_empty[0] == alone[0] and torch.equal(with_empty[1], alone[1])
+
+
+def test_only_needed_work_is_done(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    """Counted: tower and trunk once, student MLPs, the teacher's last MLP and the head at supervised positions only."""
+    model = student()
+    batch = batch_of(encoded)
+    backbone, rows = swiftkv_backbone(model), {}
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, args, output: rows.setdefault(name, []).append(args[0].shape[:-1].numel())
+
+    hooks = [
+        model.model.vision_tower.register_forward_hook(
+            lambda module, args, output: rows.setdefault("tower", []).append(1)
+        )
+    ]
+    hooks += [layer.mlp.register_forward_hook(count(f"mlp{i}")) for i, layer in enumerate(backbone.layers)]
+    _, sums = distillation_loss(model, batch, OBJECTIVE)
+    for hook in hooks:
+        hook.remove()
+    every, kept = batch.input_ids.numel(), int(sums.supervised_tokens)
+    assert rows["tower"] == [1]
+    assert rows["mlp0"] == rows["mlp1"] == [every]
+    assert [sorted(rows[f"mlp{i}"]) for i in (2, 3, 4)] == [[kept, every]] * 3
+    assert rows["mlp5"] == [kept, kept]
+    assert kept < every / 5
+
+
+def test_kl_is_zero_when_student_equals_teacher() -> None:
+    logits = torch.randn(7, 50) * 20
+    kl, gradient = kl_divergence(logits, logits.clone(), 2.0)
+    assert (kl == 0).all() and (gradient == 0).all()
+
+
+def test_a_student_with_its_teachers_trunk_only_starts_at_zero(
+    student: Callable[..., Any], encoded: list[Encoded]
+) -> None:
+    """With one SwiftKV layer the student starts as the teacher: its keys and values see what the teacher's see."""
+    model = student(num_key_value_layers=5, moved=False)
+    loss, gradient = loss_and_gradient(model, [batch_of(encoded)])
+    assert loss < 1e-9
+    assert gradient.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 7.5])
+def test_kl_and_gradient_equal_torchs(temperature: float) -> None:
+    student, teacher = torch.randn(9, 40, dtype=torch.float64) * 3, torch.randn(9, 40, dtype=torch.float64) * 3
+    student.requires_grad_()
+    wanted = torch.nn.functional.kl_div(
+        torch.log_softmax(student / temperature, -1),
+        torch.log_softmax(teacher / temperature, -1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    wanted.sum().backward()
+    kl, gradient = kl_divergence(student.detach(), teacher, temperature)
+    assert torch.allclose(kl, wanted.detach(), rtol=1e-12) and torch.allclose(gradient, student.grad, atol=1e-14)
+
+
+def test_kl_is_finite_at_the_edges() -> None:
+    """Logits of +-500, and rows with -inf where the teacher rules a token out, alone or together with the student."""
+    extreme = torch.tensor([[500.0, -500.0, 0.0], [-500.0, 500.0, 0.0], [500.0, 500.0, -500.0]])
+    for student, teacher in ((extreme, extreme.flip(0)), (extreme.flip(1), extreme)):
+        kl, gradient = kl_divergence(student, teacher, 2.0)
+        assert kl.isfinite().all() and gradient.isfinite().all() and (kl >= 0).all()
+    ruled_out = torch.tensor([[0.0, -torch.inf, 1.0], [2.0, -torch.inf, -torch.inf]])
+    for student in (torch.zeros(2, 3), ruled_out * 2):
+        kl, gradient = kl_divergence(student, ruled_out, 2.0)
+        assert kl.isfinite().all() and gradient.isfinite().all()

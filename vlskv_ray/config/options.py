@@ -1,0 +1,379 @@
+"""Every option of a run: typed, strict and documented."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Strict,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+def _absolute(path: str) -> str:
+    """Paths mean the same in every process of a cluster: absolute, against the folder the command was started in."""
+    if "://" in path:
+        raise ValueError(f"wanted a path on this machine, got the URL {path!r}; download it first")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_if_local(name_or_path: str) -> str:
+    is_local = name_or_path.startswith((".", "/", "~")) or os.path.isdir(name_or_path)
+    return _absolute(name_or_path) if is_local else name_or_path
+
+
+def _raise_contradictions(problems: dict[str, str]) -> None:
+    """Reports what is wrong between fields, by the dotted key that each line is about ("" is the section itself)."""
+    if problems:
+        text = "; ".join(f"{key}: {problem}".removeprefix(": ") for key, problem in problems.items())
+        raise PydanticCustomError("contradiction", "{text}", {"text": text, "problems": problems})
+
+
+Text = Annotated[str, Field(min_length=1)]
+LocalPath = Annotated[Text, AfterValidator(_absolute)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    # strict: `epochs: true` and `epochs: "3"` are mistakes; validate_default: default paths become absolute too.
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
+class ModelConfig(_Section):
+    """The teacher, and the SwiftKV form it is brought into."""
+
+    name_or_path: Annotated[Text, AfterValidator(_absolute_if_local)]
+    """The teacher: a local folder, a hub id, or the name of a preset such as small-llava-next."""
+
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id. None: the hub's default branch."""
+
+    num_key_value_layers: PositiveInt | None = None
+    """N: layers that keep their own keys and values; those above share one trunk. None: what the checkpoint says, else
+    half of the text layers, the split that SwiftKV (arXiv 2410.03960) recommends."""
+
+    key_value_group_size: PositiveInt | None = None
+    """Layers above N that share one key/value cache. None: what the checkpoint says, else 1, which loses the least."""
+
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel; sdpa is the faster one, eager the one to read and debug."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen weights; trained ones stay float32. bfloat16 halves memory; slow on CPUs without AMX."""
+
+    logits_memory_mib: PositiveInt = 256
+    """Budget in MiB for the float32 logits of one chunk of the loss; lower it to trade a little time for memory."""
+
+    @field_validator("attn_implementation", mode="before")
+    @classmethod
+    def _runs_on_a_cpu(cls, value: Any) -> Any:
+        if value == "flash_attention_2":
+            raise ValueError("flash_attention_2 needs a GPU; use sdpa")
+        return value
+
+
+class SourceConfig(_Section):
+    """One data set of the mixture. A bare text stands for its `path` or `name`."""
+
+    name: Text | None = None
+    """The built-in world `shapes`, or a hub dataset id. Exactly one of `name` and `path` is given."""
+
+    path: LocalPath | None = None
+    """A file, or a pattern of files such as data/*.parquet."""
+
+    image_root: LocalPath | None = None
+    """The folder that image paths in the rows are relative to, and may not leave. None: the folder of the file."""
+
+    format: Literal["auto", "jsonl", "json", "parquet"] = "auto"
+    """Format of the files; auto goes by what they hold."""
+
+    weight: PositiveFloat = 1.0
+    """How many times each row is seen per epoch; 0.5 takes half of the rows."""
+
+    split: Text = "train"
+    """Split of a named data set."""
+
+    revision: Text | None = None
+    """Branch, tag or commit of a hub dataset. None: the hub's default branch."""
+
+    num_samples: PositiveInt | None = None
+    """Use only the first so many rows; for the built-in world, how many to draw. None: all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return source_from_text(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _is_one_source(self) -> Self:
+        problems = {}
+        if (self.name is None) == (self.path is None):
+            problems[""] = f"wanted exactly one of name and path, got {'neither' if self.name is None else 'both'}"
+        elif self.path is not None and self.split != "train":
+            problems["split"] = "files have no splits; give the files of this split as path"
+        if self.name is None or self.name == "shapes":
+            problems |= {"revision": "only a hub dataset has revisions; remove it"} if self.revision else {}
+        if self.path is None:
+            problems |= {"image_root": "only files have an image_root; remove it"} if self.image_root else {}
+            problems |= {"format": "only files have a format; remove it"} if self.format != "auto" else {}
+        _raise_contradictions(problems)
+        return self
+
+
+class DataConfig(_Section):
+    """What the model reads, and how it is prepared."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1), Strict(False)]
+    """The mixture, at least one source: samples with images and text-only ones may be mixed."""
+
+    max_length: PositiveInt = 2048
+    """Tokens of a sample, image tokens included; a longer one is left out and counted, never cut through an image."""
+
+    max_images_per_sample: NonNegativeInt = 8
+    """Images of a sample; one with more is left out and counted. 0: text only."""
+
+    image_processing_batch_size: PositiveInt = 4
+    """Images that one data task holds decoded and preprocessed at once: bounds its memory, changes no result."""
+
+    num_proc: PositiveInt | None = None
+    """Data tasks that run at once. None: what the cluster has left beside the workers."""
+
+    cpus_per_task: PositiveFloat | None = None
+    """Logical CPUs that a data task reserves. None: 1, or less where that would leave no room for a single task."""
+
+    cache_dir: LocalPath | None = None
+    """Folder for downloaded and indexed data. None: the Hugging Face cache."""
+
+    group_by_length: bool = True
+    """Put samples of similar length into the same micro-batch, so that less is spent on padding."""
+
+    max_rejected_fraction: Fraction = 0.1
+    """Stop the run when more than this fraction of the rows is left out: the data are then not what they seem."""
+
+
+class OptimizerConfig(_Section):
+    """How the SwiftKV weights are updated."""
+
+    type: Literal["adamw"] = "adamw"
+    """torch's fused AdamW, the fastest one on CPUs."""
+
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate; the default is that of the published SwiftKV recipes."""
+
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square, each in [0, 1)."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator of an update, against division by zero."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay per unit of learning rate. 0: the trained weights start as copies of the teacher's."""
+
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the global gradient norm to this. None: never clip."""
+
+
+class SchedulerConfig(_Section):
+    """The learning rate over the run."""
+
+    type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """A schedule of transformers.get_scheduler."""
+
+    warmup_ratio: Fraction = 0.05
+    """Fraction of the run's steps over which the learning rate rises from 0."""
+
+    warmup_steps: NonNegativeInt | None = None
+    """The same as a number of steps; wins over the ratio. None: use the ratio."""
+
+
+class ClusterConfig(_Section):
+    """Where the run computes."""
+
+    address: Text | None = None
+    """A Ray cluster's address. None: join the one that RAY_ADDRESS or the job names, else start one on this machine.
+    "local": always start one."""
+
+    num_workers: NonNegativeInt = 1
+    """Training processes, each with a full copy of the model. 0: everything in this process, without Ray."""
+
+    threads_per_worker: PositiveInt | None = None
+    """Compute threads of a worker. None: the CPUs it reserves. Other numbers of threads give other last bits."""
+
+    cpus_per_worker: PositiveFloat | None = None
+    """Logical CPUs that Ray reserves for a worker. None: an equal share of the machine, with room for data tasks."""
+
+    timeout_seconds: PositiveFloat = 300.0
+    """How long a worker may wait for the others before the run fails instead of hanging."""
+
+    max_failures: NonNegativeInt = 3
+    """Times that lost workers are replaced and the run goes on from its newest checkpoint."""
+
+    network_interface: Text | None = None
+    """Network interface for the workers' traffic (GLOO_SOCKET_IFNAME), such as eth0. None: let gloo choose."""
+
+
+class CheckpointConfig(_Section):
+    """What is kept to resume from."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints. None: every tenth of the run. The final one is always written."""
+
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep; two, so that a damaged one does not lose the run."""
+
+
+class OutputConfig(_Section):
+    """The run folder `dir`/`name`, and what is told on the way."""
+
+    dir: LocalPath = "runs"
+    """Folder of all runs."""
+
+    name: Text | None = None
+    """This run's folder below `dir`. None: the name of the config file without its ending."""
+
+    log_every_steps: PositiveInt = 1
+    """Optimizer steps between two lines of metrics."""
+
+    order: bool = False
+    """Write order.jsonl: the sample ids of every step."""
+
+    tensorboard: bool = True
+    """Write the metrics for TensorBoard as well."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important messages that are printed."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_folder(cls, name: str | None) -> str | None:
+        if name is not None and (name in (".", "..") or Path(name).name != name):
+            raise ValueError(f"wanted the name of one folder, got {name!r}; where it lies is output.dir")
+        return name
+
+
+class Config(_Section):
+    """One run, complete."""
+
+    objective: Literal["distill"] = "distill"
+    """What is learnt: the student follows the teacher's distribution over next tokens."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the order of the data and of new weights, below 2**32."""
+
+    epochs: PositiveInt = 1
+    """Passes over the mixture."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps. None: only `epochs` counts."""
+
+    micro_batch_size: PositiveInt = 1
+    """Samples of one forward pass of one worker."""
+
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches that a worker sums up for one optimizer step."""
+
+    temperature: PositiveFloat = 2.0
+    """Softens both distributions; the loss is multiplied by its square, which keeps the size of the gradient."""
+
+    vision_loss_weight: NonNegativeFloat = 1.0
+    """Weight of a sample that has images."""
+
+    text_loss_weight: NonNegativeFloat = 1.0
+    """Weight of a sample without images. Not both weights may be 0."""
+
+    hidden_loss_weight: NonNegativeFloat = 0.0
+    """Weight of the distance between final hidden states of student and teacher. 0: the term is not computed."""
+
+    model: ModelConfig
+    """The teacher and its SwiftKV form."""
+
+    data: DataConfig
+    """What the model reads."""
+
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """How weights are updated."""
+
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    """The learning rate over the run."""
+
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    """Where the run computes."""
+
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """What is kept to resume from."""
+
+    output: OutputConfig = Field(default_factory=OutputConfig)
+    """The run folder."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        problems = {}
+        if self.vision_loss_weight == 0 and self.text_loss_weight == 0:
+            problems["text_loss_weight"] = "0 like vision_loss_weight: nothing would be learnt; raise one of them"
+        if self.model.revision and os.path.isabs(self.model.name_or_path):
+            problems["model.revision"] = f"the folder {self.model.name_or_path} has no revisions; remove it"
+        _raise_contradictions(problems)
+        return self
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of one optimizer step, over all workers."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * max(self.cluster.num_workers, 1)
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, _Section)
+
+
+def source_from_text(text: str) -> dict[str, str]:
+    is_path = text.endswith((".jsonl", ".json", ".parquet")) or "*" in text or os.path.exists(os.path.expanduser(text))
+    return {"path": text} if is_path and text != "shapes" else {"name": text}
+
+
+# Where a run computes, what it keeps and how its data are prepared may change between a run and its resumption.
+_DECIDES_NO_NUMBER = (
+    "output",
+    "checkpoint",
+    "cluster",
+    "data.image_processing_batch_size",
+    "data.num_proc",
+    "data.cpus_per_task",
+    "data.cache_dir",
+    "data.max_rejected_fraction",
+)
+
+
+def changed_keys(a: Config, b: Config) -> list[str]:
+    """The keys, such as `optimizer.lr`, in which two configurations would give different numbers."""
+    return list(_changes(a.model_dump(mode="json"), b.model_dump(mode="json"), ()))
+
+
+def _changes(a: Any, b: Any, key: tuple[str | int, ...]) -> Iterator[str]:
+    if ".".join(map(str, key)) in _DECIDES_NO_NUMBER:
+        return
+    if isinstance(a, list) and isinstance(b, list):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        for part in {**a, **b}:
+            yield from _changes(a.get(part), b.get(part), (*key, part))
+    elif a != b:
+        yield ".".join(map(str, key))

@@ -21,6 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers_each_time() -> None:
+    torch.manual_seed(0)
+
+
 def tiny_config(text_model_type: str = "llama", **text: Any) -> Any:
     """6 text layers; one tile of 32 px in 8 px patches, up to 2 x 2 tiles more."""
     return presets.llava_next_config(

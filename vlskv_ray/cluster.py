@@ -1,7 +1,6 @@
 """Starting or joining Ray, what of it a run may reserve, and one live line instead of its noise."""
 
 import json
-import logging
 import math
 import os
 import sys
@@ -12,7 +11,7 @@ from typing import Any, TextIO
 
 from vlskv_ray.config import ClusterConfig, Config, DataConfig
 
-QUIET = {
+ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # no cluster of ours takes orders from strangers
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",
@@ -34,24 +33,26 @@ class Reserved:
     threads_per_worker: int
 
 
-def start_ray(address: str | None) -> tuple[float, bool]:
+def start_ray(address: str | None, quiet: bool = True) -> tuple[float, bool]:
     """Joins the cluster there is, else starts one on this machine; returns its CPUs and whether it was joined.
 
     Args:
         address: None: that of RAY_ADDRESS, or of a `ray start` on this machine, else a new one. "local": always a new
             one. Anything else is joined.
+        quiet: show nothing of what Ray and the workers print.
 
     Raises:
         ValueError: a cluster that was asked for cannot be reached.
     """
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
+    level = "ERROR" if quiet else "INFO"
     options: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "logging_config": ray.LoggingConfig(log_level="ERROR"),
-        "log_to_driver": False,
+        "logging_level": level,
+        "logging_config": ray.LoggingConfig(log_level=level),
+        "log_to_driver": not quiet,
     }
     wanted = address or os.environ.get("RAY_ADDRESS")
     if wanted != "local":

@@ -158,7 +158,7 @@ class DataConfig(_Section):
     """Data tasks that run at once. None: what the cluster has left beside the workers."""
 
     cpus_per_task: PositiveFloat | None = None
-    """Logical CPUs that a data task reserves. None: 1, or less where that would leave no room for a single task."""
+    """Logical CPUs that a data task reserves. None: 1, or 0.5 where fewer than two are left beside the workers."""
 
     cache_dir: LocalPath | None = None
     """Folder for downloaded and indexed data. None: the Hugging Face cache."""
@@ -216,10 +216,11 @@ class ClusterConfig(_Section):
     """Training processes, each with a full copy of the model. 0: everything in this process, without Ray."""
 
     threads_per_worker: PositiveInt | None = None
-    """Compute threads of a worker. None: the CPUs it reserves. Other numbers of threads give other last bits."""
+    """Compute threads of a worker. None: the cluster's CPUs divided by the workers. The number decides the last bits of
+    every result, so the resolved one is kept with the run."""
 
     cpus_per_worker: PositiveFloat | None = None
-    """Logical CPUs that Ray reserves for a worker. None: an equal share of the machine, with room for data tasks."""
+    """Logical CPUs that Ray reserves for a worker. None: an equal share of half of the cluster; the rest is for data."""
 
     timeout_seconds: PositiveFloat = 300.0
     """How long a worker may wait for the others before the run fails instead of hanging."""

@@ -220,7 +220,7 @@ class ClusterConfig(_Section):
     every result, so the resolved one is kept with the run."""
 
     cpus_per_worker: PositiveFloat | None = None
-    """Logical CPUs that Ray reserves for a worker. None: an equal share of half of the cluster; the rest is for data."""
+    """Logical CPUs that Ray reserves for a worker. None: the workers share half of the cluster; the rest is for data."""
 
     timeout_seconds: PositiveFloat = 300.0
     """How long a worker may wait for the others before the run fails instead of hanging."""
@@ -261,7 +261,8 @@ class OutputConfig(_Section):
     """Write the metrics for TensorBoard as well."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least important messages that are printed."""
+    """What is printed. info: a block at the start, then progress; debug: also what Ray and the workers print; warning and
+    error: nothing while all goes well."""
 
     @field_validator("name")
     @classmethod

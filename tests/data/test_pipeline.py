@@ -1,0 +1,97 @@
+"""From plan rows to micro-batches: rows that cannot be used are listed, neighbours unharmed, and the row format is exact."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch_of, picture
+
+from vlskv_ray.config import SourceConfig
+from vlskv_ray.data.chat import Limits
+from vlskv_ray.data.collate import IGNORE_INDEX, TENSORS, Batch, Encoded, from_row, to_row
+from vlskv_ray.data.pipeline import Loader, local_batches
+from vlskv_ray.data.plan import Plan, Table
+from vlskv_ray.data.sources import open_sources
+from vlskv_ray.model.build import find_checkpoint
+
+
+def same(a: Batch, b: Batch) -> bool:
+    for name in TENSORS:
+        x, y = getattr(a, name), getattr(b, name)
+        if (x is None) != (y is None) or (x is not None and (x.dtype != y.dtype or not torch.equal(x, y))):
+            return False
+    return (a.step, a.micro_batch, a.sample_ids, a.rejected) == (b.step, b.micro_batch, b.sample_ids, b.rejected)
+
+
+def test_collated_equals_one_by_one(encoded: list[Encoded]) -> None:
+    batch = batch_of(encoded)
+    image = 0
+    for row, sample in enumerate(encoded):
+        length = len(sample.input_ids)
+        assert batch.input_ids[row, :length].tolist() == sample.input_ids.tolist()
+        assert batch.labels[row, :length].tolist() == sample.labels.tolist()
+        assert batch.attention_mask[row].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
+        assert (batch.labels[row, length:] == IGNORE_INDEX).all()
+        assert batch.has_image[row] == bool(sample.pixel_values)
+        for tiles in sample.pixel_values:
+            assert torch.equal(batch.pixel_values[image, : len(tiles)], torch.from_numpy(tiles))
+            assert not batch.pixel_values[image, len(tiles) :].any()
+            image += 1
+    assert image == len(batch.image_sizes)
+    assert batch.input_ids.shape[1] == max(len(sample.input_ids) for sample in encoded)
+
+
+@pytest.mark.parametrize("which", [slice(0, 8), slice(1, 2), slice(0, 0)])
+def test_the_row_format_loses_nothing(encoded: list[Encoded], which: slice) -> None:
+    """Images, none, or no sample at all: dtypes, shapes and lists survive the way to a worker."""
+    batch = batch_of(encoded[which], step=7, micro_batch=3, rejected=[{"id": "a:1", "reason": "x", "detail": "é"}])
+    assert same(from_row(to_row(batch)), batch)
+
+
+def rows_of(folder: Path) -> Path:
+    (folder / "good.png").write_bytes(picture(50, 40))
+    (folder / "broken.png").write_bytes(picture(50, 40)[:200])
+    answer = {"role": "assistant", "content": "yes"}
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, answer]},
+        {"messages": [{"role": "user", "content": "look"}, answer], "images": ["broken.png"]},
+        {"messages": [{"role": "user", "content": "look"}, answer], "images": ["good.png"]},
+        {"messages": [{"role": "user", "content": "long " * 200}, answer]},
+        {"messages": [{"role": "user", "content": "look"}, answer], "images": ["missing.png"]},
+        {"messages": [{"role": "user", "content": "look"}, answer], "images": ["../../etc/passwd"]},
+    ]
+    lines = [json.dumps(row) for row in rows] + ["{not json", json.dumps(rows[0])]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
+
+
+def loader_of(file: Path, model: Path, **options: int) -> Loader:
+    sources = open_sources([SourceConfig(path=str(file))])
+    tables = [Table(source.num_images, source.text_bytes) for source in sources]
+    plan = Plan(tables, seed=0, **{"micro_batch_size": 3, "micro_batches_per_step": 1} | options)
+    return Loader(tuple(sources), plan, find_checkpoint(str(model)), Limits(max_length=300))
+
+
+def test_rows_left_out_are_listed_with_their_reason(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
+    loader = loader_of(rows_of(tmp_path), teacher_folder())
+    batches = list(local_batches(loader, 0, loader.plan.steps_per_epoch))
+    assert sorted(i for b in batches for i in b.sample_ids) == ["rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:8"]
+    rejected = {row["id"]: row["reason"] for b in batches for row in b.rejected}
+    assert rejected == {
+        "rows.jsonl:2": "image_truncated",
+        "rows.jsonl:4": "too_long",
+        "rows.jsonl:5": "image_missing",
+        "rows.jsonl:6": "path_outside_root",
+        "rows.jsonl:7": "json_line",
+    }
+    assert all(row["detail"] for b in batches for row in b.rejected)
+
+
+def test_a_micro_batch_does_not_depend_on_its_neighbours(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A row's micro-batch is the same made first, last or again."""
+    loader = loader_of(rows_of(tmp_path), teacher_folder())
+    rows = list(loader.plan.rows(0, loader.plan.steps_per_epoch))
+    forward, backward = [loader(row) for row in rows], [loader(row) for row in reversed(rows)][::-1]
+    assert all(same(a, b) for a, b in zip(forward, backward, strict=True))

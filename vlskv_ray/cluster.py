@@ -94,9 +94,10 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
 class ProgressLine:
     """Follows a run's metrics.jsonl: one line redrawn on a terminal, plain lines now and then anywhere else."""
 
-    def __init__(self, metrics: Path, total_steps: int, out: TextIO = sys.stdout) -> None:
-        self.path, self.total_steps, self.out = metrics, total_steps, out
-        self.live = out.isatty()
+    def __init__(self, metrics: Path, total_steps: int, shown: bool = True, out: TextIO | None = None) -> None:
+        self.path, self.total_steps, self.shown = metrics, total_steps, shown
+        self.out = out or sys.stdout
+        self.live = self.out.isatty()
         self.offset, self.partial = 0, ""
         self.printed_at = -math.inf
         self.first: tuple[float, int] | None = None
@@ -110,7 +111,7 @@ class ProgressLine:
             return
         if size < self.offset:  # a restarted worker has taken back lines after its checkpoint
             self.offset, self.partial, self.first = 0, "", None
-        if size == self.offset:
+        if size == self.offset or not self.shown:
             return
         with open(self.path) as file:
             file.seek(self.offset)

@@ -83,9 +83,11 @@ def shared_pass(model: Any, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor,
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) of each row and its gradient by the student's logits.
 
-    With p and q the softmax of the teacher's and the student's logits over `temperature`, KL = sum p (log p - log q)
-    and dKL/dlogits = (q - p) / temperature. A token that the teacher rules out (logit -inf) adds exactly 0, whatever
-    the student says of it; KL is infinite only where the student rules out what the teacher does not.
+    With p and q the softmax of the teacher's and the student's logits over `temperature`, dKL/dlogits = (q - p) /
+    temperature and KL = sum p (log p - log q), taken as sum p (log p - log q) + q - p. That is the same number, since p
+    and q both add up to 1, but a rounding error common to a row's log-probabilities then cancels instead of adding to a
+    KL much smaller than they are. A token that the teacher rules out (logit -inf) makes nothing infinite; KL is infinite
+    only where the student rules out what the teacher does not.
 
     Args:
         student_logits, teacher_logits: float32 or float64[n, V], unscaled.
@@ -96,8 +98,9 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
     log_q = F.log_softmax(student_logits / temperature, dim=-1)
     p = log_p.exp()
-    kl = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
-    return kl, (log_q.exp() - p) / temperature
+    difference = log_q.exp() - p
+    expected = torch.where(p == 0, 0, p * (log_p - log_q))  # not `p > 0`, which would make a NaN a 0
+    return (expected + difference).sum(-1), difference / temperature
 
 
 class DivergenceAtHead(torch.autograd.Function):

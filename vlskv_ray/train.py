@@ -2,7 +2,6 @@
 
 import argparse
 import fcntl
-import json
 import os
 import platform
 import shutil
@@ -10,35 +9,33 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import vlskv_ray
-from vlskv_ray.checkpoint import SavedState, newest_checkpoint, newest_step, write_json, write_text
-from vlskv_ray.cluster import ProgressLine, Reserved, describe, duration, reserve, start_ray
+from vlskv_ray.checkpoint import SavedState, newest_checkpoint, newest_step, write_text
+from vlskv_ray.cluster import ProgressLine, Reserved, describe, reserve, start_ray
 from vlskv_ray.config import Config, changed_keys, dump_config, load_config_and_notices
 from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.model.build import (
-    build_student,
-    find_checkpoint,
-    load_config,
-    load_processor,
-    swiftkv_config,
-    trainable_parameters,
-)
-from vlskv_ray.train_loop import GradientBuffer, Run, Worker, build_optimizer, objective_of, train_step, train_worker
+from vlskv_ray.dry_run import dry_run
+from vlskv_ray.model.build import find_checkpoint, load_config, load_processor, swiftkv_config
+from vlskv_ray.report import result_table, write_summary
+from vlskv_ray.train_loop import Run, Worker, train_worker
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+
+
+class RunFailed(RuntimeError):
+    """The run ended by an error that is not the user's input; its cause is the error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,21 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(dump_config(config), end="")
             return DONE
-        for notice in notices:
-            print(notice)
+        if config.output.level in ("debug", "info"):
+            print("\n".join(notices), end="\n" if notices else "")
         if options.dry_run:
-            return dry_run(*prepare(config, options.num_samples))
+            dry_run(*prepare(config, num_samples=options.num_samples))
+            return DONE
         return train(config, num_samples=options.num_samples, resume=options.resume)
-    except ValueError as error:  # every one of ours names the key or file, what was wanted and the remedy
+    except ValueError as error:  # each of ours names the key or file, what was wanted and the remedy
         print(error, file=sys.stderr)
         return WRONG_INPUT
+    except KeyboardInterrupt:  # before the run began; later it is asked to save first
+        return 128 + signal.SIGINT
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Options of the command, and what is left: overrides of the config."""
     parser = argparse.ArgumentParser(
         prog="python -m vlskv_ray.train",
         description="Distils a LLaVA-style vision-language model into its SwiftKV form.",
         epilog="Any option of the config can be given as section.key=value, for instance cluster.num_workers=4.",
+        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument("--dry-run", action="store_true", help="check everything up to one step of one micro-batch")
@@ -76,186 +78,200 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         "moved aside; must: fail where there is nothing to go on from",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
-    options, overrides = parser.parse_known_args(arguments)
-    return options, overrides
+    return parser.parse_known_args(arguments)
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    """A number of samples, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a positive number, got {text!r}")
+    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------- before the workers
-def prepare(config: Config, num_samples: int | None = None) -> tuple[Run, Loader]:
+def prepare(config: Config, saved: SavedState | None = None, num_samples: int | None = None) -> tuple[Run, Loader]:
     """Checks model, processor and data of a run and lays out its plan; loads no weights and writes nothing.
+
+    Args:
+        config: of the run.
+        saved: the checkpoint it goes on from; that fixes how many micro-batches a step has.
+        num_samples: use only the first so many samples of the mixture.
 
     Raises:
         ValueError: something in the config cannot work; says which key and what to do.
     """
     checkpoint = find_checkpoint(config.model.name_or_path, config.model.revision)
-    if checkpoint.revision:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"revision": checkpoint.revision})})
-    student = swiftkv_config(
-        load_config(checkpoint), config.model.num_key_value_layers, config.model.key_value_group_size
-    )
-    processor = load_processor(checkpoint)
-    check_template(processor)
-    limit = student.text_config.max_position_embeddings
-    if config.data.max_length > limit:
-        raise ValueError(f"data.max_length: {config.data.max_length}, but the model has positions up to {limit} only")
+    model = config.model.model_copy(update={"revision": checkpoint.revision})
+    layers = (model.num_key_value_layers, model.key_value_group_size)
+    text_config = swiftkv_config(load_config(checkpoint), *layers).text_config
+    check_template(load_processor(checkpoint))
+    positions = text_config.max_position_embeddings
+    max_length = config.data.max_length or positions
+    if max_length > positions:
+        raise ValueError(f"data.max_length: {max_length}, but the model has positions up to {positions} only")
+    data = config.data.model_copy(update={"max_length": max_length})
+    config = config.model_copy(update={"model": model, "data": data})
 
-    sources = tuple(open_sources(config.data.sources, cache_dir=config.data.cache_dir))
+    sources = tuple(open_sources(data.sources, cache_dir=data.cache_dir))
     tables = [Table(source.num_images, source.text_bytes, source.weight) for source in sources]
     if num_samples is not None:
         tables = first_of_mixture(tables, num_samples)
-    micro_batches_per_step = config.gradient_accumulation_steps * max(config.cluster.num_workers, 1)
+    micro_batches_per_step = check_resumable(config, saved)
     plan = Plan(
         tables,
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
         micro_batches_per_step=micro_batches_per_step,
-        group_by_length=config.data.group_by_length,
+        group_by_length=data.group_by_length,
     )
-    total_steps = min(config.epochs * plan.steps_per_epoch, config.max_steps or sys.maxsize)
-    limits = Limits(config.data.max_length, config.data.max_images_per_sample, config.data.image_processing_batch_size)
     run = Run(
         config=config,
-        folder=Path(config.output.dir) / str(config.output.name),
+        folder=run_folder(config),
         checkpoint=checkpoint,
         micro_batches_per_step=micro_batches_per_step,
         steps_per_epoch=plan.steps_per_epoch,
-        total_steps=total_steps,
+        total_steps=min(config.epochs * plan.steps_per_epoch, config.max_steps or sys.maxsize),
         plan_fingerprint=plan.fingerprint(),
     )
-    print(start_block(run, plan, student.text_config))
+    if saved and saved.state["plan"] != run.plan_fingerprint:
+        raise ValueError(f"{saved.path}: cannot go on from here: the data changed since; {REMEDY}")
+    say(config, start_block(run, plan, text_config))
+    limits = Limits(max_length, data.max_images_per_sample, data.image_processing_batch_size)
     return run, Loader(sources, plan, checkpoint, limits)
 
 
-def start_block(run: Run, plan: Plan, text_config: Any) -> str:
-    """What is about to happen, for the reader of a log."""
-    config = run.config
-    versions = " ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers"))
+REMEDY = "use --resume never to start anew, or another output.name"
+
+
+def check_resumable(config: Config, saved: SavedState | None) -> int:
+    """Micro-batches of a step, all workers together: fixed when a run starts, however many workers it goes on with.
+
+    Raises:
+        ValueError: it would not be the same run, or the workers cannot share its micro-batches.
+    """
     workers = max(config.cluster.num_workers, 1)
-    global_batch = config.micro_batch_size * config.gradient_accumulation_steps * workers
-    layers, kept = text_config.num_hidden_layers, text_config.num_key_value_layers
+    wanted = config.gradient_accumulation_steps * workers
+    if saved is None:
+        return wanted
+    before = Config.model_validate(saved.state["config"])
+    changed = changed_keys(before, config)
+    if before.cluster.num_workers != config.cluster.num_workers:  # then another accumulation makes up for it
+        changed = [key for key in changed if key != "gradient_accumulation_steps"]
+    if changed:
+        raise ValueError(f"{saved.path}: cannot go on from here: {', '.join(changed)} changed since; {REMEDY}")
+    count: int = saved.state["micro_batches_per_step"]
+    if count % workers:
+        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise ValueError(
+            f"cluster.num_workers: {workers} workers cannot share the {count} micro-batches of a step equally, which "
+            f"were fixed when this run started; wanted one of {fitting}"
+        )
+    return count
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.output.dir) / str(config.output.name)
+
+
+def start_block(run: Run, plan: Plan, text: Any) -> str:
+    """What is about to happen, for the reader of a log."""
+    config, workers = run.config, max(run.config.cluster.num_workers, 1)
+    versions = "  ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers"))
+    accumulation = run.micro_batches_per_step // workers
     revision = f" at {run.checkpoint.revision}" if run.checkpoint.revision else ""
-    sources = ", ".join(f"{len(table)}" for table in plan.tables)
-    return "\n".join(
-        [
-            f"vlskv_ray {vlskv_ray.__version__}  {versions}  python {platform.python_version()}",
-            f"model         {run.checkpoint.name_or_path}{revision}: {layers} text layers, SwiftKV from layer {kept}, "
-            f"groups of {text_config.key_value_group_size}, frozen weights {config.model.dtype}",
-            f"data          {plan.samples_per_epoch} samples an epoch of sources with {sources} rows",
-            f"global batch  {global_batch} = {config.micro_batch_size} samples x "
-            f"{config.gradient_accumulation_steps} accumulation x {workers} workers",
-            f"run           {run.total_steps} steps, {config.epochs} epochs of {run.steps_per_epoch}, "
-            f"into {os.path.relpath(run.folder)}",
-        ]
+    rows = " + ".join(str(len(table)) for table in plan.tables)
+    return (
+        f"vlskv_ray {vlskv_ray.__version__}  {versions}  python {platform.python_version()}\n"
+        f"model         {run.checkpoint.name_or_path}{revision}: {text.num_hidden_layers} text layers, SwiftKV from "
+        f"layer {text.num_key_value_layers} in groups of {text.key_value_group_size}, weights {config.model.dtype}\n"
+        f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows\n"
+        f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
+        f"{accumulation} accumulation x {workers} workers\n"
+        f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {os.path.relpath(run.folder)}"
     )
 
 
-def check_resumable(run: Run, saved: SavedState) -> Run:
-    """A run that goes on from a checkpoint keeps its global batch, however many workers there are now.
-
-    Raises:
-        ValueError: it would not be the same run.
-    """
-    before = Config.model_validate(saved.state["config"], strict=False)
-    changed = [key for key in changed_keys(before, run.config) if key != "gradient_accumulation_steps"]
-    remedy = "use --resume never to start anew, or another output.name"
-    if changed:
-        raise ValueError(
-            f"{run.folder}: cannot go on from step {saved.step}: {', '.join(changed)} changed since; {remedy}"
-        )
-    if saved.state["plan"] != run.plan_fingerprint:
-        raise ValueError(f"{run.folder}: cannot go on from step {saved.step}: the data changed since; {remedy}")
-    return run
+def say(config: Config, text: str) -> None:
+    if config.output.level in ("debug", "info"):
+        print(text, flush=True)
 
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Makes the run folder this process's own while it lives, so that two commands never write one run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ValueError(f"output.dir: {folder} cannot be written: {error.strerror}") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is running this run; wait, or use another output.name"
-            ) from None
+            raise ValueError(f"{folder}: another process runs this run; wait, or use another output.name") from None
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------------------ the run
 def train(config: Config, *, num_samples: int | None = None, resume: str = "auto") -> int:
     """A whole run, from config to `final/` and summary.json; the exit status. ValueError for what the user can mend."""
-    began = time.time()
-    run, loader = prepare(config, num_samples)
-    if resume == "never":
-        move_aside(run.folder)
-    with owned(run.folder):
-        saved = newest_checkpoint(run.checkpoints, warn=lambda message: print(f"warning: {message}"))
+    began = time.monotonic()
+    folder = run_folder(config)
+    if resume == "never" and folder.exists():
+        with owned(folder):  # not one that is running
+            older = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(older)  # nothing is deleted
+        print(f"moved the older run to {os.path.relpath(older)}")
+    with owned(folder):
+        saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         if saved is None and resume == "must":
-            raise ValueError(f"{run.folder}: there is no checkpoint to go on from, and --resume must was given")
-        if saved is not None:
-            run = check_resumable(run, saved)
-            if saved.step == run.total_steps and (run.folder / "summary.json").exists():
-                print(f"{run.folder}: this run is already finished; --resume never starts it anew\n")
-                print(result_table(run.folder))
-                return DONE
-            print(f"resuming from step {saved.step}")
-        run.stop_file.unlink(missing_ok=True)
-        outcome, asked_by = (run_local if config.cluster.num_workers == 0 else run_on_ray)(run, loader)
+            raise ValueError(f"{folder}: --resume must was given, but there is no checkpoint to go on from")
+        run, loader = prepare(config, saved, num_samples)
+        if saved and saved.step == run.total_steps and (folder / "summary.json").exists():
+            print(f"this run is already finished; --resume never starts it anew\n{result_table(run)}")
+            return DONE
+        if saved:
+            say(config, f"resume        from step {saved.step}")
+        start = run_here if config.cluster.num_workers == 0 else run_on_ray
+        try:
+            outcome, asked_by = start(run, loader)
+        except RunFailed as error:
+            cause = error.__cause__
+            write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
+            reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
+            print(f"error: {reason}; all of it is in {folder / 'error.log'}", file=sys.stderr)
+            return FAILED
         if outcome["status"] == "failed":
             print(f"error: {outcome['message']}", file=sys.stderr)
             return FAILED
         if outcome["status"] == "stopped":
-            print(
-                f"stopped and saved at step {outcome['step']} of {run.total_steps}; the same command goes on from there"
-            )
-            return TERMINATED if asked_by == signal.SIGTERM else INTERRUPTED
-        write_summary(run, outcome, time.time() - began)
-        print(result_table(run.folder))
+            print(f"saved at step {outcome['step']} of {run.total_steps}; the same command goes on from there")
+            return 128 + (asked_by or signal.SIGINT)
+        write_summary(run, outcome, time.monotonic() - began)
+        print(result_table(run))
         return DONE
 
 
-def run_local(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
+def run_here(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
     """Everything in this process, without Ray: `cluster.num_workers: 0`."""
-    threads = run.config.cluster.threads_per_worker or os.cpu_count() or 1
-    run = with_threads(run, threads)
-    start_folder(run)
-    outcome: dict[str, Any] = {}
-
-    def work() -> None:
-        outcome.update(train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps)))
-
-    return watch(run, work, outcome)
+    run = with_threads(run, run.config.cluster.threads_per_worker or os.cpu_count() or 1)
+    return watch(run, lambda: train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps)))
 
 
 def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
     """A TorchTrainer with gloo on the cluster there is, or on this machine."""
-    config = run.config
-    cpus, joined = start_ray(config.cluster.address)
-    reserved = reserve(config.cluster, config.data, cpus)
-    run = with_threads(run, reserved.threads_per_worker)
-    start_folder(run)
-    print(describe(config, reserved, cpus, joined), flush=True)
-    outcome: dict[str, Any] = {}
-
-    def work() -> None:
-        outcome.update(fit(run, loader, reserved))
-
     import ray
 
+    config = run.config
+    cpus, joined = start_ray(config.cluster.address, quiet=config.output.level != "debug")
     try:
-        return watch(run, work, outcome)
+        reserved = reserve(config.cluster, config.data, cpus)
+        run = with_threads(run, reserved.threads_per_worker)
+        say(config, f"cluster       {describe(config, reserved, cpus, joined)}")
+        return watch(run, lambda: fit(run, loader, reserved))
     finally:
         ray.shutdown()
-        shutil.rmtree(
-            run.folder / "ray", ignore_errors=True
-        )  # Ray's notes on this attempt; ours are all we resume from
+        shutil.rmtree(run.folder / "ray", ignore_errors=True)  # Ray's own notes; ours are all that is resumed from
 
 
 def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
@@ -266,7 +282,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
 
     config = run.config
 
-    def dataset() -> Any:  # called at every start of the workers, where the step to begin with is known
+    def dataset() -> Any:  # called at every start of the workers, when it is known which step comes next
         return ray_dataset(
             loader,
             newest_step(run.checkpoints),
@@ -279,7 +295,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"run": run},
-        torch_config=TorchConfig(backend="gloo", timeout_s=config.cluster.timeout_seconds),
+        torch_config=TorchConfig(backend="gloo", timeout_s=int(config.cluster.timeout_seconds)),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.num_workers,
             resources_per_worker={"CPU": reserved.cpus_per_worker},
@@ -291,12 +307,12 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             name=f"attempt-{time.time_ns()}",  # a new one each time: Ray's own records are never resumed from
             storage_path=str(run.folder / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
+            logging_config=LoggingConfig(log_level="INFO" if config.output.level == "debug" else "ERROR"),
             worker_runtime_env={"env_vars": {"GLOO_SOCKET_IFNAME": interface}} if interface else None,
         ),
     )
-    result: dict[str, Any] = trainer.fit().return_value
-    return result
+    outcome: dict[str, Any] = trainer.fit().return_value
+    return outcome
 
 
 def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -304,23 +320,31 @@ def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     context = ray.train.get_context()
-    run: Run = settings["run"]
+    worker = Worker(context.get_world_rank(), context.get_world_size())
 
     def batches_from(step: int) -> Iterator[Batch]:
-        return ray_batches(ray.train.get_dataset_shard("train"))
+        return ray_batches(ray.train.get_dataset_shard("train"))  # `fit` has it begin at the same step
 
-    return train_worker(run, Worker(context.get_world_rank(), context.get_world_size()), batches_from)
+    return train_worker(settings["run"], worker, batches_from)
 
 
-def watch(run: Run, work: Any, outcome: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """Runs `work` in a thread while this one shows progress and takes signals; what ended it, and who asked."""
+def watch(run: Run, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], int | None]:
+    """Runs `work` in a thread while this one shows progress and takes signals.
+
+    Returns:
+        what `work` returned, and the signal that asked it to stop, if one did.
+
+    Raises:
+        RunFailed: `work` raised; the error is its cause.
+    """
+    outcome: dict[str, Any] = {}
     failure: list[BaseException] = []
     asked: list[int] = []
 
     def target() -> None:
         try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that can report it
+            outcome.update(work())
+        except BaseException as error:  # whatever it is, it is raised again below, in the thread that can report it
             failure.append(error)
 
     def stop(signum: int, frame: Any) -> None:
@@ -330,8 +354,11 @@ def watch(run: Run, work: Any, outcome: dict[str, Any]) -> tuple[dict[str, Any],
         run.stop_file.touch()
         print("\nstopping: saving at the end of this step (once more to end at once)", flush=True)
 
+    run.checkpoints.mkdir(exist_ok=True)
+    run.stop_file.unlink(missing_ok=True)
+    write_text(run.folder / "config.yaml", dump_config(run.config))
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    progress = ProgressLine(run.folder / "metrics.jsonl", run.total_steps)
+    progress = ProgressLine(run.folder / "metrics.jsonl", run.total_steps, run.config.output.level in ("debug", "info"))
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     try:
@@ -344,7 +371,7 @@ def watch(run: Run, work: Any, outcome: dict[str, Any]) -> tuple[dict[str, Any],
         for number, handler in before.items():
             signal.signal(number, handler)
     if failure:
-        raise failure[0]
+        raise RunFailed("the run failed") from failure[0]
     return outcome, asked[0] if asked else None
 
 
@@ -352,119 +379,6 @@ def with_threads(run: Run, threads: int) -> Run:
     """The run with its thread count spelled out: it decides the last bits of every number."""
     cluster = run.config.cluster.model_copy(update={"threads_per_worker": threads})
     return replace(run, config=run.config.model_copy(update={"cluster": cluster}))
-
-
-def start_folder(run: Run) -> None:
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / "config.yaml", dump_config(run.config))
-
-
-def move_aside(folder: Path) -> None:
-    """Nothing is deleted: an older run of this name keeps its files under another."""
-    if folder.exists():
-        older = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(older)
-        print(f"moved the older run to {older}")
-
-
-# --------------------------------------------------------------------------------------------------------- the summary
-def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-
-    def mean(key: str, part: slice) -> float | None:
-        values = [line[key] for line in lines if key in line][part]
-        return sum(values) / len(values) if values else None
-
-    names = ("loss", "kl_vision", "kl_text", "top1_agreement")
-    write_json(
-        run.folder / "summary.json",
-        {
-            "steps": outcome["step"],
-            "seconds": round(seconds, 1),
-            "first": {name: mean(name, slice(None, 5)) for name in names},
-            "last": {name: mean(name, slice(-5, None)) for name in names},
-            "rejected": outcome["rejected"],
-            "model": run.checkpoint.name_or_path,
-            "revision": run.checkpoint.revision,
-            "versions": {n: version(n) for n in ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow")},
-        },
-    )
-
-
-def result_table(folder: Path) -> str:
-    """The end of a run for the eye: where the loss began, where it ended, where things are."""
-    summary = json.loads((folder / "summary.json").read_text())
-    labels = {
-        "loss": "loss",
-        "kl_vision": "KL per token, samples with images",
-        "kl_text": "KL per token, text only",
-        "top1_agreement": "top-1 agreement with the teacher",
-    }
-    lines = [f"{'mean of five steps':36}{'first':>12}{'last':>12}"]
-    for name, label in labels.items():
-        first, last = summary["first"][name], summary["last"][name]
-        if first is not None:
-            lines.append(f"{label:36}{first:12.4g}{last:12.4g}")
-    rejected = sum(summary["rejected"].values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["rejected"].items()))
-    lines.append(
-        f"{summary['steps']} steps in {duration(summary['seconds'])}; {rejected} rows left out {reasons}".rstrip()
-    )
-    lines.append(f"student: {os.path.relpath(folder / 'final')}")
-    return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------------------------------- the dry run
-def dry_run(run: Run, loader: Loader) -> int:
-    """One step on one micro-batch in this process, and what it says of memory and time; writes nothing."""
-    config = run.config
-    threads = config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // max(config.cluster.num_workers, 1))
-    torch.set_num_threads(threads)
-    began = time.perf_counter()
-    batch = next((b for b in local_batches(loader, 0, run.total_steps) if b.sample_ids), None)
-    if batch is None:
-        raise ValueError("data.sources: not one row of them can be used; see data.max_length and the rows' reasons")
-    data_seconds = time.perf_counter() - began
-    for row in batch.rejected:
-        print(f"left out {row['id']}: {row['reason']}: {row['detail']}")
-    model = build_student(
-        run.checkpoint,
-        config.model.num_key_value_layers,
-        config.model.key_value_group_size,
-        attn_implementation=config.model.attn_implementation,
-        dtype=getattr(torch, config.model.dtype),
-    )
-    trained = trainable_parameters(model)
-    optimizer, gradients = build_optimizer(config, trained), GradientBuffer(trained.values())
-    seconds = []
-    for _ in range(2):  # the first one also warms up
-        began = time.perf_counter()
-        result = train_step(model, optimizer, gradients, [batch], objective_of(config))
-        seconds.append(time.perf_counter() - began)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    state = sum(p.numel() * 4 * 3 for p in trained.values())  # gradient and two moments, float32
-    per_step = seconds[-1] * run.micro_batches_per_step / max(config.cluster.num_workers, 1)
-    peak = peak_memory_bytes()
-    print(
-        f"micro-batch   {len(batch.sample_ids)} samples, {batch.input_ids.shape[1]} tokens long, "
-        f"{int(result.sums.supervised_tokens)} supervised: {', '.join(batch.sample_ids)}\n"
-        f"loss          {result.sums.loss / max(result.sums.supervised_tokens, 1):.4g}, "
-        f"gradient norm {result.grad_norm:.4g}\n"
-        f"parameters    {sum(p.numel() for p in model.parameters()):,}, "
-        f"{sum(p.numel() for p in trained.values()):,} trained\n"
-        f"memory        {weights / 2**30:.2f} GiB weights + {state / 2**30:.2f} GiB gradients and moments a worker; "
-        f"this process peaked at {peak / 2**30:.2f} GiB\n"
-        f"time          {data_seconds:.2f} s to prepare the micro-batch, {seconds[-1]:.2f} s to train on it with "
-        f"{threads} threads: about {duration(per_step * run.total_steps)} for {run.total_steps} steps like it\n"
-        f"dry run: all is well; nothing was written"
-    )
-    return DONE
-
-
-def peak_memory_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

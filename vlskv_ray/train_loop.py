@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tensorboardX import SummaryWriter
 from torch import Tensor
 from transformers import get_scheduler
+from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, sweep, write_text
 from vlskv_ray.config import Config
@@ -70,17 +71,15 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         batches_from: this worker's micro-batches from a step on, in the order of the plan.
 
     Returns:
-        `status` ("done", "stopped": saved and left as asked, or "failed": with a `message`) and `step`.
+        `status` ("done", "stopped": saved and left as asked, or "failed": with a `message`), `step`, and the rows left
+        out so far by reason.
     """
     config = run.config
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
-    model = build_student(
-        run.checkpoint,
-        config.model.num_key_value_layers,
-        config.model.key_value_group_size,
-        attn_implementation=config.model.attn_implementation,
-        dtype=getattr(torch, config.model.dtype),
-    )
+    try:
+        model = student_of(run)
+    except ValueError as error:  # the same on every worker, and the next time
+        return {"status": "failed", "message": str(error), "step": 0}
     trained = trainable_parameters(model)
     optimizer = build_optimizer(config, trained)
     gradients = GradientBuffer(trained.values())
@@ -216,6 +215,17 @@ def stop_if_not_finite(sums: LossSums, grad_norm: float, micro_batches: Sequence
 
 
 # ------------------------------------------------------------------------------------------------- parts of the loop
+def student_of(run: Run) -> Any:
+    options = run.config.model
+    return build_student(
+        run.checkpoint,
+        options.num_key_value_layers,
+        options.key_value_group_size,
+        attn_implementation=options.attn_implementation,
+        dtype=getattr(torch, options.dtype),
+    )
+
+
 def objective_of(config: Config) -> Objective:
     return Objective(
         temperature=config.temperature,
@@ -362,6 +372,7 @@ def export(run: Run, model: Any) -> None:
     """Writes `final/`: the student as a Hugging Face folder with its processor, all weights of one dtype."""
     final, aside = run.folder / "final", run.folder / ".writing-final"
     shutil.rmtree(aside, ignore_errors=True)
+    transformers_logging.disable_progress_bar()
     model.to(getattr(torch, run.config.model.dtype)).save_pretrained(aside)
     load_processor(run.checkpoint).save_pretrained(aside)
     if final.exists():  # written by this very run before it was killed at its last step

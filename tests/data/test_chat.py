@@ -26,7 +26,8 @@ CHATML = (
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %} [/INST]{% else %} {{ message['content'][0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %} [/INST]{% else %} {{ message['content'][0]['text'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 VICUNA = (
     "{% for message in messages %}{{ message['role'] | upper }}: "

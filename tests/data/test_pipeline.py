@@ -1,4 +1,4 @@
-"""From plan rows to micro-batches: rows that cannot be used are listed, neighbours unharmed, and the row format is exact."""
+"""From plan rows to micro-batches: rows that cannot be used are listed, their neighbours are unharmed."""
 
 import json
 from collections.abc import Callable

@@ -145,8 +145,9 @@ class DataConfig(_Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1), Strict(False)]
     """The mixture, at least one source: samples with images and text-only ones may be mixed."""
 
-    max_length: PositiveInt = 2048
-    """Tokens of a sample, image tokens included; a longer one is left out and counted, never cut through an image."""
+    max_length: PositiveInt | None = None
+    """Tokens of a sample, image tokens included; a longer one is left out and counted, never cut. None: as many as the
+    model has positions for."""
 
     max_images_per_sample: NonNegativeInt = 8
     """Images of a sample; one with more is left out and counted. 0: text only."""
@@ -220,7 +221,7 @@ class ClusterConfig(_Section):
     every result, so the resolved one is kept with the run."""
 
     cpus_per_worker: PositiveFloat | None = None
-    """Logical CPUs that Ray reserves for a worker. None: the workers share half of the cluster; the rest is for data."""
+    """Logical CPUs that Ray reserves for a worker. None: the workers share half of the cluster, data gets the rest."""
 
     timeout_seconds: PositiveFloat = 300.0
     """How long a worker may wait for the others before the run fails instead of hanging."""
@@ -261,8 +262,8 @@ class OutputConfig(_Section):
     """Write the metrics for TensorBoard as well."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """What is printed. info: a block at the start, then progress; debug: also what Ray and the workers print; warning and
-    error: nothing while all goes well."""
+    """What is printed. info: a block at the start, then progress; debug: also what Ray and the workers print; warning
+    and error: nothing while all goes well."""
 
     @field_validator("name")
     @classmethod

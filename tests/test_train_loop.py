@@ -1,0 +1,331 @@
+"""One worker's life, in this process: what moves, what is written, what stops it, and going on as if never stopped."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import batch_of
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from vlskv_ray.checkpoint import newest_checkpoint
+from vlskv_ray.config import Config
+from vlskv_ray.data.collate import Batch, Encoded
+from vlskv_ray.model.build import build_student, find_checkpoint, trainable_parameters
+from vlskv_ray.train_loop import (
+    GradientBuffer,
+    Objective,
+    Run,
+    StoppedRun,
+    Worker,
+    build_optimizer,
+    learning_rate_schedule,
+    train_step,
+    train_worker,
+)
+
+MICRO_BATCHES = 4
+
+
+@pytest.fixture
+def run(teacher_folder: Callable[..., Path], tmp_path: Path) -> Run:
+    """6 steps of 4 micro-batches of 2 samples, a checkpoint every 2 steps."""
+    return run_of(teacher_folder(), tmp_path / "run")
+
+
+def run_of(model: Path, folder: Path, **options: Any) -> Run:
+    config = Config.model_validate(
+        {
+            "micro_batch_size": 2,
+            "model": {"name_or_path": str(model), "num_key_value_layers": 2},
+            "data": {"sources": [{"name": "shapes"}]},
+            "optimizer": {"lr": 1e-2, "weight_decay": 0.1},
+            "cluster": {"num_workers": 0, "threads_per_worker": 1},
+            "checkpoint": {"every_steps": 2},
+            "output": {"dir": str(folder.parent), "name": folder.name, "order": True},
+        }
+        | options
+    )
+    (folder / "checkpoints").mkdir(parents=True)
+    return Run(config, folder, find_checkpoint(str(model)), MICRO_BATCHES, 3, 6, "fingerprint")
+
+
+def batches(encoded: list[Encoded], worker: Worker = Worker()) -> Callable[[int], Iterator[Batch]]:  # noqa: B008
+    """Steps of 4 micro-batches of 2 of the eight samples, dealt in turn to the workers."""
+
+    def from_step(start: int) -> Iterator[Batch]:
+        for step in range(start, 100):
+            for j in range(worker.rank, MICRO_BATCHES, worker.world_size):
+                chosen = [encoded[(2 * j + step) % 8], encoded[(2 * j + 3 * step + 1) % 8]]
+                yield batch_of(chosen, step=step, micro_batch=j)
+
+    return from_step
+
+
+def final_weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "final" / "model.safetensors")
+
+
+def lines(run: Run, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_only_the_students_own_weights_move(
+    run: Run, encoded: list[Encoded], teacher_folder: Callable[..., Path]
+) -> None:
+    """Frozen tensors are bit-identical after training, on file; each SwiftKV weight has moved."""
+    outcome = train_worker(run, Worker(), batches(encoded))
+    assert outcome == {"status": "done", "step": 6, "rejected": {}}
+    before = build_student(run.checkpoint, 2).state_dict()
+    model = AutoModelForImageTextToText.from_pretrained(run.folder / "final")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]) == ("_swiftkv" not in name), name
+    stock = AutoModelForImageTextToText.from_pretrained(teacher_folder())
+    model.model.language_model.config.swiftkv = False
+    inputs = batch_of(encoded).model_inputs()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**inputs).logits, stock.eval()(**inputs).logits)
+
+
+def test_a_run_writes_what_it_promises(run: Run, encoded: list[Encoded]) -> None:
+    train_worker(run, Worker(), batches(encoded))
+    metrics = lines(run, "metrics")
+    assert [m["step"] for m in metrics] == list(range(1, 7))
+    assert set(metrics[0]) >= {
+        "step", "epoch", "loss", "kl_vision", "kl_text", "teacher_ce", "student_ce", "top1_agreement", "learning_rate",
+        "grad_norm", "samples", "supervised_tokens", "tokens_per_second", "data_wait_seconds", "step_seconds",
+    }  # fmt: skip
+    assert metrics[-1]["loss"] < metrics[0]["loss"] and metrics[2]["epoch"] == 1
+    assert [len(line["micro_batches"]) for line in lines(run, "order")] == [4] * 6
+    assert [p.name for p in sorted(run.checkpoints.iterdir())] == ["step-00000004", "step-00000006"]
+    assert list((run.folder / "tensorboard").iterdir())
+    assert {p.name for p in (run.folder / "final").iterdir()} >= {
+        "config.json", "model.safetensors", "generation_config.json", "processor_config.json", "tokenizer.json",
+        "chat_template.jinja",
+    }  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_bits(run: Run, encoded: list[Encoded]) -> None:
+    train_worker(run, Worker(), batches(encoded))
+    again = replace(run, folder=run.folder.with_name("again"))
+    again.checkpoints.mkdir(parents=True)
+    train_worker(again, Worker(), batches(encoded))
+    first, second = final_weights(run), final_weights(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("killed_in_step", [0, 1, 2, 3, 5])
+def test_going_on_equals_not_stopping(
+    teacher_folder: Callable[..., Path], encoded: list[Encoded], tmp_path: Path, killed_in_step: int
+) -> None:
+    """Killed in any step and started again: weights, moments and logs are those of the run that was left alone."""
+
+    class Killed(BaseException):
+        pass
+
+    def killing(start: int) -> Iterator[Batch]:
+        for batch in batches(encoded)(start):
+            if batch.step == killed_in_step and batch.micro_batch == 2:
+                raise Killed
+            yield batch
+
+    whole, halves = run_of(teacher_folder(), tmp_path / "whole"), run_of(teacher_folder(), tmp_path / "halves")
+    train_worker(whole, Worker(), batches(encoded))
+    with pytest.raises(Killed):
+        train_worker(halves, Worker(), killing)
+    started: list[int] = []
+    train_worker(halves, Worker(), lambda step: started.append(step) or batches(encoded)(step))
+    assert started == [killed_in_step // 2 * 2]
+    first, second = final_weights(whole), final_weights(halves)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    a, b = (newest_checkpoint(run.checkpoints, warn=pytest.fail) for run in (whole, halves))
+    assert a and b
+    assert all(
+        torch.equal(a.tensors["optimizer"][name], b.tensors["optimizer"][name]) for name in a.tensors["optimizer"]
+    )
+    timed = ("tokens_per_second", "data_wait_seconds", "step_seconds")
+    plain = [[{k: v for k, v in m.items() if k not in timed} for m in lines(r, "metrics")] for r in (whole, halves)]
+    assert plain[0] == plain[1] and lines(whole, "order") == lines(halves, "order")
+
+
+def test_asked_to_stop_it_saves_first(run: Run, encoded: list[Encoded]) -> None:
+    def asking(start: int) -> Iterator[Batch]:
+        for batch in batches(encoded)(start):
+            if batch.step == 2:
+                run.stop_file.touch()
+            yield batch
+
+    assert train_worker(run, Worker(), asking)["status"] == "stopped"
+    saved = newest_checkpoint(run.checkpoints, warn=pytest.fail)
+    assert saved is not None and saved.step == 3
+    run.stop_file.unlink()
+    assert train_worker(run, Worker(), batches(encoded))["status"] == "done"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(run: Run, encoded: list[Encoded]) -> None:
+    """It names the samples of the step; nothing of the step is saved."""
+
+    def poisoned(start: int) -> Iterator[Batch]:
+        for batch in batches(encoded)(start):
+            if batch.step == 3 and batch.pixel_values is not None:
+                batch.pixel_values[0, 0, 0, 0, 0] = torch.nan
+            yield batch
+
+    outcome = train_worker(run, Worker(), poisoned)
+    assert outcome["status"] == "failed" and outcome["step"] == 3
+    ids = sorted(i for batch in list_of(batches(encoded)(3), MICRO_BATCHES) for i in batch.sample_ids)
+    assert f"step 4: the loss is nan; nothing was updated. Samples of this step: {', '.join(ids)}" in outcome["message"]
+    saved = newest_checkpoint(run.checkpoints, warn=pytest.fail)
+    assert saved is not None and saved.step == 2
+
+
+def list_of(iterator: Iterator[Batch], count: int) -> list[Batch]:
+    return [next(iterator) for _ in range(count)]
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
+    student: Callable[..., Any], encoded: list[Encoded]
+) -> None:
+    model = student()
+    trained = trainable_parameters(model)
+    gradients = GradientBuffer(trained.values())
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    next(iter(trained.values())).register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(StoppedRun, match=r"gradient norm is .*Samples of this step: a, b"):
+        train_step(model, optimizer, gradients, [batch_of(encoded[:2])], Objective())
+    assert all(torch.equal(p, before[name]) for name, p in trained.items())
+
+
+def test_too_many_rows_left_out_stop_the_run(run: Run, encoded: list[Encoded]) -> None:
+    """With a hundredth of a percent allowed, no row may be left out: the message says which and why."""
+    strict = replace(
+        run,
+        config=run.config.model_copy(
+            update={"data": run.config.data.model_copy(update={"max_rejected_fraction": 0.0001})}
+        ),
+    )
+
+    def with_rejects(start: int) -> Iterator[Batch]:
+        for batch in batches(encoded)(start):
+            rejected = [{"id": "x:7", "reason": "too_long", "detail": "900 tokens"}] if batch.step == 1 else []
+            yield replace(batch, rejected=rejected)
+
+    outcome = train_worker(strict, Worker(), with_rejects)
+    assert outcome["status"] == "failed"
+    assert "4 of 20 rows had to be left out (4 x too_long)" in outcome["message"]
+    assert "For one, x:7: 900 tokens" in outcome["message"]
+    assert [line["id"] for line in lines(run, "rejected")] == ["x:7"] * 4
+    lenient = replace(
+        run,
+        folder=run.folder.with_name("lenient"),
+        config=run.config.model_copy(
+            update={"data": run.config.data.model_copy(update={"max_rejected_fraction": 0.04})}
+        ),
+    )
+    lenient.checkpoints.mkdir(parents=True)
+    assert train_worker(lenient, Worker(), with_rejects)["rejected"] == {"too_long": 4}
+
+
+def test_a_step_with_nothing_left_changes_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    model = student()
+    trained = trainable_parameters(model)
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    result = train_step(model, optimizer, GradientBuffer(trained.values()), [batch_of([])], Objective())
+    assert result.grad_norm == 0 and all(torch.equal(p, before[name]) for name, p in trained.items())
+
+
+def test_clipping_bounds_the_gradient(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    model = student()
+    trained = trainable_parameters(model)
+    gradients = GradientBuffer(trained.values())
+    optimizer = torch.optim.SGD(trained.values(), lr=0.0)
+    whole = train_step(model, optimizer, gradients, [batch_of(encoded)], Objective())
+    direction = gradients.flat / gradients.flat.norm()
+    clipped = train_step(model, optimizer, gradients, [batch_of(encoded)], Objective(), max_grad_norm=0.01)
+    assert clipped.grad_norm == whole.grad_norm > 0.01
+    assert gradients.flat.norm().item() == pytest.approx(0.01, rel=1e-5)
+    assert torch.allclose(gradients.flat / gradients.flat.norm(), direction, atol=1e-6)
+
+
+def test_a_batch_can_be_overfitted(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    model = student()
+    trained = trainable_parameters(model)
+    gradients, optimizer = GradientBuffer(trained.values()), torch.optim.AdamW(trained.values(), lr=3e-3, fused=True)
+    losses = [
+        train_step(model, optimizer, gradients, [batch_of(encoded[:3])], Objective()).sums.loss for _ in range(120)
+    ]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_schedule_warms_up_and_falls(run: Run) -> None:
+    schedule = learning_rate_schedule(
+        run.config.model_copy(update={"scheduler": run.config.scheduler.model_copy(update={"warmup_steps": 4})}), 20
+    )
+    rates = [schedule(step) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.02
+
+
+def test_weight_decay_spares_norms_and_biases(run: Run, student: Callable[..., Any]) -> None:
+    optimizer = build_optimizer(run.config, trainable_parameters(student("qwen2")))
+    decays = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {2: 0.1, 1: 0.0}
+
+
+# --------------------------------------------------------------------------------------------------------- two workers
+def distributed_step(rank: int, port: int, model_folder: str, encoded: list[Encoded], float64: bool, out: str) -> None:
+    """One step of two gloo processes, four samples each, in micro-batches of two."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    result, gradient = one_step(model_folder, encoded[4 * rank : 4 * rank + 4], 2, float64)
+    torch.save({"loss": result.sums.loss / result.sums.supervised_tokens, "gradient": gradient}, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def one_step(model_folder: str, encoded: list[Encoded], size: int, float64: bool) -> tuple[Any, torch.Tensor]:
+    dtype = torch.float64 if float64 else torch.float32
+    model = build_student(find_checkpoint(model_folder), 2, dtype=dtype)
+    trained = trainable_parameters(model)
+    gradients = GradientBuffer(trained.values())
+    parts = [batch_of(encoded[i : i + size]) for i in range(0, len(encoded), size)]
+    if float64:
+        parts = [replace(p, pixel_values=None if p.pixel_values is None else p.pixel_values.double()) for p in parts]
+    objective = Objective(vision_loss_weight=0.7, text_loss_weight=1.3)
+    result = train_step(model, torch.optim.SGD(trained.values(), lr=0.0), gradients, parts, objective)
+    return result, gradients.flat
+
+
+@pytest.mark.parametrize(("float64", "tolerance"), [(False, 1e-6), (True, 1e-7)])
+def test_two_workers_make_the_step_of_one(
+    teacher_folder: Callable[..., Path], encoded: list[Encoded], tmp_path: Path, float64: bool, tolerance: float
+) -> None:
+    """Over gloo, loss and gradient are those of one process with all samples; both workers hold the same."""
+    torch.multiprocessing.start_processes(
+        distributed_step,
+        args=(free_port(), str(teacher_folder()), encoded, float64, str(tmp_path)),
+        nprocs=2,
+        start_method="spawn",
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["loss"] == second["loss"] and torch.equal(first["gradient"], second["gradient"])
+    alone, gradient = one_step(str(teacher_folder()), encoded, 8, float64)
+    assert first["loss"] == pytest.approx(alone.sums.loss / alone.sums.supervised_tokens, rel=tolerance)
+    assert ((first["gradient"] - gradient).norm() / gradient.norm()).item() < tolerance
+    assert math.isfinite(first["loss"]) and "torch" in sys.modules
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,54 @@
+"""What a run leaves to read: its summary, and the table at its end."""
+
+import json
+import os
+from importlib.metadata import version
+from typing import Any
+
+from vlskv_ray.checkpoint import write_json
+from vlskv_ray.cluster import duration
+from vlskv_ray.train_loop import Run
+
+AVERAGED = {
+    "loss": "loss",
+    "kl_vision": "KL per token, samples with images",
+    "kl_text": "KL per token, text only",
+    "top1_agreement": "top-1 agreement with the teacher",
+}
+PACKAGES = ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow")
+
+
+def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
+    """Writes summary.json, which also marks the run as finished: means of the first and last five logged steps."""
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def mean(key: str, part: slice) -> float | None:
+        values = [line[key] for line in lines if key in line][part]
+        return sum(values) / len(values) if values else None
+
+    summary = {
+        "steps": outcome["step"],
+        "seconds": round(seconds, 1),
+        "first": {name: mean(name, slice(None, 5)) for name in AVERAGED},
+        "last": {name: mean(name, slice(-5, None)) for name in AVERAGED},
+        "rejected": outcome["rejected"],
+        "model": run.checkpoint.name_or_path,
+        "revision": run.checkpoint.revision,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    write_json(run.folder / "summary.json", summary)
+
+
+def result_table(run: Run) -> str:
+    """The end of a run for the eye: where the loss began, where it ended, where things are."""
+    summary = json.loads((run.folder / "summary.json").read_text())
+    lines = [f"{'mean of five steps':36}{'first':>12}{'last':>12}"]
+    for name, label in AVERAGED.items():
+        first, last = summary["first"][name], summary["last"][name]
+        if first is not None:
+            lines.append(f"{label:36}{first:12.4g}{last:12.4g}")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["rejected"].items()))
+    left_out = f"{sum(summary['rejected'].values())} rows left out" + (f": {reasons}" if reasons else "")
+    lines.append(f"{summary['steps']} steps in {duration(summary['seconds'])}, {left_out}")
+    lines.append(f"student: {os.path.relpath(run.folder / 'final')}")
+    return "\n".join(lines)

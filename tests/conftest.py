@@ -105,6 +105,10 @@ def student(teacher_folder: Callable[..., Path]) -> Callable[..., Any]:
 
 @pytest.fixture
 def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms_in_their_own_dtype(monkeypatch)
+
+
+def norms_in_their_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """RMS norms that compute in the dtype of their input: transformers' go through float32 whatever the model's dtype,
     which would hide errors below 1e-7 from a float64 test."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm

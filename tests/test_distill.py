@@ -192,6 +192,29 @@ def test_a_student_with_its_teachers_trunk_only_starts_at_zero(
     assert gradient.abs().max() < 1e-4
 
 
+def test_a_small_kl_is_accurate_in_float32() -> None:
+    """Logits a hundredth apart: the textbook sum in float32 is off by far more than ours."""
+    teacher = torch.randn(200, 32064, dtype=torch.float64) * 4
+    student = teacher + 0.01 * torch.randn(200, 32064, dtype=torch.float64)
+    student, teacher = student.float(), teacher.float()
+    exact, _ = kl_divergence(student.double(), teacher.double(), 2.0)
+    got, _ = kl_divergence(student, teacher, 2.0)
+    log_p, log_q = (torch.log_softmax(x / 2.0, -1) for x in (teacher, student))
+    textbook = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert error(got, exact) < 1e-3
+    assert error(textbook, exact) > 10 * error(got, exact)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """A NaN among the logits of either must reach the loss, where it stops the run."""
+    logits = torch.randn(3, 20)
+    broken = logits.clone()
+    broken[1, 4] = torch.nan
+    for student, teacher in ((logits, broken), (broken, logits)):
+        kl, _ = kl_divergence(student, teacher, 2.0)
+        assert kl.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 7.5])
 def test_kl_and_gradient_equal_torchs(temperature: float) -> None:
     student, teacher = torch.randn(9, 40, dtype=torch.float64) * 3, torch.randn(9, 40, dtype=torch.float64) * 3

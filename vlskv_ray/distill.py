@@ -83,11 +83,11 @@ def shared_pass(model: Any, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor,
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) of each row and its gradient by the student's logits.
 
-    With p and q the softmax of the teacher's and the student's logits over `temperature`, dKL/dlogits = (q - p) /
-    temperature and KL = sum p (log p - log q), taken as sum p (log p - log q) + q - p. That is the same number, since p
-    and q both add up to 1, but a rounding error common to a row's log-probabilities then cancels instead of adding to a
-    KL much smaller than they are. A token that the teacher rules out (logit -inf) makes nothing infinite; KL is infinite
-    only where the student rules out what the teacher does not.
+    With p and q the softmax of the teacher's and the student's logits over `temperature`, dKL/dlogits is
+    (q - p) / temperature, and KL = sum p (log p - log q) is taken as sum p (log p - log q) + q - p: the same number,
+    since p and q both add up to 1, but a rounding error common to a row's log-probabilities then cancels, where it
+    would swamp a small KL. A token that the teacher rules out (logit -inf) makes nothing infinite; KL is infinite only
+    where the student rules out what the teacher does not.
 
     Args:
         student_logits, teacher_logits: float32 or float64[n, V], unscaled.

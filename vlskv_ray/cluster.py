@@ -79,7 +79,7 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
     per_worker = cluster.cpus_per_worker
     if per_worker is None:
         share = cpus / 2 / workers
-        per_worker = float(math.floor(share)) if share >= 1 else math.floor(share * 100) / 100  # whole above 1
+        per_worker = float(math.floor(share)) if share >= 1 else math.floor(share * 1e4) / 1e4  # whole above 1
     per_task = data.cpus_per_task or (1.0 if cpus - workers * per_worker >= 2 else 0.5)
     if workers * per_worker + per_task > cpus + 1e-6:
         raise ValueError(

@@ -1,0 +1,86 @@
+"""Sharing out a cluster so that data always has room, and the progress line."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlskv_ray.cluster import ProgressLine, duration, reserve
+from vlskv_ray.config import ClusterConfig, DataConfig, SourceConfig
+
+DATA = DataConfig(sources=(SourceConfig(name="shapes"),))
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 7, 16, 96])
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 64])
+def test_whatever_the_cluster_one_data_task_fits(cpus: int, workers: int) -> None:
+    """Ray waits forever for a CPU that all workers hold; the defaults never let it come to that."""
+    reserved = reserve(ClusterConfig(num_workers=workers), DATA, cpus)
+    assert reserved.cpus_per_worker * workers + reserved.cpus_per_task <= cpus
+    assert reserved.cpus_per_worker > 0 and reserved.threads_per_worker >= 1
+    assert reserved.cpus_per_worker < 1 or reserved.cpus_per_worker.is_integer()
+
+
+def test_two_workers_on_two_cores() -> None:
+    reserved = reserve(ClusterConfig(num_workers=2), DATA, 2)
+    assert (reserved.cpus_per_worker, reserved.cpus_per_task, reserved.threads_per_worker) == (0.5, 0.5, 1)
+
+
+def test_a_share_that_would_hang_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 workers of 1 CPUs and one data task of 0.5 need 2.5 CPUs, .* has 2,"):
+        reserve(ClusterConfig(num_workers=2, cpus_per_worker=1.0), DATA, 2)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def step(number: int, **metrics: Any) -> str:
+    return (
+        json.dumps({"step": number, "loss": 0.5, "top1_agreement": 0.9, "tokens_per_second": 1234.5} | metrics) + "\n"
+    )
+
+
+def test_a_terminal_gets_one_line_redrawn(tmp_path: Path) -> None:
+    path, out = tmp_path / "metrics.jsonl", Terminal()
+    progress = ProgressLine(path, 10, out=out)
+    progress.update()
+    assert out.getvalue() == ""
+    path.write_text(step(1, kl_vision=0.25))
+    progress.update()
+    path.write_text(step(1, kl_vision=0.25) + step(2, kl_text=0.125) + step(3)[:20])
+    progress.update()
+    progress.close()
+    first, second = out.getvalue().removeprefix("\r\x1b[K").split("\r\x1b[K")
+    assert first == "step 1/10  loss 0.5  image 0.25  agree 90%  1,234 tok/s"
+    assert second.startswith("step 2/10  loss 0.5  image 0.25  text 0.125  agree 90%  1,234 tok/s  ")
+    assert second.endswith(" left\n")
+
+
+def test_a_log_gets_plain_lines_and_always_the_last(tmp_path: Path) -> None:
+    path, out = tmp_path / "metrics.jsonl", io.StringIO()
+    progress = ProgressLine(path, 3, out=out)
+    for count in (1, 2, 3):
+        path.write_text("".join(step(i) for i in range(1, count + 1)))
+        progress.update()
+    progress.close()
+    assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["step 1/3", "step 3/3"]
+    assert "\r" not in out.getvalue()
+
+
+def test_steps_taken_back_by_a_restart_are_shown_again(tmp_path: Path) -> None:
+    path, out = tmp_path / "metrics.jsonl", Terminal()
+    progress = ProgressLine(path, 10, out=out)
+    path.write_text(step(1) + step(2) + step(3))
+    progress.update()
+    path.write_text(step(1))
+    progress.update()
+    assert "step 3/10" in out.getvalue() and "step 1/10" in out.getvalue().rpartition("\r")[2]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,59 @@
+"""Who may know whom: Ray stays at the edge, plain functions below it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import vlskv_ray
+
+PACKAGE = Path(vlskv_ray.__file__).parent
+KNOW_RAY = {"cluster.py", "train.py", "data/pipeline.py"}
+KNOW_THE_CONFIG = {"cluster.py", "train.py", "train_loop.py"}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def modules() -> dict[str, set[str]]:
+    return {str(file.relative_to(PACKAGE)): imports(file) for file in PACKAGE.rglob("*.py")}
+
+
+def test_ray_stays_at_the_edge() -> None:
+    assert {name for name, found in modules().items() if any(i.split(".")[0] == "ray" for i in found)} == KNOW_RAY
+
+
+def test_model_data_and_loss_know_no_config_file() -> None:
+    outside = {name: found for name, found in modules().items() if not name.startswith("config/")}
+    assert {
+        n for n, found in outside.items() if any(i.startswith("vlskv_ray.config") for i in found)
+    } == KNOW_THE_CONFIG
+
+
+def test_the_model_knows_neither_data_nor_loss() -> None:
+    for name, found in modules().items():
+        if name.startswith("model/"):
+            assert not any(i.startswith(("vlskv_ray.data", "vlskv_ray.distill", "vlskv_ray.train")) for i in found), (
+                name
+            )
+
+
+def test_importing_registers_the_models_and_does_nothing_else() -> None:
+    """No Ray, no data library, no thread setting, no word printed."""
+    code = (
+        "import torch, sys; threads = torch.get_num_threads(), torch.random.get_rng_state().sum().item()\n"
+        "import vlskv_ray\n"
+        "from transformers import CONFIG_MAPPING\n"
+        "assert 'llama_swiftkv' in CONFIG_MAPPING\n"
+        "assert not {'ray', 'datasets', 'pydantic_core._x'} & set(sys.modules), sys.modules\n"
+        "assert threads == (torch.get_num_threads(), torch.random.get_rng_state().sum().item())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr

@@ -1,0 +1,379 @@
+"""The command: what it says to wrong input, and whole runs on real files with real workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from conftest import conversation, picture
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vlskv_ray.train
+from vlskv_ray.data.images import load_image
+from vlskv_ray.model.swiftkv import swiftkv_backbone
+
+
+# -------------------------------------------------------------------------------------------------------- real files
+def write_files(folder: Path) -> tuple[list[str], list[str]]:
+    """A JSONL with pictures beside it and a Parquet file with pictures in it; ids that are good, and that are not."""
+    images = folder / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    formats = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+    rows: list[dict[str, Any]] = []
+    for i in range(40):
+        question, answer = f"what is in picture {i}?", f"thing {i % 7}"
+        kind = i % 4
+        names = []
+        for k in range({0: 1, 1: 0, 2: 2, 3: 1}[kind]):
+            format = list(formats)[(i + k) % 3]
+            names.append(f"{i}-{k}.{formats[format]}")
+            width, height = (int(x) for x in rng.integers(16, 200, 2))
+            (images / names[-1]).write_bytes(picture(width, height, i, format))
+        turns = [question, answer, "are you sure?", "yes"] if kind in (2, 3) else [question, answer]
+        rows.append({"messages": conversation(*turns, images=len(names)), "images": names})
+    rows[8]["images"] = ["missing.png"]
+    rows[13]["messages"][1]["content"][0]["text"] = "long " * 300
+    lines = [json.dumps(row) for row in rows]
+    lines[21] = lines[21][:30]
+    (folder / "chat.jsonl").write_text("\n".join(lines))
+    table = [
+        {
+            "messages": [{"role": "user", "content": f"<image>say {i}"}, {"role": "assistant", "content": f"{i}"}],
+            "images": [{"bytes": picture(30 + i, 40, i), "path": None}],
+        }
+        for i in range(12)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / "more.parquet")
+    ids = [f"chat.jsonl:{i + 1}" for i in range(40)] + [f"more.parquet:{i + 1}" for i in range(12)]
+    bad = ["chat.jsonl:9", "chat.jsonl:14", "chat.jsonl:22"]
+    return [i for i in ids if i not in bad], bad
+
+
+def write_config(folder: Path, model: Path, **options: Any) -> Path:
+    config = {
+        "epochs": 3,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "model": {"name_or_path": str(model), "num_key_value_layers": 3},
+        "data": {
+            "sources": [
+                {"path": str(folder / "chat.jsonl"), "image_root": str(folder / "images")},
+                {"path": str(folder / "more.parquet")},
+            ],
+            "max_length": 400,
+            "cache_dir": str(folder / "cache"),
+        },
+        "optimizer": {"lr": 3e-3},
+        "cluster": {"num_workers": 2, "threads_per_worker": 1},
+        "checkpoint": {"every_steps": 4},
+        "output": {"dir": str(folder / "runs"), "name": "run", "order": True},
+    }
+    (folder / "run.yaml").write_text(yaml.dump(config | options))
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder)
+    write_config(folder, teacher_folder())
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "vlskv_ray.train", *arguments], capture_output=True, text=True, timeout=300
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+# ---------------------------------------------------------------------------------- without Ray: cluster.num_workers=0
+LOCAL = ("cluster.num_workers=0", "gradient_accumulation_steps=4")
+
+
+def main(config: Path, *arguments: str) -> int:
+    return vlskv_ray.train.main(["--config", str(config), *LOCAL, *arguments])
+
+
+def test_a_run_in_one_process(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Done, then done already, then set back to its checkpoint or started anew, with nothing deleted."""
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "data.max_rejected_fraction=0.2") == 0
+    printed = capsys.readouterr().out
+    assert "global batch  8 = 2 samples x 4 accumulation x 1 workers" in printed
+    assert "3 rows left out: 1 image_missing, 1 json_line, 1 too_long" in printed
+    run = files / "runs" / "here"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 7 and summary["last"]["loss"] < summary["first"]["loss"]
+
+    assert main(files / "run.yaml", "output.name=here", "epochs=1") == 0
+    assert "already finished" in capsys.readouterr().out
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "optimizer.lr=1e-4") == 2
+    assert "cannot go on from here: optimizer.lr changed since; use --resume never" in capsys.readouterr().err
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "--num-samples", "9") == 2
+    assert "the data changed since" in capsys.readouterr().err
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "gradient_accumulation_steps=3") == 2
+    assert "gradient_accumulation_steps changed since" in capsys.readouterr().err
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.num_workers=3") == 2
+    assert "3 workers cannot share the 4 micro-batches of a step equally" in capsys.readouterr().err
+
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "--resume", "never", "--num-samples", "9") == 0
+    older = [path for path in run.parent.iterdir() if path.name.startswith("here-until-")]
+    assert len(older) == 1 and (older[0] / "final" / "model.safetensors").exists()
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+
+
+def test_the_final_folder_continues_as_a_student(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run on the first one's `final/` starts from its SwiftKV weights."""
+    assert main(files / "run.yaml", "output.name=first", "max_steps=3", "optimizer.lr=0.02") == 0
+    final = files / "runs" / "first" / "final"
+    options = (f"model.name_or_path={final}", "optimizer.lr=1e-12", "max_steps=1")
+    assert main(files / "run.yaml", "output.name=second", *options) == 0
+    first, second = (load_file(files / "runs" / name / "final" / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_nothing_to_resume(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(files / "run.yaml", "output.name=nothing", "--resume", "must") == 2
+    assert "there is no checkpoint to go on from" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(files.rglob("*"))
+    assert main(files / "run.yaml", "output.name=dry", "--dry-run", "--num-samples", "5") == 0
+    printed = capsys.readouterr().out
+    assert "data          5 samples an epoch, of 4 + 1 rows" in printed
+    assert "dry run: all is well" in printed and "supervised in all" in printed
+    assert [path for path in sorted(files.rglob("*")) if "cache" not in path.parts] == [
+        path for path in before if "cache" not in path.parts
+    ]
+
+
+WRONG = {
+    "data.max_lenght=5": "command line: data.max_lenght: unknown key, did you mean data.max_length?",
+    "epochs=many": "command line: epochs: wanted an integer > 0, got 'many'",
+    "model.num_key_value_layers=6": "model.num_key_value_layers: 6, but the text model has 6 layers",
+    "model.key_value_group_size=2": "key_value_group_size=2 does not divide the 3 layers",
+    "model.name_or_path=./nowhere": "there is no folder",
+    "data.sources.0.path=nowhere.jsonl": "nowhere.jsonl",
+    "data.max_length=9999": "data.max_length: 9999, but the model has positions up to 512 only",
+    "model.attn_implementation=flash_attention_2": "flash_attention_2",
+    "objective=sft": "objective",
+}
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_wrong_input_is_one_line_and_exit_status_2(
+    files: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert main(files / "run.yaml", "output.name=wrong", option) == 2
+    printed = capsys.readouterr()
+    assert WRONG[option] in printed.err and printed.err.count("\n") == 1
+    assert not (files / "runs" / "wrong" / "final").exists()
+
+
+def test_all_of_a_configs_problems_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.yaml").write_text(
+        "epochs: 1\nmodel:\n  name_or_path: a\ndata:\n  max_lenght: 3\n  sources: [s]\nepochs: 2\n"
+    )
+    assert vlskv_ray.train.main(["--config", str(tmp_path / "x.yaml")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}/x.yaml:5: data.max_lenght: unknown key, did you mean data.max_length?",
+        f"{tmp_path}/x.yaml:7: epochs: given twice, first in line 1; keep one of them",
+    ]
+    assert vlskv_ray.train.main(["--config", str(tmp_path / "y.yaml")]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/y.yaml: can not be read: No such file or directory\n"
+
+
+def test_two_commands_never_run_one_run(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with vlskv_ray.train.owned(files / "runs" / "taken"):
+        assert main(files / "run.yaml", "output.name=taken") == 2
+        assert "another process runs this run" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_used_stop_a_run_with_exit_status_1(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(files / "run.yaml", "output.name=short", "data.max_length=40") == 1
+    assert "rows had to be left out" in capsys.readouterr().err
+    assert len(lines(files / "runs" / "short" / "rejected.jsonl")) > 10
+
+
+def test_ctrl_c_and_sigterm_save_first(files: Path) -> None:
+    """Exit status 130 and 143; the same command goes on, and ends as the run that was left alone."""
+    arguments = ["--config", str(files / "run.yaml"), *LOCAL, "epochs=6"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    for name, number, status in (("interrupted", signal.SIGINT, 130), ("terminated", signal.SIGTERM, 143)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vlskv_ray.train", *arguments, f"output.name={name}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        wait_for_steps(files / "runs" / name, 3, process)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == status, out
+        assert "the same command goes on from there" in out
+    assert main(files / "run.yaml", "epochs=6", "output.name=interrupted", "--resume", "must") == 0
+    assert main(files / "run.yaml", "epochs=6", "output.name=alone") == 0
+    assert_same_weights(files / "runs" / "interrupted", files / "runs" / "alone")
+
+
+# ------------------------------------------------------------------------------------------------------------ with Ray
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """One local cluster of 2 CPUs for all tests; the environment that makes commands join it."""
+    import ray
+
+    from vlskv_ray.cluster import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONUNBUFFERED": "1"}
+    ray.shutdown()
+
+
+def start(cluster: dict[str, str], files: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlskv_ray.train", "--config", str(files / "run.yaml"), *arguments],
+        env=cluster,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    return out
+
+
+def wait_for_steps(run: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{run}: step {count} did not come\n{process.communicate()[0]}")
+
+
+def worker_processes() -> list[int]:
+    """Process ids of the training workers on this machine that descend from this process."""
+    parents, workers = {}, []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if b"RayTrainWorker" in (entry / "cmdline").read_bytes():
+                    workers.append(int(entry.name))
+            except OSError:  # it has ended meanwhile
+                continue
+
+    def is_ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
+
+    return [pid for pid in workers if is_ours(pid)]
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = (load_file(run / "final" / "model.safetensors") for run in (first, second))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def left_alone(cluster: dict[str, str], files: Path) -> Path:
+    """The run of two gloo workers on the real files."""
+    out = finish(start(cluster, files))
+    assert "joined a cluster of 2 CPUs: 2 workers x 1 threads" in out
+    assert "9 rows left out: 3 image_missing, 3 json_line, 3 too_long" in out
+    return files / "runs" / "run"
+
+
+@pytest.mark.ray
+def test_two_workers_on_real_files(left_alone: Path, teacher_folder: Callable[..., Path]) -> None:
+    """Every good sample once an epoch, every bad one listed, a loss that falls, only SwiftKV weights moved."""
+    steps = 7
+    metrics = lines(left_alone / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 3 * steps + 1))
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    good, bad = [], ["chat.jsonl:9", "chat.jsonl:14", "chat.jsonl:22"]
+    good = [i for i in [f"chat.jsonl:{n}" for n in range(1, 41)] if i not in bad]
+    good += [f"more.parquet:{n}" for n in range(1, 13)]
+    order = [i for line in lines(left_alone / "order.jsonl") for batch in line["micro_batches"] for i in batch]
+    assert Counter(order) == dict.fromkeys(good, 3)
+    for epoch in range(3):
+        of_epoch = lines(left_alone / "order.jsonl")[epoch * steps : (epoch + 1) * steps]
+        assert {i for line in of_epoch for batch in line["micro_batches"] for i in batch} == set(good)
+    assert Counter(row["id"] for row in lines(left_alone / "rejected.jsonl")) == dict.fromkeys(bad, 3)
+
+    final = load_file(left_alone / "final" / "model.safetensors")
+    stock = load_file(teacher_folder() / "model.safetensors")
+    assert all(torch.equal(final[name], weight) for name, weight in stock.items())
+    assert {name for name in final if name not in stock} == {name for name in final if "_swiftkv" in name}
+
+
+@pytest.mark.ray
+def test_the_student_answers_about_a_new_image(left_alone: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(left_alone / "final")
+    processor = AutoProcessor.from_pretrained(left_alone / "final")
+    text = processor.apply_chat_template(conversation("what is it?", images=1), add_generation_prompt=True)
+    inputs = processor(
+        text=text, images=load_image(picture(123, 77, 99)), add_special_tokens=False, return_tensors="pt"
+    )
+    answer = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 6
+    assert swiftkv_backbone(model).config.swiftkv and len(model._forward_pre_hooks) == 1
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without those that a clock makes."""
+    timed = ("tokens_per_second", "data_wait_seconds", "step_seconds")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines(run / "metrics.jsonl")]
+
+
+@pytest.mark.ray
+def test_killed_and_resumed_it_ends_with_the_same_bits(cluster: dict[str, str], files: Path, left_alone: Path) -> None:
+    """A worker killed and replaced, the command asked to stop, then killed: the weights are those of the run alone."""
+    run, arguments = files / "runs" / "killed", ("output.name=killed",)
+    process = start(cluster, files, *arguments)
+    wait_for_steps(run, 5, process)
+    workers = worker_processes()
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    wait_for_steps(run, 9, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, out
+    process = start(cluster, files, *arguments, "--resume", "must")
+    wait_for_steps(run, 14, process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while worker_processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    finish(start(cluster, files, *arguments))
+    assert_same_weights(run, left_alone)
+    assert untimed(run) == untimed(left_alone)
+    assert lines(run / "order.jsonl") == lines(left_alone / "order.jsonl")
+    assert lines(run / "rejected.jsonl") == lines(left_alone / "rejected.jsonl")

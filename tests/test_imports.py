@@ -52,7 +52,7 @@ def test_importing_registers_the_models_and_does_nothing_else() -> None:
         "import vlskv_ray\n"
         "from transformers import CONFIG_MAPPING\n"
         "assert 'llama_swiftkv' in CONFIG_MAPPING\n"
-        "assert not {'ray', 'datasets', 'pydantic_core._x'} & set(sys.modules), sys.modules\n"
+        "assert not {'ray', 'datasets'} & set(sys.modules), sys.modules\n"
         "assert threads == (torch.get_num_threads(), torch.random.get_rng_state().sum().item())\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlskv_ray.train
+from vlskv_ray.cluster import start_ray
 from vlskv_ray.data.images import load_image
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 
@@ -241,13 +242,10 @@ def test_ctrl_c_and_sigterm_save_first(files: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ with Ray
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """One local cluster of 2 CPUs for all tests; the environment that makes commands join it."""
+    """One local cluster for all tests; the environment that makes commands join it."""
+    start_ray("local")
     import ray
 
-    from vlskv_ray.cluster import ENVIRONMENT
-
-    os.environ.update(ENVIRONMENT)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONUNBUFFERED": "1"}
     ray.shutdown()
 
@@ -305,7 +303,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 def left_alone(cluster: dict[str, str], files: Path) -> Path:
     """The run of two gloo workers on the real files."""
     out = finish(start(cluster, files))
-    assert "joined a cluster of 2 CPUs: 2 workers x 1 threads" in out
+    assert "joined a cluster of" in out and "CPUs: 2 workers x 1 threads" in out
     assert "9 rows left out: 3 image_missing, 3 json_line, 3 too_long" in out
     return files / "runs" / "run"
 

@@ -44,8 +44,9 @@ def start_ray(address: str | None, quiet: bool = True) -> tuple[float, bool]:
     Raises:
         ValueError: a cluster that was asked for cannot be reached.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    if "ray" not in sys.modules:  # what it has read already must not change under it
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     import ray
 
     level = "ERROR" if quiet else "INFO"

@@ -260,10 +260,10 @@ def run_here(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
 
 def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
     """A TorchTrainer with gloo on the cluster there is, or on this machine."""
-    import ray
-
     config = run.config
     cpus, joined = start_ray(config.cluster.address, quiet=config.output.level != "debug")
+    import ray  # not before: it reads its environment when imported
+
     try:
         reserved = reserve(config.cluster, config.data, cpus)
         run = with_threads(run, reserved.threads_per_worker)

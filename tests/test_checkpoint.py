@@ -29,7 +29,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     ]
     for file, named in TENSORS.items():
         for name, tensor in named.items():
-            assert torch.equal(found.tensors[file][name], tensor)
+            assert torch.equal(found.tensors(file)[name], tensor)
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:

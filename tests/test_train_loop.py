@@ -145,7 +145,7 @@ def test_going_on_equals_not_stopping(
     assert all(torch.equal(first[name], second[name]) for name in first)
     a, b = (newest_checkpoint(run.checkpoints, warn=pytest.fail) for run in (whole, halves))
     assert a and b
-    moments, others = a.tensors["optimizer"], b.tensors["optimizer"]
+    moments, others = a.tensors("optimizer"), b.tensors("optimizer")
     assert moments.keys() == others.keys() and all(torch.equal(moments[name], others[name]) for name in moments)
     timed = ("tokens_per_second", "data_wait_seconds", "step_seconds")
     plain = [[{k: v for k, v in m.items() if k not in timed} for m in lines(r, "metrics")] for r in (whole, halves)]

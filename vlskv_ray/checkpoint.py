@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT = 1
@@ -35,7 +35,10 @@ class SavedState:
     step: int
     path: Path
     state: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """The tensors of one of its files."""
+        return {name: tensor.clone() for name, tensor in load_file(self.path / f"{stem}.safetensors").items()}
 
 
 class DamagedCheckpoint(ValueError):
@@ -59,20 +62,21 @@ def save_checkpoint(
     aside = root / f".writing-step-{step:08d}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    files = {f"{stem}.safetensors": save(_contiguous(named)) for stem, named in tensors.items()}
-    files["state.json"] = json.dumps({"format": FORMAT, "step": step, **state}, indent=1).encode()
-    manifest = {name: {"sha256": _sha256(data), "bytes": len(data)} for name, data in files.items()}
-    files["manifest.json"] = json.dumps(manifest, indent=1).encode()
-    for name, data in files.items():
-        _write(aside / name, data)
-    _flush_folder(aside)
-    if target.exists():  # left over by a killed run, or of a run that was set back: never a committed one of this run
+    for stem, named in tensors.items():
+        save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
+    write_json(aside / "state.json", {"format": FORMAT, "step": step, **state})
+    manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
+    write_json(aside / "manifest.json", manifest)
+    for path in (*aside.iterdir(), aside):
+        _flush(path)
+    if target.exists():  # left by a killed run, or damaged: had it been good, the run would have gone on from it
         shutil.rmtree(target)
     aside.rename(target)
-    _flush_folder(root)
-    _write(target / "COMMIT", _sha256(files["manifest.json"]).encode())
-    _flush_folder(target)
+    _flush(root)
+    write_text(target / "COMMIT", _sha256(target / "manifest.json"))
+    _flush(target)
     for old in sorted(_committed(root))[:-keep_last]:
+        (root / f"step-{old:08d}" / "COMMIT").unlink()  # first, so that half of one never counts
         shutil.rmtree(root / f"step-{old:08d}")
     return target
 
@@ -81,7 +85,7 @@ def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> SavedState | N
     """The newest checkpoint that verifies, found by looking; `warn` is told of every damaged one passed over."""
     for step in sorted(_committed(root), reverse=True):
         try:
-            return load_checkpoint(root / f"step-{step:08d}")
+            return verified_checkpoint(root / f"step-{step:08d}")
         except DamagedCheckpoint as error:
             warn(f"{error}; using the one before it")
     return None
@@ -93,30 +97,25 @@ def newest_step(root: Path) -> int:
     return found.step if found else 0
 
 
-def load_checkpoint(path: Path) -> SavedState:
-    """Reads and verifies one checkpoint.
+def verified_checkpoint(path: Path) -> SavedState:
+    """One checkpoint, every byte of it checked.
 
     Raises:
         DamagedCheckpoint: a file is missing, is not what the manifest says, or is of another format.
     """
     try:
-        listing = (path / "manifest.json").read_bytes()
-        if (path / "COMMIT").read_text() != _sha256(listing):
+        if (path / "COMMIT").read_text() != _sha256(path / "manifest.json"):
             raise DamagedCheckpoint(f"{path}: manifest.json is not the one that was committed")
-        manifest: dict[str, dict[str, Any]] = json.loads(listing)
-        files = {name: (path / name).read_bytes() for name in manifest}
-    except (OSError, ValueError) as error:
-        if isinstance(error, DamagedCheckpoint):
-            raise
+        manifest: dict[str, dict[str, Any]] = json.loads((path / "manifest.json").read_bytes())
+        for name, entry in manifest.items():
+            if _sha256(path / name) != entry["sha256"]:
+                raise DamagedCheckpoint(f"{path}: {name} is damaged (its sha256 is not the manifest's)")
+    except (OSError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from error
-    for name, data in files.items():
-        if _sha256(data) != manifest[name]["sha256"]:
-            raise DamagedCheckpoint(f"{path}: {name} is damaged (its sha256 is not the manifest's)")
-    state = json.loads(files["state.json"])
+    state = json.loads((path / "state.json").read_bytes())
     if state["format"] != FORMAT:
         raise DamagedCheckpoint(f"{path}: is of format {state['format']}, this version reads {FORMAT}")
-    tensors = {name.removesuffix(".safetensors"): load(files[name]) for name in files if name.endswith(".safetensors")}
-    return SavedState(step=state["step"], path=path, state=state, tensors=tensors)
+    return SavedState(step=state["step"], path=path, state=state)
 
 
 def sweep(root: Path) -> None:
@@ -136,7 +135,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file whole or not at all."""
     aside = path.with_name(f".writing-{path.name}")
-    _write(aside, text.encode())
+    aside.write_text(text)
+    _flush(aside)
     aside.replace(path)
 
 
@@ -145,22 +145,13 @@ def _committed(root: Path) -> list[int]:
     return [int(match[1]) for path, match in matches if match and (path / "COMMIT").is_file()]
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
+def _flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

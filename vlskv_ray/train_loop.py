@@ -331,18 +331,13 @@ def resume(
     saved = newest_checkpoint(run.checkpoints, warn=lambda message: print(f"warning: {message}", flush=True))
     if saved is None:
         return 0, Counts()
-    names = {parameter: name for name, parameter in trained.items()}
+    weights = saved.tensors("trainable")
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(saved.tensors["trainable"][name])
-    for parameter, name in names.items():
-        moments = {
-            key.removeprefix(f"{name}."): value
-            for key, value in saved.tensors["optimizer"].items()
-            if key.rpartition(".")[0] == name
-        }
-        if moments:
-            optimizer.state[parameter] = moments
+            parameter.copy_(weights[name])
+    for key, moment in saved.tensors("optimizer").items():
+        name, _, kind = key.rpartition(".")
+        optimizer.state[trained[name]][kind] = moment
     return saved.step, Counts(saved.state["seen"], saved.state["rejected"])
 
 

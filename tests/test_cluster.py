@@ -47,13 +47,13 @@ def test_a_terminal_gets_one_line_redrawn(tmp_path: Path) -> None:
     path, out = tmp_path / "metrics.jsonl", Terminal()
     progress = ProgressLine(path, 10, out=out)
     progress.update()
-    assert out.getvalue() == ""
+    assert out.getvalue() == "\r\x1b[Kstarting 0:00"
     path.write_text(step(1, kl_vision=0.25))
     progress.update()
     path.write_text(step(1, kl_vision=0.25) + step(2, kl_text=0.125) + step(3)[:20])
     progress.update()
     progress.close()
-    first, second = out.getvalue().removeprefix("\r\x1b[K").split("\r\x1b[K")
+    _, first, second = out.getvalue().removeprefix("\r\x1b[K").split("\r\x1b[K")
     assert first == "step 1/10  loss 0.5  image 0.25  agree 90%  1,234 tok/s"
     assert second.startswith("step 2/10  loss 0.5  image 0.25  text 0.125  agree 90%  1,234 tok/s  ")
     assert second.endswith(" left\n")
@@ -78,6 +78,7 @@ def test_steps_taken_back_by_a_restart_are_shown_again(tmp_path: Path) -> None:
     path.write_text(step(1))
     progress.update()
     assert "step 3/10" in out.getvalue() and "step 1/10" in out.getvalue().rpartition("\r")[2]
+    assert "a worker was lost; all were started again from the newest checkpoint\n" in out.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])

@@ -93,26 +93,28 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
 
 
 class ProgressLine:
-    """Follows a run's metrics.jsonl: one line redrawn on a terminal, plain lines now and then anywhere else."""
+    """Follows what a run adds to metrics.jsonl: one line redrawn on a terminal, plain lines now and then elsewhere."""
 
     def __init__(self, metrics: Path, total_steps: int, shown: bool = True, out: TextIO | None = None) -> None:
         self.path, self.total_steps, self.shown = metrics, total_steps, shown
         self.out = out or sys.stdout
         self.live = self.out.isatty()
-        self.offset, self.partial = 0, ""
-        self.printed_at = -math.inf
+        self.offset, self.partial = metrics.stat().st_size if metrics.exists() else 0, ""
+        self.began, self.printed_at = time.monotonic(), -math.inf
         self.first: tuple[float, int] | None = None
-        self.latest: dict[str, Any] | None = None
+        self.latest: dict[str, Any] = {}
 
     def update(self) -> None:
         """Reads what is new and shows the latest step."""
-        try:
-            size = self.path.stat().st_size
-        except FileNotFoundError:
+        if not self.shown:
             return
-        if size < self.offset:  # a restarted worker has taken back lines after its checkpoint
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < self.offset:  # new workers have taken back the steps after their checkpoint
             self.offset, self.partial, self.first = 0, "", None
-        if size == self.offset or not self.shown:
+            self._write("a worker was lost; all were started again from the newest checkpoint", lasting=True)
+        if size == self.offset:
+            if self.live and not self.latest:
+                self._write(f"starting {duration(time.monotonic() - self.began)}")
             return
         with open(self.path) as file:
             file.seek(self.offset)
@@ -120,33 +122,32 @@ class ProgressLine:
             self.offset = file.tell()
         if not lines:
             return
-        self.latest = (self.latest or {}) | json.loads(lines[-1])  # a step may have samples of one modality only
+        self.latest |= json.loads(lines[-1])  # a step may have samples of one modality only: show the other's last
         self.first = self.first or (time.monotonic(), self.latest["step"])
         is_last = self.latest["step"] >= self.total_steps
-        if self.live:
-            self.out.write(f"\r\x1b[K{self.text()}")
-            self.out.flush()
-        elif is_last or time.monotonic() - self.printed_at >= 10:
-            print(self.text(), file=self.out, flush=True)
+        if self.live or is_last or time.monotonic() - self.printed_at >= 10:
+            self._write(self.text(*self.first))
             self.printed_at = time.monotonic()
 
-    def text(self) -> str:
+    def text(self, began: float, first_step: int) -> str:
         """The latest step in one line."""
-        assert self.latest is not None and self.first is not None
         m = self.latest
         parts = [f"step {m['step']}/{self.total_steps}", f"loss {m['loss']:.4g}"]
         parts += [f"{label} {m[key]:.4g}" for label, key in (("image", "kl_vision"), ("text", "kl_text")) if key in m]
         parts += [f"agree {m['top1_agreement']:.0%}", f"{m['tokens_per_second']:,.0f} tok/s"]
-        began, step = self.first
-        if m["step"] > step:
-            per_step = (time.monotonic() - began) / (m["step"] - step)
+        if m["step"] > first_step:
+            per_step = (time.monotonic() - began) / (m["step"] - first_step)
             parts.append(f"{duration((self.total_steps - m['step']) * per_step)} left")
         return "  ".join(parts)
 
     def close(self) -> None:
         self.update()
-        if self.live and self.latest:
+        if self.live and self.shown:
             self.out.write("\n")
+
+    def _write(self, text: str, lasting: bool = False) -> None:
+        self.out.write(f"\r\x1b[K{text}{chr(10) * lasting}" if self.live else f"{text}\n")
+        self.out.flush()
 
 
 def duration(seconds: float) -> str:

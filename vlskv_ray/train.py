@@ -29,7 +29,7 @@ from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
 from vlskv_ray.model.build import find_checkpoint, load_config, load_processor, swiftkv_config
 from vlskv_ray.report import result_table, write_summary
-from vlskv_ray.train_loop import Run, Worker, train_worker
+from vlskv_ray.train_loop import Run, Worker, take_back, train_worker
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -230,6 +230,7 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
         if saved and saved.step == run.total_steps and (folder / "summary.json").exists():
             print(f"this run is already finished; --resume never starts it anew\n{result_table(run)}")
             return DONE
+        take_back(run.folder, saved.step if saved else 0)
         if saved:
             say(config, f"resume        from step {saved.step}")
         start = run_here if config.cluster.num_workers == 0 else run_on_ray

@@ -408,9 +408,7 @@ class RunLog:
     """The run's own files, written by rank 0: what a killed run wrote beyond its checkpoint is taken back first."""
 
     def __init__(self, run: Run, start: int) -> None:
-        self.folder = run.folder
-        for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl"):
-            keep_lines_up_to(run.folder / name, start)
+        take_back(run.folder, start)
         self.files = {name: open(run.folder / f"{name}.jsonl", "a") for name in ("metrics", "rejected")}  # noqa: SIM115
         if run.config.output.order:
             self.files["order"] = open(run.folder / "order.jsonl", "a")  # noqa: SIM115
@@ -443,15 +441,16 @@ class RunLog:
         self.files[name].flush()
 
 
-def keep_lines_up_to(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    write_text(path, "".join(kept))
+def take_back(folder: Path, step: int) -> None:
+    """Drops from a run's logs the lines of later steps, and a last line that a kill cut short."""
+    for path in (folder / name for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl")):
+        if path.exists():
+            lines = path.read_text().splitlines()
+            write_text(path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
+
+
+def step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:  # cut short
+        return math.inf

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlskv_ray.data import sources
+from vlskv_ray.data import json_files
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import ImageFile, Refused, Rejected, Sample
 from vlskv_ray.data.sources import Source, SourceError, open_source, open_sources
@@ -234,7 +234,7 @@ def test_json_rows_at_random_equal_those_in_sequence(
     name: str, content: str, window: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lines and lists, whatever the file is called, with or without a byte order mark, however it is read in pieces."""
-    monkeypatch.setattr(sources, "_WINDOW", window)
+    monkeypatch.setattr(json_files, "_WINDOW", window)
     source = open_source(write(folder / name, content))
     in_sequence = [source.read(row) for row in range(source.num_rows)]
     assert [source.read(row) for row in (2, 0, 3, 1)] == [in_sequence[row] for row in (2, 0, 3, 1)]
@@ -285,7 +285,7 @@ def test_unusable_files_are_errors_with_file_and_place(name: str, content: bytes
 def test_list_is_read_to_the_end_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows the list is found even if the list fills a window exactly."""
     content = as_json(ROWS)
-    monkeypatch.setattr(sources, "_WINDOW", len(content))
+    monkeypatch.setattr(json_files, "_WINDOW", len(content))
     assert open_source(write(folder / "a.json", content)).num_rows == 4
     with pytest.raises(SourceError, match=r"a\.json:1:\d+: something follows"):
         open_source(write(folder / "a.json", content + "more"))

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 
+class SourceError(ValueError):
+    """A source that cannot be used: names the file and the place, what was wanted, and the remedy."""
+
+
 class Rejected(ValueError):
     """A row that cannot be used: the caller leaves it out and counts it by `code`; its neighbours are unharmed."""
 

@@ -1,0 +1,262 @@
+"""JSON lines and JSON lists as tables of rows, each row found again by its place in the file."""
+
+import codecs
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlskv_ray.data.rows import WANTED, check_columns, sample_of
+from vlskv_ray.data.sample import Rejected, Sample, SourceError
+
+_WINDOW = 2**24  # characters of a JSON list held at once
+
+_ROW = np.dtype(
+    [("file", "i4"), ("number", "i4"), ("offset", "i8"), ("length", "i8"), ("num_images", "i4"), ("text_bytes", "i8")]
+)
+_Found = tuple[int, int, int, Any]  # number from 1, byte offset, byte length, the row or why it is rejected
+
+
+@dataclass(frozen=True, eq=False)
+class JsonSource:
+    """JSON files, each row found again by its bytes.
+
+    `index` is _ROW[num_rows]; its `number` is the line of JSON lines, the element of a list, from 1.
+    """
+
+    name: str
+    weight: float
+    files: tuple[Path, ...]
+    root: Path | None
+    index: npt.NDArray[Any]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.index)
+
+    @property
+    def num_images(self) -> npt.NDArray[np.int32]:
+        return np.ascontiguousarray(self.index["num_images"])
+
+    @property
+    def text_bytes(self) -> npt.NDArray[np.int64]:
+        return np.ascontiguousarray(self.index["text_bytes"])
+
+    def uid(self, row: int) -> str:
+        entry = self.index[row]
+        file = self.files[entry["file"]]
+        place = f"{os.path.relpath(file, folder_of(self.files))}:" if len(self.files) > 1 else ""
+        return f"{self.name}:{place}{entry['number']}"
+
+    def read(self, row: int) -> Sample:
+        entry = self.index[row]
+        file = self.files[entry["file"]]
+        with file.open("rb") as stream:
+            stream.seek(entry["offset"])
+            data = stream.read(entry["length"])
+        root = file.parent if self.root is None else self.root
+        return sample_of(self.uid(row), _parsed(data, file, int(entry["number"])), root)
+
+
+def open_json(
+    name: str, weight: float, files: Sequence[Path], formats: Sequence[str], root: Path | None, num_samples: int | None
+) -> JsonSource:
+    """Scans JSON files of the given formats ("jsonl" or "json" each) into one table.
+
+    Raises:
+        SourceError: a file as a whole cannot be used.
+    """
+    rows = (
+        (number, *entry)
+        for number, (file, format) in enumerate(zip(files, formats, strict=True))
+        for entry in _measured(file, _list_rows(file) if format == "json" else _line_rows(file))
+    )
+    index = np.fromiter(itertools.islice(rows, num_samples), dtype=_ROW)
+    return JsonSource(name, weight, tuple(files), root, index)
+
+
+def folder_of(files: Sequence[Path]) -> str:
+    """The folder that holds all of them."""
+    return os.path.commonpath([file.parent for file in files])
+
+
+def _measured(file: Path, rows: Iterator[_Found]) -> Iterator[tuple[int, int, int, int, int]]:
+    """One index entry per row of a file, after the checks which concern the file as a whole."""
+    _check_utf8(file)
+    num_objects = 0
+    first_reason: Rejected | None = None
+    for number, offset, length, found in rows:
+        num_images = text_bytes = 0
+        try:
+            row = _object(found, f"{file}:{number}")
+            num_objects += 1
+            if num_objects == 1:
+                check_columns(list(row), f"{file}:{number}")
+            sample = sample_of("", row, None)
+        except Rejected as reason:  # counted when the row is read; here it only matters if no row is any good
+            first_reason = first_reason or reason
+        else:
+            num_images = len(sample.images)
+            parts = [part for message in sample.messages for part in message["content"]]
+            text_bytes = sum(len(part["text"].encode()) for part in parts if part["type"] == "text")
+        yield number, offset, length, num_images, text_bytes
+    if not num_objects:
+        raise SourceError(f"no row of the file can be read; the first: {first_reason and first_reason.detail}")
+
+
+def _parsed(data: bytes, file: Path, number: int) -> dict[str, Any]:
+    """One row of JSON.
+
+    Raises:
+        Rejected: json_line, json_depth.
+    """
+    place = f"{file}:{number}"
+    try:
+        row = json.loads(data.decode())
+    except RecursionError as error:
+        raise Rejected("json_depth", f"{place}: brackets are nested too deep; wanted {WANTED}") from error
+    except json.JSONDecodeError as error:
+        raise Rejected("json_line", f"{place}:{error.colno}: {error.msg}; wanted one JSON object") from error
+    except ValueError as error:  # a number of thousands of digits; bytes changed since the file was opened
+        raise Rejected("json_line", f"{place}: {error}; wanted one JSON object") from error
+    return _object(row, place)
+
+
+def _object(row: Any, place: str) -> dict[str, Any]:
+    if isinstance(row, Rejected):
+        raise row
+    if not isinstance(row, dict):
+        raise Rejected("json_line", f"{place}: the row is {type(row).__name__}; wanted a JSON object")
+    return row
+
+
+def _line_rows(file: Path) -> Iterator[_Found]:
+    """The rows of JSON lines, by physical line; blank lines are none."""
+    offset = _text_start(file)
+    empty = True
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                empty = False
+                try:
+                    row: Any = _parsed(line, file, number)
+                except Rejected as error:
+                    row = error
+                yield number, offset, len(line), row
+            offset += len(line)
+    if empty:
+        raise SourceError(f"{file}: the file is empty; wanted one JSON object per line")
+
+
+def _list_rows(file: Path) -> Iterator[_Found]:
+    """The elements of a JSON list, found by parsing one at a time; only a window of the file is held as text."""
+    offset, number = _text_start(file), 0  # offset: in bytes, of text[start]
+    text, start, at_end = "", 0, False
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        while True:
+            end, problem = len(text), None
+            try:
+                begin, end, row = _next_element(text, start, number)
+            except json.JSONDecodeError as error:
+                problem = error
+            if end == len(text) and not at_end:
+                # What ends with the window may go on behind it: look again with more text, twice as much each time.
+                text = text[start:]
+                more = stream.read(max(_WINDOW, len(text)))
+                text, start, at_end = text + more, 0, not more
+                continue
+            if problem:
+                place = _line_and_column(file, offset + len(text[start : problem.pos].encode()))
+                wanted = "wanted a JSON list of objects: [{...}, {...}]; is the file complete?"
+                raise SourceError(f"{file}:{place}: {problem.msg}; {wanted}") from problem
+            if begin == end:
+                break
+            number += 1
+            offset += len(text[start:begin].encode())
+            length = len(text[begin:end].encode())
+            yield number, offset, length, row
+            offset, start = offset + length, end
+    if not number:
+        raise SourceError(f"{file}: the list is empty; wanted at least one row")
+
+
+_PUNCTUATION = re.compile(r"[ \t\r\n]*([\[\],])[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+def _next_element(text: str, start: int, number: int) -> tuple[int, int, Any]:
+    """Begin, end and value of the element behind the bracket or comma at `start`; at the list's end begin equals end.
+
+    Raises:
+        json.JSONDecodeError: not a list, or `text` ends within it.
+    """
+    mark = _PUNCTUATION.match(text, start)
+    if mark is None or (mark[1] == "[") != (number == 0):
+        raise json.JSONDecodeError("',' or ']' is missing" if number else "no list begins here", text, start)
+    begin = mark.end()
+    if number == 0 and text.startswith("]", begin):
+        mark = _PUNCTUATION.match(text, begin)
+    if mark and mark[1] == "]":
+        if mark.end() < len(text):
+            raise json.JSONDecodeError("something follows the end of the list", text, mark.end())
+        return mark.end(), mark.end(), None
+    if number and text.startswith("]", begin):
+        raise json.JSONDecodeError("no element between ',' and ']'", text, begin)
+    try:
+        row, end = _DECODER.raw_decode(text, begin)
+    except RecursionError as error:
+        raise json.JSONDecodeError("brackets are nested too deep", text, begin) from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise json.JSONDecodeError(str(error), text, begin) from error
+    return begin, end, row
+
+
+def _text_start(file: Path) -> int:
+    """The byte behind the byte order mark."""
+    with opened(file) as stream:
+        return len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
+
+
+def _line_and_column(file: Path, offset: int) -> str:
+    with file.open("rb") as stream:
+        before = stream.read(offset)
+    *lines, line = before.decode("utf-8-sig").split("\n")
+    return f"{len(lines) + 1}:{len(line) + 1}"
+
+
+def _check_utf8(file: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with opened(file) as stream:
+        if (encoding := json.detect_encoding(stream.read(4))) not in ("utf-8", "utf-8-sig"):
+            raise SourceError(f"{file}: not UTF-8 at byte offset 0: looks like {encoding}; save it as UTF-8")
+        stream.seek(0)
+        chunk = b"start"
+        while chunk:
+            chunk = stream.read(2**20)
+            pending = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                at = offset - pending + error.start
+                raise SourceError(f"{file}: not UTF-8 at byte offset {at}: {error.reason}; save it as UTF-8") from error
+            offset += len(chunk)
+
+
+def opened(file: Path) -> io.BufferedReader:
+    """SourceError if it cannot be opened."""
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise SourceError(f"{file}: {error.strerror}") from error

@@ -15,7 +15,7 @@ from vlskv_ray.data.chat import Limits, encode, num_image_features
 from vlskv_ray.data.collate import Batch, Encoded, collate
 from vlskv_ray.data.sample import Sample
 from vlskv_ray.model import presets
-from vlskv_ray.model.build import build_student, find_checkpoint
+from vlskv_ray.model.build import build_student, find_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def student(teacher_folder: Callable[..., Path]) -> Callable[..., Any]:
         text_model_type: str = "llama", dtype: torch.dtype = torch.float32, moved: bool = True, **layers: Any
     ) -> Any:
         folder = teacher_folder(text_model_type)
-        model = build_student(find_checkpoint(str(folder)), **({"num_key_value_layers": 2} | layers), dtype=dtype)
+        model = build_student(find_model(str(folder)), **({"num_key_value_layers": 2} | layers), dtype=dtype)
         if moved:
             generator = torch.Generator().manual_seed(3)
             for parameter in model.parameters():

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlskv_ray.train
-from vlskv_ray.cluster import start_ray
+from vlskv_ray.cluster import ray_cluster
 from vlskv_ray.data.images import load_image
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 
@@ -243,11 +243,10 @@ def test_ctrl_c_and_sigterm_save_first(files: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """One local cluster for all tests; the environment that makes commands join it."""
-    start_ray("local")
-    import ray
+    with ray_cluster("local"):
+        import ray
 
-    yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONUNBUFFERED": "1"}
-    ray.shutdown()
+        yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONUNBUFFERED": "1"}
 
 
 def start(cluster: dict[str, str], files: Path, *arguments: str) -> "subprocess.Popen[str]":

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from vlskv_ray.checkpoint import newest_checkpoint
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, Encoded
-from vlskv_ray.model.build import build_student, find_checkpoint, trainable_parameters
+from vlskv_ray.model.build import build_student, find_model, trainable_parameters
 from vlskv_ray.train_loop import (
     GradientBuffer,
     Objective,
@@ -52,7 +52,7 @@ def run_of(model: Path, folder: Path, **options: Any) -> Run:
         | options
     )
     (folder / "checkpoints").mkdir(parents=True)
-    return Run(config, folder, find_checkpoint(str(model)), MICRO_BATCHES, 3, 6, "fingerprint")
+    return Run(config, folder, MICRO_BATCHES, 3, 6, "fingerprint")
 
 
 def batches(encoded: list[Encoded], worker: Worker = Worker()) -> Callable[[int], Iterator[Batch]]:  # noqa: B008
@@ -81,7 +81,7 @@ def test_only_the_students_own_weights_move(
     """Frozen tensors are bit-identical after training, on file; each SwiftKV weight has moved."""
     outcome = train_worker(run, Worker(), batches(encoded))
     assert outcome == {"status": "done", "step": 6, "rejected": {}}
-    before = build_student(run.checkpoint, 2).state_dict()
+    before = build_student(find_model(str(teacher_folder())), 2).state_dict()
     model = AutoModelForImageTextToText.from_pretrained(run.folder / "final")
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]) == ("_swiftkv" not in name), name
@@ -292,7 +292,7 @@ def one_step(
     model_folder: str, encoded: list[Encoded], size: int, dtype: torch.dtype
 ) -> tuple[float, float, torch.Tensor]:
     """Mean loss, gradient norm and gradient of one global batch."""
-    model = build_student(find_checkpoint(model_folder), 2, dtype=dtype)
+    model = build_student(find_model(model_folder), 2, dtype=dtype)
     trained = trainable_parameters(model)
     gradients = GradientBuffer(trained.values())
     parts = [batch_of(encoded[i : i + size]) for i in range(0, len(encoded), size)]

@@ -5,6 +5,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,12 +35,22 @@ class Reserved:
     threads_per_worker: int
 
 
-def start_ray(address: str | None, quiet: bool = True) -> tuple[float, bool]:
-    """Joins the cluster there is, else starts one on this machine; returns its CPUs and whether it was joined.
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster a run is on."""
+
+    cpus: float
+    joined: bool
+    """It was there before; otherwise it was started for this run, on this machine."""
+
+
+@contextmanager
+def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
+    """Joins the Ray cluster there is, else starts one on this machine; leaves or ends it again.
 
     Args:
         address: None: that of RAY_ADDRESS, or of a `ray start` on this machine, else a new one. "local": always a new
-            one. Anything else is joined.
+            one. Anything else is joined. A process that has called `ray.init()` itself stays in that cluster.
         quiet: show nothing of what Ray and the workers print.
 
     Raises:
@@ -49,25 +61,32 @@ def start_ray(address: str | None, quiet: bool = True) -> tuple[float, bool]:
             os.environ.setdefault(name, value)
     import ray
 
+    if ray.is_initialized():
+        yield Cluster(float(ray.cluster_resources().get("CPU", 0)), joined=True)
+        return
     level = "ERROR" if quiet else "INFO"
     options: dict[str, Any] = {
         "logging_level": level,
         "logging_config": ray.LoggingConfig(log_level=level),
         "log_to_driver": not quiet,
     }
-    wanted = address or os.environ.get("RAY_ADDRESS")
-    if wanted != "local":
-        try:
-            ray.init(address=wanted or "auto", **options)
-            return float(ray.cluster_resources().get("CPU", 0)), True
-        except ConnectionError as error:
-            if wanted:
-                raise ValueError(
-                    f"cluster.address: no Ray cluster answers at {wanted!r} ({error}); "
-                    f"start one with `ray start --head`, or use cluster.address=local"
-                ) from error
-    ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
-    return float(ray.cluster_resources()["CPU"]), False
+    wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        if wanted != "local":
+            ray.init(address=wanted, **options)
+    except ConnectionError as error:
+        if wanted != "auto":
+            raise ValueError(
+                f"cluster.address: no Ray cluster answers at {wanted!r} ({error}); "
+                f"start one with `ray start --head`, or use cluster.address=local"
+            ) from error
+    joined = ray.is_initialized()
+    if not joined:
+        ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
+    try:
+        yield Cluster(float(ray.cluster_resources().get("CPU", 0)), joined)
+    finally:
+        ray.shutdown()
 
 
 def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
@@ -157,10 +176,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def describe(config: Config, reserved: Reserved, cpus: float, joined: bool) -> str:
+def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
     """One line on what runs where."""
-    where = f"joined a cluster of {cpus:g} CPUs" if joined else f"started Ray on this machine, {cpus:g} CPUs"
+    where = "joined a cluster of" if cluster.joined else "started Ray on this machine,"
     return (
-        f"{where}: {config.cluster.num_workers} workers x {reserved.threads_per_worker} threads "
+        f"{where} {cluster.cpus:g} CPUs: {config.cluster.num_workers} workers x {reserved.threads_per_worker} threads "
         f"({reserved.cpus_per_worker:g} CPUs each), data tasks of {reserved.cpus_per_task:g} CPUs"
     )

@@ -32,8 +32,8 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
         "first": {name: mean(name, slice(None, 5)) for name in AVERAGED},
         "last": {name: mean(name, slice(-5, None)) for name in AVERAGED},
         "rejected": outcome["rejected"],
-        "model": run.checkpoint.name_or_path,
-        "revision": run.checkpoint.revision,
+        "model": run.config.model.name_or_path,
+        "revision": run.config.model.revision,
         "versions": {name: version(name) for name in PACKAGES},
     }
     write_json(run.folder / "summary.json", summary)

@@ -19,7 +19,7 @@ from typing import Any
 
 import vlskv_ray
 from vlskv_ray.checkpoint import SavedState, newest_checkpoint, newest_step, write_text
-from vlskv_ray.cluster import ProgressLine, Reserved, describe, reserve, start_ray
+from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, reserve
 from vlskv_ray.config import Config, changed_keys, dump_config, load_config_and_notices
 from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.collate import Batch
@@ -27,7 +27,7 @@ from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_data
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
-from vlskv_ray.model.build import find_checkpoint, load_config, load_processor, swiftkv_config
+from vlskv_ray.model.build import find_model, load_config, load_processor, swiftkv_config
 from vlskv_ray.report import result_table, write_summary
 from vlskv_ray.train_loop import Run, Worker, take_back, train_worker
 
@@ -100,11 +100,11 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     Raises:
         ValueError: something in the config cannot work; says which key and what to do.
     """
-    checkpoint = find_checkpoint(config.model.name_or_path, config.model.revision)
-    model = config.model.model_copy(update={"revision": checkpoint.revision})
+    files = find_model(config.model.name_or_path, config.model.revision)
+    model = config.model.model_copy(update={"revision": files.revision})
     layers = (model.num_key_value_layers, model.key_value_group_size)
-    text_config = swiftkv_config(load_config(checkpoint), *layers).text_config
-    check_template(load_processor(checkpoint))
+    text_config = swiftkv_config(load_config(files), *layers).text_config
+    check_template(load_processor(files))
     positions = text_config.max_position_embeddings
     max_length = config.data.max_length or positions
     if max_length > positions:
@@ -127,7 +127,6 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     run = Run(
         config=config,
         folder=run_folder(config),
-        checkpoint=checkpoint,
         micro_batches_per_step=micro_batches_per_step,
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=min(config.epochs * plan.steps_per_epoch, config.max_steps or sys.maxsize),
@@ -137,7 +136,7 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
         raise ValueError(f"{saved.path}: cannot go on from here: the data changed since; {REMEDY}")
     say(config, start_block(run, plan, text_config))
     limits = Limits(max_length, data.max_images_per_sample, data.image_processing_batch_size)
-    return run, Loader(sources, plan, checkpoint, limits)
+    return run, Loader(sources, plan, model.name_or_path, model.revision, limits)
 
 
 REMEDY = "use --resume never to start anew, or another output.name"
@@ -178,12 +177,13 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
     config, workers = run.config, max(run.config.cluster.num_workers, 1)
     versions = "  ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers"))
     accumulation = run.micro_batches_per_step // workers
-    revision = f" at {run.checkpoint.revision}" if run.checkpoint.revision else ""
+    model = config.model
+    revision = f" at {model.revision}" if model.revision else ""
     rows = " + ".join(str(len(table)) for table in plan.tables)
     return (
         f"vlskv_ray {vlskv_ray.__version__}  {versions}  python {platform.python_version()}\n"
-        f"model         {run.checkpoint.name_or_path}{revision}: {text.num_hidden_layers} text layers, SwiftKV from "
-        f"layer {text.num_key_value_layers} in groups of {text.key_value_group_size}, weights {config.model.dtype}\n"
+        f"model         {model.name_or_path}{revision}: {text.num_hidden_layers} text layers, SwiftKV from "
+        f"layer {text.num_key_value_layers} in groups of {text.key_value_group_size}, weights {model.dtype}\n"
         f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows\n"
         f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
         f"{accumulation} accumulation x {workers} workers\n"
@@ -262,17 +262,14 @@ def run_here(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
 def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
     """A TorchTrainer with gloo on the cluster there is, or on this machine."""
     config = run.config
-    cpus, joined = start_ray(config.cluster.address, quiet=config.output.level != "debug")
-    import ray  # not before: it reads its environment when imported
-
-    try:
-        reserved = reserve(config.cluster, config.data, cpus)
+    with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
+        reserved = reserve(config.cluster, config.data, cluster.cpus)
         run = with_threads(run, reserved.threads_per_worker)
-        say(config, f"cluster       {describe(config, reserved, cpus, joined)}")
-        return watch(run, lambda: fit(run, loader, reserved))
-    finally:
-        ray.shutdown()
-        shutil.rmtree(run.folder / "ray", ignore_errors=True)  # Ray's own notes; ours are all that is resumed from
+        say(config, f"cluster       {describe(config, reserved, cluster)}")
+        try:
+            return watch(run, lambda: fit(run, loader, reserved))
+        finally:
+            shutil.rmtree(run.folder / "ray", ignore_errors=True)  # Ray's own notes; ours are all that is resumed from
 
 
 def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
@@ -358,7 +355,9 @@ def watch(run: Run, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any],
     run.checkpoints.mkdir(exist_ok=True)
     run.stop_file.unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", dump_config(run.config))
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others, as in a sweep, take no signals
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     progress = ProgressLine(run.folder / "metrics.jsonl", run.total_steps, run.config.output.level in ("debug", "info"))
     thread = threading.Thread(target=target, daemon=True)
     thread.start()

@@ -23,7 +23,7 @@ from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, sweep, writ
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.distill import LossSums, Objective, distillation_loss
-from vlskv_ray.model.build import Checkpoint, build_student, load_processor, trainable_parameters
+from vlskv_ray.model.build import build_student, find_model, load_processor, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,6 @@ class Run:
     config: Config
     folder: Path
     """On storage that every worker shares."""
-    checkpoint: Checkpoint
-    """Where the model comes from."""
     micro_batches_per_step: int
     steps_per_epoch: int
     total_steps: int
@@ -218,7 +216,7 @@ def stop_if_not_finite(sums: LossSums, grad_norm: float, micro_batches: Sequence
 def student_of(run: Run) -> Any:
     options = run.config.model
     return build_student(
-        run.checkpoint,
+        find_model(options.name_or_path, options.revision),  # found here: each machine has its own copy of a hub model
         options.num_key_value_layers,
         options.key_value_group_size,
         attn_implementation=options.attn_implementation,
@@ -369,7 +367,7 @@ def export(run: Run, model: Any) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     transformers_logging.disable_progress_bar()
     model.to(getattr(torch, run.config.model.dtype)).save_pretrained(aside)
-    load_processor(run.checkpoint).save_pretrained(aside)
+    load_processor(find_model(run.config.model.name_or_path, run.config.model.revision)).save_pretrained(aside)
     if final.exists():  # written by this very run before it was killed at its last step
         shutil.rmtree(final)
     aside.rename(final)

@@ -14,7 +14,6 @@ from vlskv_ray.data.collate import IGNORE_INDEX, TENSORS, Batch, Encoded, from_r
 from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.data.plan import Plan, Table
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.model.build import find_checkpoint
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -71,7 +70,7 @@ def loader_of(file: Path, model: Path, **options: int) -> Loader:
     sources = open_sources([SourceConfig(path=str(file))])
     tables = [Table(source.num_images, source.text_bytes) for source in sources]
     plan = Plan(tables, seed=0, **{"micro_batch_size": 3, "micro_batches_per_step": 1} | options)
-    return Loader(tuple(sources), plan, find_checkpoint(str(model)), Limits(max_length=300))
+    return Loader(tuple(sources), plan, str(model), None, Limits(max_length=300))
 
 
 def test_rows_left_out_are_listed_with_their_reason(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:

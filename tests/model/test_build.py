@@ -16,7 +16,7 @@ from vlskv_ray.data.collate import Encoded
 from vlskv_ray.distill import Objective, distillation_loss
 from vlskv_ray.model.build import (
     build_student,
-    find_checkpoint,
+    find_model,
     load_config,
     load_processor,
     swiftkv_config,
@@ -28,7 +28,7 @@ from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
 
 def test_the_small_preset_has_its_published_size() -> None:
     """4,406,080 parameters, 16,448 of them trained; the teacher in it is the same for every N."""
-    model = build_student(find_checkpoint("small-llava-next"), num_key_value_layers=2)
+    model = build_student(find_model("small-llava-next"), num_key_value_layers=2)
     assert sum(p.numel() for p in model.parameters()) == 4_406_080
     assert sum(p.numel() for p in trainable_parameters(model).values()) == 16_448
     teacher = build_teacher(PRESETS["small-llava-next"]())
@@ -71,16 +71,16 @@ def test_a_student_checkpoint_keeps_its_weights(student: Callable[..., Any], tmp
     """Training goes on from SwiftKV weights that are there, N and group size with them."""
     model = student(num_key_value_layers=4, key_value_group_size=2)
     model.save_pretrained(tmp_path)
-    again = build_student(find_checkpoint(str(tmp_path)))
+    again = build_student(find_model(str(tmp_path)))
     assert swiftkv_backbone(again).config.num_key_value_layers == 4
     wanted = model.state_dict()
     assert all(torch.equal(wanted[name], weight) for name, weight in again.state_dict().items())
     with pytest.raises(ValueError, match="num_key_value_layers: 3, but the checkpoint holds SwiftKV weights for 4"):
-        build_student(find_checkpoint(str(tmp_path)), num_key_value_layers=3)
+        build_student(find_model(str(tmp_path)), num_key_value_layers=3)
 
 
 def test_half_of_the_layers_is_the_default(teacher_folder: Callable[..., Path]) -> None:
-    text = swiftkv_config(load_config(find_checkpoint(str(teacher_folder())))).text_config
+    text = swiftkv_config(load_config(find_model(str(teacher_folder())))).text_config
     assert (text.num_key_value_layers, text.key_value_group_size, text.model_type) == (3, 1, "llama_swiftkv")
 
 
@@ -95,7 +95,7 @@ def test_impossible_layers_are_refused(
     teacher_folder: Callable[..., Path], layers: tuple[int, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        swiftkv_config(load_config(find_checkpoint(str(teacher_folder()))), *layers)
+        swiftkv_config(load_config(find_model(str(teacher_folder()))), *layers)
 
 
 def test_trained_weights_are_float32_in_a_bfloat16_model(student: Callable[..., Any], encoded: list[Encoded]) -> None:
@@ -129,13 +129,13 @@ def test_a_hub_id_is_pinned_to_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for revision in (None, "main", COMMIT):
-        checkpoint = find_checkpoint("someone/tiny", revision)
+        checkpoint = find_model("someone/tiny", revision)
         assert checkpoint.revision == COMMIT
     model = build_student(checkpoint)
     assert swiftkv_backbone(model).config.num_key_value_layers == 3
     assert load_processor(checkpoint).image_token == "<image>"
     with pytest.raises(ValueError, match="'someone/other' at revision 'v2' is neither a folder nor to be had"):
-        find_checkpoint("someone/other", "v2")
+        find_model("someone/other", "v2")
 
 
 def test_hub_layout_of_old_checkpoints(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_hub_layout_of_old_checkpoints(teacher_folder: Callable[..., Path], tmp_
 
     save_file({old(name): weight for name, weight in plain.items()}, folder / "model.safetensors", {"format": "pt"})
     stock = AutoModelForImageTextToText.from_pretrained(teacher_folder())
-    model = build_student(find_checkpoint(str(folder)))
+    model = build_student(find_model(str(folder)))
     held = model.state_dict()
     assert all(torch.equal(held[name], weight) for name, weight in stock.state_dict().items())
     model.save_pretrained(tmp_path / "again")
@@ -184,31 +184,31 @@ def edited(
 
 def test_a_name_that_is_nothing() -> None:
     with pytest.raises(ValueError, match="there is no folder './nowhere'; wanted a preset"):
-        find_checkpoint("./nowhere")
+        find_model("./nowhere")
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no config.json"):
-        find_checkpoint(str(tmp_path))
+        find_model(str(tmp_path))
 
 
 def test_other_backbones_are_refused_with_the_list(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
     name = edited(teacher_folder, tmp_path, "config.json", lambda c: c["text_config"].update(model_type="gemma"))
     with pytest.raises(ValueError, match="text model is a 'gemma'.*supported: llama, mistral, qwen2, qwen3"):
-        load_config(find_checkpoint(name))
+        load_config(find_model(name))
 
 
 def test_other_wrappers_are_refused_with_the_list(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
     name = edited(teacher_folder, tmp_path, "config.json", lambda c: c.update(model_type="blip"))
     with pytest.raises(ValueError, match="model_type 'blip' is not supported; supported: llava_next"):
-        load_config(find_checkpoint(name))
+        load_config(find_model(name))
 
 
 def test_a_broken_config_is_named(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = edited(teacher_folder, tmp_path, "config.json", lambda c: None)
     (Path(folder) / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json cannot be read"):
-        load_config(find_checkpoint(folder))
+        load_config(find_model(folder))
 
 
 def test_missing_weights_are_named(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -217,10 +217,10 @@ def test_missing_weights_are_named(teacher_folder: Callable[..., Path], tmp_path
     weights.pop(next(name for name in weights if "layers.5.self_attn.o_proj" in name))
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"1 weights are missing, such as .*layers\.5\.self_attn\.o_proj"):
-        build_student(find_checkpoint(str(folder)))
+        build_student(find_model(str(folder)))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ValueError, match="weights cannot be loaded"):
-        build_student(find_checkpoint(str(folder)))
+        build_student(find_model(str(folder)))
 
 
 def test_weights_that_need_unpickling_are_not_read(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -228,21 +228,21 @@ def test_weights_that_need_unpickling_are_not_read(teacher_folder: Callable[...,
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="weights cannot be loaded"):
-        build_student(find_checkpoint(str(folder)))
+        build_student(find_model(str(folder)))
 
 
 def test_a_foreign_tokenizer_is_refused(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
     """More ids than embeddings, or the image token elsewhere: an error that says why."""
     few = edited(teacher_folder, tmp_path, "config.json", lambda c: c["text_config"].update(vocab_size=200))
     with pytest.raises(ValueError, match="ids up to 260 but the model has 200 embeddings"):
-        load_processor(find_checkpoint(few))
+        load_processor(find_model(few))
     other = edited(teacher_folder, tmp_path / "b", "config.json", lambda c: c.update(image_token_index=7))
     with pytest.raises(ValueError, match="id of '<image>' is 4, but the model puts images at id 7"):
-        load_processor(find_checkpoint(other))
+        load_processor(find_model(other))
 
 
 def test_a_processor_without_a_chat_template_is_refused(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(edited(teacher_folder, tmp_path, "config.json", lambda c: None))
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template"):
-        load_processor(find_checkpoint(str(folder)))
+        load_processor(find_model(str(folder)))

@@ -99,9 +99,9 @@ def test_kept_tokens_are_those_of_the_whole_pass(
 
 def test_sliding_windows_stay(teacher_folder: Callable[..., Path], encoded: list[Encoded]) -> None:
     """A mistral whose window is shorter than the prompt: kept tokens see the window that whole passes see."""
-    from vlskv_ray.model.build import build_student, find_checkpoint
+    from vlskv_ray.model.build import build_student, find_model
 
-    model = build_student(find_checkpoint(str(teacher_folder("mistral", sliding_window=16))))
+    model = build_student(find_model(str(teacher_folder("mistral", sliding_window=16))))
     batch = batch_of(encoded[2:3])
     keep = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
     keep[0, 60:70] = True

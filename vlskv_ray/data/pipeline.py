@@ -10,7 +10,7 @@ from vlskv_ray.data.collate import Batch, Encoded, collate, from_row, to_row
 from vlskv_ray.data.plan import Plan
 from vlskv_ray.data.sample import Rejected
 from vlskv_ray.data.sources import Source
-from vlskv_ray.model.build import Checkpoint, find_checkpoint, load_config, load_processor
+from vlskv_ray.model.build import find_model, load_config, load_processor
 
 ROWS_PER_TASK = 8
 """Plan rows of one data task: enough to hide what a task costs, few enough that the first rows come soon."""
@@ -19,8 +19,8 @@ ROWS_PER_TASK = 8
 @functools.lru_cache(maxsize=2)
 def _model_side(name_or_path: str, revision: str | None) -> tuple[Any, Any]:
     """Processor and config of a model, loaded once a process: data tasks come again and again to the same ones."""
-    checkpoint = find_checkpoint(name_or_path, revision)
-    return load_processor(checkpoint), load_config(checkpoint)
+    files = find_model(name_or_path, revision)
+    return load_processor(files), load_config(files)
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Loader:
 
     sources: tuple[Source, ...]
     plan: Plan
-    checkpoint: Checkpoint
+    name_or_path: str
+    revision: str | None
+    """Of the model, whose processor prepares the samples."""
     limits: Limits
 
     def __call__(self, row: dict[str, Any]) -> Batch:
         """Loads, decodes, tokenises and collates the samples of a row; those that cannot be used are listed."""
-        processor, config = _model_side(self.checkpoint.name_or_path, self.checkpoint.revision)
+        processor, config = _model_side(self.name_or_path, self.revision)
         samples: list[Encoded] = []
         rejected: list[dict[str, str]] = []
         for number in row["samples"]:

@@ -28,7 +28,7 @@ DOWNLOADED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # never
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelFiles:
     """Where a model comes from: a preset's name, or a folder; `revision` is the commit of a hub model."""
 
     name_or_path: str
@@ -37,19 +37,19 @@ class Checkpoint:
     revision: str | None
 
 
-def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
+def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
     """Resolves a preset name, a local folder or a hub id; the latter is downloaded, and pinned to its commit.
 
     Raises:
         ValueError: there is no such thing; says what was looked for and what to do.
     """
     if name_or_path in presets.PRESETS:
-        return Checkpoint(name_or_path, preset=True, folder=None, revision=None)
+        return ModelFiles(name_or_path, preset=True, folder=None, revision=None)
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint")
-        return Checkpoint(name_or_path, preset=False, folder=folder, revision=None)
+        return ModelFiles(name_or_path, preset=False, folder=folder, revision=None)
     wanted = f"a preset ({', '.join(presets.PRESETS)}), a folder, or a hub id such as llava-hf/llava-v1.6-mistral-7b-hf"
     if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~")):
         raise ValueError(f"model.name_or_path: there is no folder {name_or_path!r}; wanted {wanted}")
@@ -69,24 +69,24 @@ def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoin
             f"model.name_or_path: {name_or_path!r}{at} is neither a folder nor to be had from the hub ({reason}); "
             f"wanted {wanted}"
         ) from error
-    return Checkpoint(name_or_path, preset=False, folder=Path(path), revision=Path(path).name)
+    return ModelFiles(name_or_path, preset=False, folder=Path(path), revision=Path(path).name)
 
 
-def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+def load_config(files: ModelFiles) -> PreTrainedConfig:
     """The checkpoint's own config. ValueError if it is not a vision-language model that this package converts."""
-    if checkpoint.preset:
-        return presets.PRESETS[checkpoint.name_or_path]()
-    assert checkpoint.folder is not None
-    where = f"model.name_or_path: {checkpoint.name_or_path}"
+    if files.preset:
+        return presets.PRESETS[files.name_or_path]()
+    assert files.folder is not None
+    where = f"model.name_or_path: {files.name_or_path}"
     try:
-        declared = json.loads((checkpoint.folder / "config.json").read_text())
+        declared = json.loads((files.folder / "config.json").read_text())
         model_type = declared["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: config.json cannot be read, or names no model_type ({error})") from error
     if model_type not in WRAPPERS:
         raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(WRAPPERS)}")
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(files.folder)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: config.json is not a config of this model type ({error})") from error
     backbone = config.text_config.model_type.removesuffix("_swiftkv")
@@ -148,7 +148,7 @@ def swiftkv_config(
 
 
 def build_student(
-    checkpoint: Checkpoint,
+    files: ModelFiles,
     num_key_value_layers: int | None = None,
     key_value_group_size: int | None = None,
     *,
@@ -163,16 +163,16 @@ def build_student(
     Raises:
         ValueError: the checkpoint cannot be converted, or does not hold what its config says.
     """
-    config = load_config(checkpoint)
+    config = load_config(files)
     is_teacher = not config.text_config.model_type.endswith("_swiftkv")
     student_config = swiftkv_config(config, num_key_value_layers, key_value_group_size)
-    if checkpoint.preset:
+    if files.preset:
         model = AutoModelForImageTextToText.from_config(student_config, attn_implementation=attn_implementation)
         model.load_state_dict(presets.build_teacher(config).state_dict(), strict=False)
         swiftkv_backbone(model).start_from_teacher()
         model.to(dtype)
     else:
-        model = _load_weights(checkpoint, student_config, is_teacher, attn_implementation, dtype)
+        model = _load_weights(files, student_config, is_teacher, attn_implementation, dtype)
     swiftkv_backbone(model).config.swiftkv = True
     model.eval()  # no dropout anywhere: teacher and student share what is frozen
     for name, parameter in model.named_parameters():
@@ -183,14 +183,14 @@ def build_student(
 
 
 def _load_weights(
-    checkpoint: Checkpoint, config: PreTrainedConfig, is_teacher: bool, attn_implementation: str, dtype: torch.dtype
+    files: ModelFiles, config: PreTrainedConfig, is_teacher: bool, attn_implementation: str, dtype: torch.dtype
 ) -> Any:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report lists the SwiftKV weights as missing: they are meant to be
     transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            checkpoint.folder,
+            files.folder,
             config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -198,7 +198,7 @@ def _load_weights(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model.name_or_path: {checkpoint.name_or_path}: weights cannot be loaded: {error}") from error
+        raise ValueError(f"model.name_or_path: {files.name_or_path}: weights cannot be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = [key for key in report["missing_keys"] if not (is_teacher and "_swiftkv" in key)]
@@ -206,25 +206,25 @@ def _load_weights(
     for what, keys in problems.items():
         if keys:
             raise ValueError(
-                f"model.name_or_path: {checkpoint.name_or_path}: {len(keys)} weights are {what}, "
+                f"model.name_or_path: {files.name_or_path}: {len(keys)} weights are {what}, "
                 f"such as {sorted(keys)[0]}; the checkpoint is damaged or does not belong to its config.json"
             )
     return model
 
 
-def load_processor(checkpoint: Checkpoint) -> Any:
+def load_processor(files: ModelFiles) -> Any:
     """The checkpoint's own processor, images by Pillow, text padded on the right.
 
     Raises:
         ValueError: there is none, it has no chat template, or its ids do not fit the model.
     """
-    config = load_config(checkpoint)
-    where = f"model.name_or_path: {checkpoint.name_or_path}"
-    if checkpoint.preset:
+    config = load_config(files)
+    where = f"model.name_or_path: {files.name_or_path}"
+    if files.preset:
         processor = presets.llava_next_processor(config)
     else:
         try:
-            processor = AutoProcessor.from_pretrained(checkpoint.folder, backend="pil")
+            processor = AutoProcessor.from_pretrained(files.folder, backend="pil")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: its processor cannot be loaded: {error}") from error
     if processor.chat_template is None:

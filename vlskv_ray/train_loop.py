@@ -69,8 +69,8 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         batches_from: this worker's micro-batches from a step on, in the order of the plan.
 
     Returns:
-        `status` ("done", "stopped": saved and left as asked, or "failed": with a `message`), `step`, and the rows left
-        out so far by reason.
+        `status` and `step`: "done", with the rows left out by reason; "stopped", saved and left as asked; or "failed",
+        with a `message`.
     """
     config = run.config
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
@@ -88,7 +88,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     every = config.checkpoint.every_steps or max(1, math.ceil(run.total_steps / 10))
     per_worker = run.micro_batches_per_step // worker.world_size
     batches = batches_from(step)
-    stopped = False
+    stopped, failure = False, None
 
     while step < run.total_steps and not stopped:
         began = time.perf_counter()
@@ -106,27 +106,25 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
             )
             step += 1
             counts.add(result.sums, gather(micro_batches, result.sums, always=config.output.order))
+            if log:
+                log.step(metrics_of(run, step, result, optimizer, data_wait, time.perf_counter() - began), counts)
             counts.check(config.data.max_rejected_fraction)
         except StoppedRun as reason:
-            if log:
-                log.rejected(step, counts.latest_rejected)
-                log.close()
-            return {"status": "failed", "message": str(reason), "step": step}
+            failure = str(reason)
+            break
         stopped = result.stop
-        if log:
-            if step % config.output.log_every_steps == 0 or step == run.total_steps:
-                log.metrics(metrics_of(run, step, result, optimizer, data_wait, time.perf_counter() - began))
-            log.rejected(step, counts.latest_rejected)
-            if config.output.order:
-                log.order(step, counts.latest_ids)
-            if stopped or step % every == 0 or step == run.total_steps:
-                save(run, step, trained, optimizer, counts)
+        if log and (stopped or step % every == 0 or step == run.total_steps):
+            save(run, step, trained, optimizer, counts)
 
     if log:
         log.close()
-        if step == run.total_steps:
-            export(run, model)
-    return {"status": "done" if step == run.total_steps else "stopped", "step": step, "rejected": dict(counts.reasons)}
+    if failure:
+        return {"status": "failed", "message": failure, "step": step}
+    if step < run.total_steps:
+        return {"status": "stopped", "step": step}
+    if worker.rank == 0:
+        export(run, model)
+    return {"status": "done", "step": step, "rejected": dict(counts.reasons)}
 
 
 # --------------------------------------------------------------------------------------------------------- the step
@@ -406,6 +404,7 @@ class RunLog:
     """The run's own files, written by rank 0: what a killed run wrote beyond its checkpoint is taken back first."""
 
     def __init__(self, run: Run, start: int) -> None:
+        self.every, self.total_steps = run.config.output.log_every_steps, run.total_steps
         take_back(run.folder, start)
         self.files = {name: open(run.folder / f"{name}.jsonl", "a") for name in ("metrics", "rejected")}  # noqa: SIM115
         if run.config.output.order:
@@ -414,19 +413,19 @@ class RunLog:
         if run.config.output.tensorboard:
             self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1)
 
-    def metrics(self, metrics: dict[str, float]) -> None:
-        self._line("metrics", metrics)
-        if self.tensorboard:
-            for name, value in metrics.items():
-                if name != "step":
-                    self.tensorboard.add_scalar(name, value, int(metrics["step"]))
-
-    def rejected(self, step: int, rows: Sequence[dict[str, str]]) -> None:
-        for row in rows:
+    def step(self, metrics: dict[str, float], counts: Counts) -> None:
+        """Writes down what one step has to tell."""
+        step = int(metrics["step"])
+        if step % self.every == 0 or step == self.total_steps:
+            self._line("metrics", metrics)
+            if self.tensorboard:
+                for name, value in metrics.items():
+                    if name != "step":
+                        self.tensorboard.add_scalar(name, value, step)
+        for row in counts.latest_rejected:
             self._line("rejected", {"step": step, **row})
-
-    def order(self, step: int, ids: Sequence[Sequence[str]]) -> None:
-        self._line("order", {"step": step, "micro_batches": ids})
+        if "order" in self.files:
+            self._line("order", {"step": step, "micro_batches": counts.latest_ids})
 
     def close(self) -> None:
         for file in self.files.values():

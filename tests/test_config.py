@@ -289,6 +289,7 @@ def test_a_file_that_can_not_be_read_is_one_line() -> None:
         ("lr: 1", "lr: unknown key, did you mean optimizer.lr?"),
         ("max_length: 1", "max_length: unknown key, did you mean data.max_length?"),
         ("learning_rate: 1", "learning_rate: unknown key, did you mean optimizer.lr?"),
+        ("image_root: x", "image_root: unknown key, did you mean data.sources.0.image_root?"),
         ("scheduler: {tpye: linear}", "scheduler.tpye: unknown key, did you mean scheduler.type?"),
         ("image_dir: x", "image_dir: unknown key, did you mean data.sources.0.image_root?"),
         ("bf16: true", "bf16: unknown key, did you mean model.dtype?"),

@@ -125,7 +125,8 @@ def _unknown(key: KeyPath) -> str:
     pattern = _pattern(key[:-1])
     siblings = [name for name in _known_keys() if name and name[:-1] == pattern]
     in_list = "*" in pattern
-    candidates = siblings if in_list else [name for name in _known_keys() if name and "*" not in name]
+    # a key of a list's entries is meant only where its name is exactly right: `data.image_root`
+    candidates = siblings if in_list else [n for n in _known_keys() if n and ("*" not in n or n[-1] == leaf)]
 
     def closeness(name: KeyPath) -> float:
         ratio = difflib.SequenceMatcher(None, leaf.rpartition(".")[2], str(name[-1])).ratio()

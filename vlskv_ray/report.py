@@ -1,8 +1,8 @@
 """What a run leaves to read: its summary, and the table at its end."""
 
 import json
-import os
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from vlskv_ray.checkpoint import write_json
@@ -16,6 +16,12 @@ AVERAGED = {
     "top1_agreement": "top-1 agreement with the teacher",
 }
 PACKAGES = ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow")
+
+
+def shown(path: Path) -> Path:
+    """A path as a person here would write it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
@@ -50,5 +56,5 @@ def result_table(run: Run) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["rejected"].items()))
     left_out = f"{sum(summary['rejected'].values())} rows left out" + (f": {reasons}" if reasons else "")
     lines.append(f"{summary['steps']} steps in {duration(summary['seconds'])}, {left_out}")
-    lines.append(f"student: {os.path.relpath(run.folder / 'final')}")
+    lines.append(f"student: {shown(run.folder / 'final')}")
     return "\n".join(lines)

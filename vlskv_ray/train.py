@@ -28,7 +28,7 @@ from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
 from vlskv_ray.model.build import find_model, load_config, load_processor, swiftkv_config
-from vlskv_ray.report import result_table, write_summary
+from vlskv_ray.report import result_table, shown, write_summary
 from vlskv_ray.train_loop import Run, Worker, take_back, train_worker
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -187,7 +187,7 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
         f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows\n"
         f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
         f"{accumulation} accumulation x {workers} workers\n"
-        f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {os.path.relpath(run.folder)}"
+        f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {shown(run.folder)}"
     )
 
 
@@ -221,7 +221,7 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
         with owned(folder):  # not one that is running
             older = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
             folder.rename(older)  # nothing is deleted
-        print(f"moved the older run to {os.path.relpath(older)}")
+        print(f"moved the older run to {shown(older)}")
     with owned(folder):
         saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         if saved is None and resume == "must":
@@ -240,7 +240,7 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
             cause = error.__cause__
             write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
             reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
-            print(f"error: {reason}; all of it is in {folder / 'error.log'}", file=sys.stderr)
+            print(f"error: {reason}; all of it is in {shown(folder / 'error.log')}", file=sys.stderr)
             return FAILED
         if outcome["status"] == "failed":
             print(f"error: {outcome['message']}", file=sys.stderr)

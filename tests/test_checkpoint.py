@@ -33,7 +33,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
-    saved(tmp_path, 1, 2, 30, 4, keep_last=2)
+    saved(tmp_path, 1, 2, 4, 30, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000030"]
     assert newest_step(tmp_path) == 30
 
@@ -64,7 +64,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, file: str, damage: str) ->
     assert found is not None and found.step == 1
     uncommitted = damage == "remove" and file == "COMMIT"  # then it never was one: nothing to warn of
     assert len(warnings) == (0 if uncommitted else 1)
-    assert all("step-00000002" in warning and "using the one before it" in warning for warning in warnings)
+    assert all("step-00000002" in warning and "looking for one before it" in warning for warning in warnings)
     assert not (tmp_path / "canary").exists()
 
 
@@ -81,10 +81,33 @@ def test_what_a_kill_leaves_is_swept(tmp_path: Path) -> None:
     (tmp_path / "step-00000002" / "COMMIT").unlink()
     (tmp_path / ".writing-step-00000003").mkdir()
     assert newest_step(tmp_path) == 1
-    sweep(tmp_path)
+    sweep(tmp_path, newest=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     saved(tmp_path, 2)
     assert newest_step(tmp_path) == 2
+
+
+def test_going_back_behind_damaged_ones_loses_nothing(tmp_path: Path) -> None:
+    """Steps 4 and 6 damaged: the run goes on from 2, and what it saves then is kept and found, swept or not."""
+    saved(tmp_path, 2, 4, 6)
+    for step in (4, 6):
+        (tmp_path / f"step-{step:08d}" / "trainable.safetensors").write_bytes(b"")
+    assert newest_step(tmp_path) == 2
+    save_checkpoint(tmp_path, 3, TENSORS, {}, keep_last=2)
+    assert newest_step(tmp_path) == 3
+    sweep(tmp_path, newest=3)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names[2:] == ["step-00000002", "step-00000003"] and all(n.startswith("damaged-") for n in names[:2])
+    saved(tmp_path, 4, 5, keep_last=2)
+    assert newest_step(tmp_path) == 5
+
+
+def test_files_that_are_no_checkpoints_do_no_harm(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    (tmp_path / "step-00000099").write_text("a file")
+    (tmp_path / ".writing-step-1").write_text("a file")
+    sweep(tmp_path, newest=1)
+    assert newest_step(tmp_path) == 1
 
 
 def test_of_another_format_is_not_guessed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,12 +186,13 @@ def test_a_dumped_config_gives_no_notices() -> None:
 def test_changed_keys_are_those_that_decide_the_numbers() -> None:
     a = load(SMALL)
     same = load(SMALL, "output.name=b", "checkpoint.every_steps=3", "cluster.num_workers=4", "data.num_proc=2")
-    assert changed_keys(a, same) == []
+    assert changed_keys(a, same) == {}
     b = load(
         SMALL, "optimizer.lr=1", "seed=1", "data.sources.0.weight=2", "data.sources.1=a/b", "optimizer.betas=[0,0]"
     )
     expected = ["seed", "data.sources.0.weight", "data.sources.1", "optimizer.lr"]
-    assert changed_keys(a, b) == [*expected, "optimizer.betas.0", "optimizer.betas.1"]
+    assert list(changed_keys(a, b)) == [*expected, "optimizer.betas.0", "optimizer.betas.1"]
+    assert changed_keys(a, b)["optimizer.lr"] == (a.optimizer.lr, 1.0)
 
 
 # --- Wrong files ------------------------------------------------------------------------------------------------------
@@ -392,9 +393,9 @@ def test_what_an_override_replaced_has_no_line_any_more() -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("epochs", "wanted section.key=value, got 'epochs'"),
-        ("=3", "wanted section.key=value, got '=3'"),
-        ("--optimizer.lr", "wanted section.key=value, got '--optimizer.lr'"),
+        ("epochs", "wanted section.key=value or an option of --help, got 'epochs'"),
+        ("=3", "wanted section.key=value or an option of --help, got '=3'"),
+        ("--optimizer.lr", "wanted section.key=value or an option of --help, got '--optimizer.lr'"),
         ("data.max_lenght=3", "data.max_lenght: unknown key, did you mean data.max_length?"),
         ("data.sources.2=a/b", "data.sources.2: wanted an index from 0 to 1, 1 to append"),
         ("data.sources.-1=a/b", "data.sources.-1: wanted an index from 0 to 1, 1 to append"),
@@ -418,7 +419,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_their_lines() -> None:
         "run.yaml:5: model.name_or_path: missing. The teacher: a local folder, a hub id, or the name of a preset such "
         "as small-llava-next.",
         "run.yaml:5: model.dtype: wanted one of float32, bfloat16, got 'int8'",
-        "command line: wanted section.key=value, got 'foo'",
+        "command line: wanted section.key=value or an option of --help, got 'foo'",
         "command line: seed: wanted an integer >= 0 and < 4294967296, got 'x'",
     ]
 

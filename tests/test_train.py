@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import conversation, picture
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlskv_ray.train
@@ -118,8 +119,8 @@ def test_a_run_in_one_process(files: Path, capsys: pytest.CaptureFixture[str]) -
     """Done, then done already, then set back to its checkpoint or started anew, with nothing deleted."""
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "data.max_rejected_fraction=0.2") == 0
     printed = capsys.readouterr().out
-    assert "global batch  8 = 2 samples x 4 accumulation x 1 workers" in printed
-    assert "3 rows left out: 1 image_missing, 1 json_line, 1 too_long" in printed
+    assert "global batch  8 = 2 samples x 4 accumulation x 1 worker\n" in printed
+    assert "3 samples left out: 1 image_missing, 1 json_line, 1 too_long" in printed
     run = files / "runs" / "here"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 7 and summary["last"]["loss"] < summary["first"]["loss"]
@@ -127,11 +128,11 @@ def test_a_run_in_one_process(files: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(files / "run.yaml", "output.name=here", "epochs=1") == 0
     assert "already finished" in capsys.readouterr().out
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "optimizer.lr=1e-4") == 2
-    assert "cannot go on from here: optimizer.lr changed since; use --resume never" in capsys.readouterr().err
+    assert "cannot go on from here: optimizer.lr was 0.003 and is 0.0001; use --resume never" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "--num-samples", "9") == 2
     assert "the data changed since" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "gradient_accumulation_steps=3") == 2
-    assert "gradient_accumulation_steps changed since" in capsys.readouterr().err
+    assert "gradient_accumulation_steps was 4 and is 3" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.num_workers=3") == 2
     assert "3 workers cannot share the 4 micro-batches of a step equally" in capsys.readouterr().err
 
@@ -155,6 +156,80 @@ def test_the_final_folder_continues_as_a_student(files: Path, capsys: pytest.Cap
 def test_nothing_to_resume(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(files / "run.yaml", "output.name=nothing", "--resume", "must") == 2
     assert "there is no checkpoint to go on from" in capsys.readouterr().err
+
+
+def test_what_a_run_was_made_of_must_not_change(
+    files: Path, teacher_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other answers of equal length in the data, other weights in the model's folder: noticed before going on."""
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    shutil.copytree(teacher_folder(), model)
+    rows = [json.dumps({"messages": conversation("a?", f"thing {i}")}) + "\n" for i in range(16)]
+    data.write_text("".join(rows))
+    options = (f"data.sources=[{{path: {data}}}]", f"model.name_or_path={model}", f"output.dir={tmp_path}", "epochs=2")
+    assert main(files / "run.yaml", *options, "checkpoint.every_steps=1") == 0
+    shutil.rmtree(tmp_path / "run" / "final")
+    data.write_text("".join(rows).replace("thing 3", "gniht 3"))
+    assert main(files / "run.yaml", *options) == 2
+    assert "the data changed since" in capsys.readouterr().err
+    data.write_text("".join(rows))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    assert main(files / "run.yaml", *options) == 2
+    assert "the model changed since" in capsys.readouterr().err
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    shutil.copytree(teacher_folder(), model, dirs_exist_ok=True)
+    assert main(files / "run.yaml", *options) == 0  # what was missing of a finished run is made again
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_overwritten(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(files / "run.yaml", "output.name=lost", "max_steps=2") == 0
+    run = files / "runs" / "lost"
+    metrics = (run / "metrics.jsonl").read_text()
+    for state in run.glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    assert main(files / "run.yaml", "output.name=lost", "max_steps=2") == 2
+    assert "holds a run, but no checkpoint of it that is whole" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints")
+    assert main(files / "run.yaml", "output.name=lost", "max_steps=2") == 2
+    assert (run / "metrics.jsonl").read_text() == metrics
+
+
+def test_weights_that_are_not_finite_are_not_saved(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("output.name=ruined", "optimizer.lr=1e38", "optimizer.max_grad_norm=null", "max_steps=1")
+    assert main(files / "run.yaml", *options) == 1
+    assert "weights are not finite any more" in capsys.readouterr().err
+    assert not list((files / "runs" / "ruined" / "checkpoints").iterdir())
+
+
+def test_a_dry_run_tells_what_would_stop_the_run(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(files / "run.yaml", "--dry-run", "data.max_length=60") == 2
+    assert "cannot be used, more than data.max_rejected_fraction=0.1" in capsys.readouterr().err
+    workers = ("cluster.num_workers=8", "cluster.cpus_per_worker=64")
+    assert vlskv_ray.train.main(["--config", str(files / "run.yaml"), "--dry-run", *workers]) == 2
+    assert "so no data would ever come" in capsys.readouterr().err
+    assert main(files / "run.yaml", "--dry-run", "temperature=1e200") == 1
+    assert "error: step 1: the loss is" in capsys.readouterr().err
+
+
+def test_logs_with_junk_in_them_do_no_harm(files: Path) -> None:
+    assert main(files / "run.yaml", "output.name=junk", "max_steps=3", "checkpoint.every_steps=2") == 0
+    run = files / "runs" / "junk"
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'5\nnull\n[]\n{}\n{"step": null}\n{"step": Infinity}\n\xff\n{"step": 1')
+    assert main(files / "run.yaml", "output.name=junk", "max_steps=3") == 0
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_the_original_projects_layout_runs_as_shipped(tmp_path: Path) -> None:
+    """Two steps of configs/small-llava-next-swiftkv-cpu.yaml, nothing left out."""
+    shipped = Path(__file__).parent.parent / "configs" / "small-llava-next-swiftkv-cpu.yaml"
+    options = ("cluster.num_workers=0", "max_steps=2", f"output.dir={tmp_path}")
+    assert vlskv_ray.train.main(["--config", str(shipped), *options]) == 0
+    summary = json.loads((tmp_path / shipped.stem / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["rejected"] == {}
 
 
 def test_a_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +289,7 @@ def test_rows_that_cannot_be_used_stop_a_run_with_exit_status_1(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(files / "run.yaml", "output.name=short", "data.max_length=40") == 1
-    assert "rows had to be left out" in capsys.readouterr().err
+    assert "samples so far had to be left out" in capsys.readouterr().err
     assert len(lines(files / "runs" / "short" / "rejected.jsonl")) > 10
 
 
@@ -303,7 +378,7 @@ def left_alone(cluster: dict[str, str], files: Path) -> Path:
     """The run of two gloo workers on the real files."""
     out = finish(start(cluster, files))
     assert "joined a cluster of" in out and "CPUs: 2 workers x 1 threads" in out
-    assert "9 rows left out: 3 image_missing, 3 json_line, 3 too_long" in out
+    assert "9 samples left out: 3 image_missing, 3 json_line, 3 too_long" in out
     return files / "runs" / "run"
 
 

@@ -52,7 +52,7 @@ def run_of(model: Path, folder: Path, **options: Any) -> Run:
         | options
     )
     (folder / "checkpoints").mkdir(parents=True)
-    return Run(config, folder, MICRO_BATCHES, 3, 6, "fingerprint")
+    return Run(config, folder, MICRO_BATCHES, 3, 6, {})
 
 
 def batches(encoded: list[Encoded], worker: Worker = Worker()) -> Callable[[int], Iterator[Batch]]:  # noqa: B008
@@ -80,7 +80,7 @@ def test_only_the_students_own_weights_move(
 ) -> None:
     """Frozen tensors are bit-identical after training, on file; each SwiftKV weight has moved."""
     outcome = train_worker(run, Worker(), batches(encoded))
-    assert outcome == {"status": "done", "step": 6, "rejected": {}}
+    assert outcome.pop("seconds") > 0 and outcome == {"status": "done", "step": 6, "rejected": {}}
     before = build_student(find_model(str(teacher_folder())), 2).state_dict()
     model = AutoModelForImageTextToText.from_pretrained(run.folder / "final")
     for name, weight in model.state_dict().items():
@@ -217,7 +217,7 @@ def test_too_many_rows_left_out_stop_the_run(run: Run, encoded: list[Encoded]) -
 
     outcome = train_worker(strict, Worker(), with_rejects)
     assert outcome["status"] == "failed"
-    assert "4 of 20 rows had to be left out (4 x too_long)" in outcome["message"]
+    assert "4 of the 20 samples so far had to be left out (4 x too_long)" in outcome["message"]
     assert "For one, x:7: 900 tokens" in outcome["message"]
     assert [line["id"] for line in lines(run, "rejected")] == ["x:7"] * 4
     lenient = replace(

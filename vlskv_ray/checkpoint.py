@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT = 1
+STATE_FILES = {"trainable.safetensors", "optimizer.safetensors", "state.json"}
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -65,6 +67,7 @@ def save_checkpoint(
     for stem, named in tensors.items():
         save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
     write_json(aside / "state.json", {"format": FORMAT, "step": step, **state})
+    share(aside)
     manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
     write_json(aside / "manifest.json", manifest)
     for path in (*aside.iterdir(), aside):
@@ -75,7 +78,8 @@ def save_checkpoint(
     _flush(root)
     write_text(target / "COMMIT", _sha256(target / "manifest.json"))
     _flush(target)
-    for old in sorted(_committed(root))[:-keep_last]:
+    older = sorted(s for s in _committed(root) if s <= step)  # later ones are damaged: the run was set back behind them
+    for old in older[:-keep_last]:
         (root / f"step-{old:08d}" / "COMMIT").unlink()  # first, so that half of one never counts
         shutil.rmtree(root / f"step-{old:08d}")
     return target
@@ -87,7 +91,7 @@ def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> SavedState | N
         try:
             return verified_checkpoint(root / f"step-{step:08d}")
         except DamagedCheckpoint as error:
-            warn(f"{error}; using the one before it")
+            warn(f"{error}; looking for one before it")
     return None
 
 
@@ -112,19 +116,35 @@ def verified_checkpoint(path: Path) -> SavedState:
                 raise DamagedCheckpoint(f"{path}: {name} is damaged (its sha256 is not the manifest's)")
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from error
+    if not manifest.keys() >= STATE_FILES:
+        raise DamagedCheckpoint(f"{path}: lacks {', '.join(sorted(STATE_FILES - manifest.keys()))}")
     state = json.loads((path / "state.json").read_bytes())
-    if state["format"] != FORMAT:
-        raise DamagedCheckpoint(f"{path}: is of format {state['format']}, this version reads {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{path}: is of format {state.get('format')}, this version reads {FORMAT}")
     return SavedState(step=state["step"], path=path, state=state)
 
 
-def sweep(root: Path) -> None:
-    """Removes what killed runs left half-written."""
-    for path in root.glob(".writing-step-*"):
-        shutil.rmtree(path)
-    for path in root.glob("step-*"):
-        if _NAME.fullmatch(path.name) and not (path / "COMMIT").exists():
+def has_checkpoints(root: Path) -> bool:
+    """Whether any was ever committed here, valid or not."""
+    return bool(_committed(root))
+
+
+def sweep(root: Path, newest: int) -> None:
+    """Removes what killed runs left half-written, and renames the damaged ones after `newest`, where a run goes on."""
+    for path in root.glob("*step-*"):
+        name = _NAME.fullmatch(path.name.removeprefix(".writing-"))
+        if path.is_dir() and name and not (path / "COMMIT").exists():
             shutil.rmtree(path)
+        elif path.is_dir() and name and int(name[1]) > newest:
+            path.rename(path.with_name(f"damaged-{time.time_ns()}-{path.name}"))
+
+
+def share(folder: Path) -> None:
+    """Gives files the permissions that others have: safetensors writes weights for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -151,9 +152,11 @@ class ProgressLine:
     def text(self, began: float, first_step: int) -> str:
         """The latest step in one line."""
         m = self.latest
-        parts = [f"step {m['step']}/{self.total_steps}", f"loss {m['loss']:.4g}"]
-        parts += [f"{label} {m[key]:.4g}" for label, key in (("image", "kl_vision"), ("text", "kl_text")) if key in m]
-        parts += [f"agree {m['top1_agreement']:.0%}", f"{m['tokens_per_second']:,.0f} tok/s"]
+        parts = [f"step {m['step']}/{self.total_steps}"]
+        means = (("loss", "loss"), ("image", "kl_vision"), ("text", "kl_text"))
+        parts += [f"{label} {m[key]:.4g}" for label, key in means if key in m]
+        parts += [f"agree {m['top1_agreement']:.0%}"] if "top1_agreement" in m else []
+        parts += [f"{m['tokens_per_second']:,.0f} tok/s"]
         if m["step"] > first_step:
             per_step = (time.monotonic() - began) / (m["step"] - first_step)
             parts.append(f"{duration((self.total_steps - m['step']) * per_step)} left")
@@ -165,7 +168,11 @@ class ProgressLine:
             self.out.write("\n")
 
     def _write(self, text: str, lasting: bool = False) -> None:
-        self.out.write(f"\r\x1b[K{text}{chr(10) * lasting}" if self.live else f"{text}\n")
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be redrawn
+            self.out.write(f"\r\x1b[K{text[:width]}{chr(10) * lasting}")
+        else:
+            self.out.write(f"{text}\n")
         self.out.flush()
 
 

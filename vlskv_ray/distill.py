@@ -174,7 +174,7 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
     )
     vision = batch.has_image[keep.nonzero()[:, 0]]  # bool[n], in the order of the kept rows
     weights = kl.new_tensor([objective.text_loss_weight, objective.vision_loss_weight])[vision.long()]
-    per_token = objective.temperature**2 * kl
+    per_token = objective.temperature * objective.temperature * kl
     if objective.hidden_loss_weight:
         hidden = (student_input.to(kl.dtype) - teacher_input.to(kl.dtype)).square().mean(-1)
         per_token = per_token + objective.hidden_loss_weight * hidden

@@ -25,18 +25,21 @@ def shown(path: Path) -> Path:
 
 
 def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
-    """Writes summary.json, which also marks the run as finished: means of the first and last five logged steps."""
+    """Writes summary.json, which also marks the run as finished: means of the first and last logged steps."""
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    count = max(1, min(5, len(lines) // 2))
 
-    def mean(key: str, part: slice) -> float | None:
-        values = [line[key] for line in lines if key in line][part]
+    def mean(key: str, part: list[dict[str, float]]) -> float | None:
+        values = [line[key] for line in part if key in line]
         return sum(values) / len(values) if values else None
 
     summary = {
         "steps": outcome["step"],
-        "seconds": round(seconds, 1),
-        "first": {name: mean(name, slice(None, 5)) for name in AVERAGED},
-        "last": {name: mean(name, slice(-5, None)) for name in AVERAGED},
+        "training_seconds": round(outcome["seconds"], 1),
+        "command_seconds": round(seconds, 1),
+        "averaged_steps": count,
+        "first": {name: mean(name, lines[:count]) for name in AVERAGED},
+        "last": {name: mean(name, lines[-count:]) for name in AVERAGED},
         "rejected": outcome["rejected"],
         "model": run.config.model.name_or_path,
         "revision": run.config.model.revision,
@@ -48,13 +51,15 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
 def result_table(run: Run) -> str:
     """The end of a run for the eye: where the loss began, where it ended, where things are."""
     summary = json.loads((run.folder / "summary.json").read_text())
-    lines = [f"{'mean of five steps':36}{'first':>12}{'last':>12}"]
+    count = summary["averaged_steps"]
+    lines = [f"{f'mean of {count} steps' if count > 1 else 'step':36}{'first':>12}{'last':>12}"]
     for name, label in AVERAGED.items():
-        first, last = summary["first"][name], summary["last"][name]
-        if first is not None:
-            lines.append(f"{label:36}{first:12.4g}{last:12.4g}")
+        values = (summary["first"][name], summary["last"][name])
+        if values != (None, None):
+            lines.append(f"{label:36}" + "".join("           -" if v is None else f"{v:12.4g}" for v in values))
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["rejected"].items()))
-    left_out = f"{sum(summary['rejected'].values())} rows left out" + (f": {reasons}" if reasons else "")
-    lines.append(f"{summary['steps']} steps in {duration(summary['seconds'])}, {left_out}")
+    left_out = f"{sum(summary['rejected'].values())} samples left out" + (f": {reasons}" if reasons else "")
+    times = f"{duration(summary['training_seconds'])}, the command in {duration(summary['command_seconds'])}"
+    lines.append(f"{summary['steps']} steps in {times}; {left_out}")
     lines.append(f"student: {shown(run.folder / 'final')}")
     return "\n".join(lines)

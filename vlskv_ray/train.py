@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import math
 import os
 import platform
 import shutil
@@ -11,14 +12,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 import vlskv_ray
-from vlskv_ray.checkpoint import SavedState, newest_checkpoint, newest_step, write_text
+from vlskv_ray.checkpoint import SavedState, has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
 from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, reserve
 from vlskv_ray.config import Config, changed_keys, dump_config, load_config_and_notices
 from vlskv_ray.data.chat import Limits, check_template
@@ -27,9 +30,9 @@ from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_data
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
-from vlskv_ray.model.build import find_model, load_config, load_processor, swiftkv_config
+from vlskv_ray.model.build import find_model, fingerprint_of, load_config, load_processor, swiftkv_config
 from vlskv_ray.report import result_table, shown, write_summary
-from vlskv_ray.train_loop import Run, Worker, take_back, train_worker
+from vlskv_ray.train_loop import Run, StoppedRun, Worker, take_back, train_worker
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -49,7 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.output.level in ("debug", "info"):
             print("\n".join(notices), end="\n" if notices else "")
         if options.dry_run:
-            dry_run(*prepare(config, num_samples=options.num_samples))
+            try:
+                dry_run(*prepare(config, num_samples=options.num_samples))
+            except StoppedRun as error:
+                print(f"error: {error}", file=sys.stderr)
+                return FAILED
             return DONE
         return train(config, num_samples=options.num_samples, resume=options.resume)
     except ValueError as error:  # each of ours names the key or file, what was wanted and the remedy
@@ -104,6 +111,8 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     model = config.model.model_copy(update={"revision": files.revision})
     layers = (model.num_key_value_layers, model.key_value_group_size)
     text_config = swiftkv_config(load_config(files), *layers).text_config
+    resolved = {name: getattr(text_config, name) for name in ("num_key_value_layers", "key_value_group_size")}
+    model = model.model_copy(update=resolved)
     check_template(load_processor(files))
     positions = text_config.max_position_embeddings
     max_length = config.data.max_length or positions
@@ -116,6 +125,7 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     tables = [Table(source.num_images, source.text_bytes, source.weight) for source in sources]
     if num_samples is not None:
         tables = first_of_mixture(tables, num_samples)
+    model_fingerprint = fingerprint_of(files)
     micro_batches_per_step = check_resumable(config, saved)
     plan = Plan(
         tables,
@@ -124,16 +134,21 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
         micro_batches_per_step=micro_batches_per_step,
         group_by_length=data.group_by_length,
     )
+    data_fingerprint = "-".join([plan.fingerprint(), *(source.fingerprint for source in sources)])
+    total_steps = min(config.epochs * plan.steps_per_epoch, config.max_steps or sys.maxsize)
+    every_steps = config.checkpoint.every_steps or math.ceil(total_steps / 10)
+    checkpoint = config.checkpoint.model_copy(update={"every_steps": every_steps})
     run = Run(
-        config=config,
+        config=config.model_copy(update={"checkpoint": checkpoint}),
         folder=run_folder(config),
         micro_batches_per_step=micro_batches_per_step,
         steps_per_epoch=plan.steps_per_epoch,
-        total_steps=min(config.epochs * plan.steps_per_epoch, config.max_steps or sys.maxsize),
-        plan_fingerprint=plan.fingerprint(),
+        total_steps=total_steps,
+        fingerprints={"model": model_fingerprint, "data": data_fingerprint},
     )
-    if saved and saved.state["plan"] != run.plan_fingerprint:
-        raise ValueError(f"{saved.path}: cannot go on from here: the data changed since; {REMEDY}")
+    for what, now in run.fingerprints.items():
+        if saved and saved.state["fingerprints"][what] != now:
+            raise ValueError(f"{saved.path}: cannot go on from here: the {what} changed since; {REMEDY}")
     say(config, start_block(run, plan, text_config))
     limits = Limits(max_length, data.max_images_per_sample, data.image_processing_batch_size)
     return run, Loader(sources, plan, model.name_or_path, model.revision, limits)
@@ -152,12 +167,16 @@ def check_resumable(config: Config, saved: SavedState | None) -> int:
     wanted = config.gradient_accumulation_steps * workers
     if saved is None:
         return wanted
-    before = Config.model_validate(saved.state["config"])
+    try:
+        before = Config.model_validate(saved.state["config"])
+    except ValidationError:
+        raise ValueError(f"{saved.path}: cannot go on from here: written by another version; {REMEDY}") from None
     changed = changed_keys(before, config)
-    if before.cluster.num_workers != config.cluster.num_workers:  # then another accumulation makes up for it
-        changed = [key for key in changed if key != "gradient_accumulation_steps"]
+    if max(before.cluster.num_workers, 1) != workers:  # then another accumulation makes up for it
+        changed.pop("gradient_accumulation_steps", None)
     if changed:
-        raise ValueError(f"{saved.path}: cannot go on from here: {', '.join(changed)} changed since; {REMEDY}")
+        what = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in changed.items())
+        raise ValueError(f"{saved.path}: cannot go on from here: {what}; {REMEDY}")
     count: int = saved.state["micro_batches_per_step"]
     if count % workers:
         fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
@@ -186,7 +205,7 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
         f"layer {text.num_key_value_layers} in groups of {text.key_value_group_size}, weights {model.dtype}\n"
         f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows\n"
         f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
-        f"{accumulation} accumulation x {workers} workers\n"
+        f"{accumulation} accumulation x {workers} worker{'s' * (workers > 1)}\n"
         f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {shown(run.folder)}"
     )
 
@@ -209,7 +228,11 @@ def owned(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process runs this run; wait, or use another output.name") from None
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.glob("*")] + [path.name for path in folder.glob(".*")] == [".lock"]:
+                shutil.rmtree(folder)  # nothing came of it
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -220,16 +243,21 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
     if resume == "never" and folder.exists():
         with owned(folder):  # not one that is running
             older = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+            while older.exists():
+                older = older.with_name(f"{older.name}-")
             folder.rename(older)  # nothing is deleted
-        print(f"moved the older run to {shown(older)}")
+        say(config, f"moved the older run to {shown(older)}")
     with owned(folder):
         saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         if saved is None and resume == "must":
             raise ValueError(f"{folder}: --resume must was given, but there is no checkpoint to go on from")
+        if saved is None and ((folder / "summary.json").exists() or has_checkpoints(folder / "checkpoints")):
+            raise ValueError(f"{folder}: holds a run, but no checkpoint of it that is whole; {REMEDY}")
         run, loader = prepare(config, saved, num_samples)
-        if saved and saved.step == run.total_steps and (folder / "summary.json").exists():
-            print(f"this run is already finished; --resume never starts it anew\n{result_table(run)}")
+        if saved and saved.step >= run.total_steps and is_finished(folder):
+            print(f"this run is already finished; `--resume never` starts it anew\n{result_table(run)}")
             return DONE
+        sweep(run.checkpoints, saved.step if saved else 0)
         take_back(run.folder, saved.step if saved else 0)
         if saved:
             say(config, f"resume        from step {saved.step}")
@@ -238,25 +266,36 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
             outcome, asked_by = start(run, loader)
         except RunFailed as error:
             cause = error.__cause__
-            write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
+            with suppress(OSError):  # a full disk may be what it is about
+                write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
             reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
             print(f"error: {reason}; all of it is in {shown(folder / 'error.log')}", file=sys.stderr)
             return FAILED
         if outcome["status"] == "failed":
             print(f"error: {outcome['message']}", file=sys.stderr)
             return FAILED
+        if outcome["status"] == "interrupted":
+            print("ended at once; the same command goes on from the newest checkpoint, if there is one yet")
+            return 128 + (asked_by or signal.SIGINT)
         if outcome["status"] == "stopped":
             print(f"saved at step {outcome['step']} of {run.total_steps}; the same command goes on from there")
             return 128 + (asked_by or signal.SIGINT)
         write_summary(run, outcome, time.monotonic() - began)
-        print(result_table(run))
+        say(config, result_table(run))
         return DONE
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end and what it left is there."""
+    return (folder / "summary.json").is_file() and any((folder / "final").glob("*.safetensors"))
 
 
 def run_here(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
     """Everything in this process, without Ray: `cluster.num_workers: 0`."""
     run = with_threads(run, run.config.cluster.threads_per_worker or os.cpu_count() or 1)
-    return watch(run, lambda: train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps)))
+    return watch(
+        run, lambda: train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps)), apart=False
+    )
 
 
 def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
@@ -266,8 +305,9 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
         reserved = reserve(config.cluster, config.data, cluster.cpus)
         run = with_threads(run, reserved.threads_per_worker)
         say(config, f"cluster       {describe(config, reserved, cluster)}")
+        say(config, "starting      the workers, which takes Ray a while: up to a minute on two cores")
         try:
-            return watch(run, lambda: fit(run, loader, reserved))
+            return watch(run, lambda: fit(run, loader, reserved), apart=True)
         finally:
             shutil.rmtree(run.folder / "ray", ignore_errors=True)  # Ray's own notes; ours are all that is resumed from
 
@@ -326,8 +366,13 @@ def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return train_worker(settings["run"], worker, batches_from)
 
 
-def watch(run: Run, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], int | None]:
+def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[dict[str, Any], int | None]:
     """Runs `work` in a thread while this one shows progress and takes signals.
+
+    Args:
+        run: whose folder to watch.
+        work: returns the outcome.
+        apart: the work itself is done by other processes, so that it can be left before it has ended.
 
     Returns:
         what `work` returned, and the signal that asked it to stop, if one did.
@@ -346,9 +391,9 @@ def watch(run: Run, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any],
             failure.append(error)
 
     def stop(signum: int, frame: Any) -> None:
-        if asked:
-            os._exit(128 + signum)  # a second time means at once
         asked.append(signum)
+        if len(asked) > 1 + apart:
+            os._exit(128 + signum)
         run.stop_file.touch()
         print("\nstopping: saving at the end of this step (once more to end at once)", flush=True)
 
@@ -365,6 +410,8 @@ def watch(run: Run, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any],
         while thread.is_alive():
             thread.join(0.2)
             progress.update()
+            if apart and asked and (len(asked) > 1 or not progress.latest):  # asked twice, or nothing to save yet
+                return {"status": "interrupted"}, asked[0]
     finally:
         progress.close()
         run.stop_file.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, sweep, write_text
+from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share, write_text
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.distill import LossSums, Objective, distillation_loss
@@ -36,7 +36,8 @@ class Run:
     micro_batches_per_step: int
     steps_per_epoch: int
     total_steps: int
-    plan_fingerprint: str
+    fingerprints: dict[str, str]
+    """Of model and data: a run goes on only with the same."""
 
     @property
     def checkpoints(self) -> Path:
@@ -69,8 +70,8 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         batches_from: this worker's micro-batches from a step on, in the order of the plan.
 
     Returns:
-        `status` and `step`: "done", with the rows left out by reason; "stopped", saved and left as asked; or "failed",
-        with a `message`.
+        `status` and `step`: "done", with the samples left out by reason and the seconds that all steps took; "stopped",
+        saved and left as asked; or "failed", with a `message`.
     """
     config = run.config
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
@@ -85,7 +86,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     step, counts = resume(run, worker, trained, optimizer)
     log = RunLog(run, step) if worker.rank == 0 else None
     objective = objective_of(config)
-    every = config.checkpoint.every_steps or max(1, math.ceil(run.total_steps / 10))
+    every = config.checkpoint.every_steps or run.total_steps
     per_worker = run.micro_batches_per_step // worker.world_size
     batches = batches_from(step)
     stopped, failure = False, None
@@ -106,15 +107,19 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
             )
             step += 1
             counts.add(result.sums, gather(micro_batches, result.sums, always=config.output.order))
+            seconds = time.perf_counter() - began
+            counts.seconds += seconds
             if log:
-                log.step(metrics_of(run, step, result, optimizer, data_wait, time.perf_counter() - began), counts)
+                log.step(metrics_of(run, step, result, optimizer, data_wait, seconds), counts)
             counts.check(config.data.max_rejected_fraction)
+            stopped = result.stop
+            if stopped or step % every == 0 or step == run.total_steps:
+                stop_if_ruined(trained, step)
+                if worker.rank == 0:
+                    save(run, step, trained, optimizer, counts)
         except StoppedRun as reason:
             failure = str(reason)
             break
-        stopped = result.stop
-        if log and (stopped or step % every == 0 or step == run.total_steps):
-            save(run, step, trained, optimizer, counts)
 
     if log:
         log.close()
@@ -124,7 +129,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         return {"status": "stopped", "step": step}
     if worker.rank == 0:
         export(run, model)
-    return {"status": "done", "step": step, "rejected": dict(counts.reasons)}
+    return {"status": "done", "step": step, "rejected": dict(counts.reasons), "seconds": counts.seconds}
 
 
 # --------------------------------------------------------------------------------------------------------- the step
@@ -210,6 +215,17 @@ def stop_if_not_finite(sums: LossSums, grad_norm: float, micro_batches: Sequence
     )
 
 
+def stop_if_ruined(trained: dict[str, torch.nn.Parameter], step: int) -> None:
+    """Before weights are saved; all workers hold the same and so agree. A finite gradient can still make an update of
+    them that is not: then every step from here on would stop, and the checkpoint before is the one to go on from."""
+    ruined = [name for name, parameter in trained.items() if not parameter.isfinite().all()]
+    if ruined:
+        raise StoppedRun(
+            f"step {step}: {len(ruined)} weights are not finite any more, such as {ruined[0]}; they were not saved. "
+            f"Lower optimizer.lr, or set optimizer.max_grad_norm"
+        )
+
+
 # ------------------------------------------------------------------------------------------------- parts of the loop
 def student_of(run: Run) -> Any:
     options = run.config.model
@@ -291,10 +307,10 @@ def gather(micro_batches: Sequence[Batch], sums: LossSums, always: bool) -> list
 
 
 class Counts:
-    """Rows seen and left out since the run began, and those of the latest step."""
+    """Samples seen and left out since the run began, those of the latest step, and the seconds all steps took."""
 
-    def __init__(self, seen: int = 0, reasons: dict[str, int] | None = None) -> None:
-        self.seen, self.reasons = seen, Counter(reasons or {})
+    def __init__(self, seen: int = 0, reasons: dict[str, int] | None = None, seconds: float = 0.0) -> None:
+        self.seen, self.reasons, self.seconds = seen, Counter(reasons or {}), seconds
         self.latest_rejected: list[dict[str, str]] = []
         self.latest_ids: list[list[str]] = []
 
@@ -311,9 +327,9 @@ class Counts:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
             example = self.latest_rejected[0] if self.latest_rejected else {"id": "?", "detail": "?"}
             raise StoppedRun(
-                f"{rejected} of {self.seen} rows had to be left out ({reasons}), more than "
-                f"data.max_rejected_fraction={max_fraction}. For one, {example['id']}: {example['detail']}. "
-                f"All are listed in rejected.jsonl; mend the data, or raise data.max_rejected_fraction"
+                f"{rejected} of the {self.seen} samples so far had to be left out ({reasons}), more than "
+                f"data.max_rejected_fraction={max_fraction}. For one, {example['id']}: {example['detail']} - all are "
+                f"listed in rejected.jsonl of the run folder; mend the data, or raise data.max_rejected_fraction"
             )
 
 
@@ -322,9 +338,7 @@ def resume(
     run: Run, worker: Worker, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[int, Counts]:
     """Takes weights, moments and counts from the newest checkpoint, if there is one; returns the step to go on with."""
-    if worker.rank == 0:
-        sweep(run.checkpoints)
-    saved = newest_checkpoint(run.checkpoints, warn=lambda message: print(f"warning: {message}", flush=True))
+    saved = newest_checkpoint(run.checkpoints, warn=lambda _: None)  # the driver has told
     if saved is None:
         return 0, Counts()
     weights = saved.tensors("trainable")
@@ -334,7 +348,7 @@ def resume(
     for key, moment in saved.tensors("optimizer").items():
         name, _, kind = key.rpartition(".")
         optimizer.state[trained[name]][kind] = moment
-    return saved.step, Counts(saved.state["seen"], saved.state["rejected"])
+    return saved.step, Counts(saved.state["seen"], saved.state["rejected"], saved.state["seconds"])
 
 
 def save(
@@ -348,10 +362,11 @@ def save(
     state = {
         "micro_batches_per_step": run.micro_batches_per_step,
         "total_steps": run.total_steps,
-        "plan": run.plan_fingerprint,
+        "fingerprints": run.fingerprints,
         "threads_per_worker": run.config.cluster.threads_per_worker,
         "seen": counts.seen,
         "rejected": dict(counts.reasons),
+        "seconds": counts.seconds,
         "config": run.config.model_dump(mode="json"),
     }
     save_checkpoint(
@@ -366,6 +381,7 @@ def export(run: Run, model: Any) -> None:
     transformers_logging.disable_progress_bar()
     model.to(getattr(torch, run.config.model.dtype)).save_pretrained(aside)
     load_processor(find_model(run.config.model.name_or_path, run.config.model.revision)).save_pretrained(aside)
+    share(aside)
     if final.exists():  # written by this very run before it was killed at its last step
         shutil.rmtree(final)
     aside.rename(final)
@@ -374,15 +390,11 @@ def export(run: Run, model: Any) -> None:
 def metrics_of(
     run: Run, step: int, result: StepResult, optimizer: Any, data_wait: float, seconds: float
 ) -> dict[str, float]:
-    """One line of metrics.jsonl. Means are per supervised token; a modality that the step has none of is left out."""
-    sums, count = result.sums, max(result.sums.supervised_tokens, 1)
+    """One line of metrics.jsonl. Means are per supervised token; those of which the step has none are left out."""
+    sums, count = result.sums, result.sums.supervised_tokens
     metrics = {
         "step": step,
         "epoch": round(step / run.steps_per_epoch, 6),
-        "loss": sums.loss / count,
-        "teacher_ce": sums.teacher_ce / count,
-        "student_ce": sums.student_ce / count,
-        "top1_agreement": sums.top1 / count,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "grad_norm": result.grad_norm,
         "samples": int(sums.samples),
@@ -391,12 +403,15 @@ def metrics_of(
         "data_wait_seconds": data_wait,
         "step_seconds": seconds,
     }
+    if count:
+        metrics |= {"loss": sums.loss / count, "top1_agreement": sums.top1 / count}
+        metrics |= {"teacher_ce": sums.teacher_ce / count, "student_ce": sums.student_ce / count}
+        if run.config.hidden_loss_weight:
+            metrics["hidden_loss"] = sums.hidden / count
     if sums.tokens_vision:
         metrics["kl_vision"] = sums.kl_vision / sums.tokens_vision
     if sums.tokens_text:
         metrics["kl_text"] = sums.kl_text / sums.tokens_text
-    if run.config.hidden_loss_weight:
-        metrics["hidden_loss"] = sums.hidden / count
     return metrics
 
 
@@ -442,12 +457,15 @@ def take_back(folder: Path, step: int) -> None:
     """Drops from a run's logs the lines of later steps, and a last line that a kill cut short."""
     for path in (folder / name for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl")):
         if path.exists():
-            lines = path.read_text().splitlines()
+            lines = path.read_text(errors="replace").splitlines()
             write_text(path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
 
 
 def step_of(line: str) -> float:
+    """The step a line of a log belongs to; infinite for what is no such line, as one that a kill cut short."""
     try:
-        return int(json.loads(line)["step"])
-    except ValueError:  # cut short
+        row = json.loads(line)
+    except ValueError:
         return math.inf
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else math.inf

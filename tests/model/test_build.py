@@ -234,7 +234,7 @@ def test_weights_that_need_unpickling_are_not_read(teacher_folder: Callable[...,
 def test_a_foreign_tokenizer_is_refused(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
     """More ids than embeddings, or the image token elsewhere: an error that says why."""
     few = edited(teacher_folder, tmp_path, "config.json", lambda c: c["text_config"].update(vocab_size=200))
-    with pytest.raises(ValueError, match="ids up to 260 but the model has 200 embeddings"):
+    with pytest.raises(ValueError, match="ids up to 299 but the model has 200 embeddings"):
         load_processor(find_model(few))
     other = edited(teacher_folder, tmp_path / "b", "config.json", lambda c: c.update(image_token_index=7))
     with pytest.raises(ValueError, match="id of '<image>' is 4, but the model puts images at id 7"):

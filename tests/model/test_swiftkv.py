@@ -97,6 +97,18 @@ def test_kept_tokens_are_those_of_the_whole_pass(
     assert torch.allclose(teacher[0], teacher_states[keep], atol=2e-6)
 
 
+def test_any_number_of_kept_tokens(student: Callable[..., Any]) -> None:
+    """None at all, or those of sequences of a single token."""
+    model, ids = student(), torch.tensor([[7], [8], [9]])
+    with torch.no_grad():
+        whole = model.model(ids, use_cache=False).last_hidden_state
+        keep = torch.tensor([[True], [False], [True]])
+        kept = model.model(ids, use_cache=False, swiftkv=SwiftKVPass(keep=keep)).last_hidden_state
+        none = model.model(ids, use_cache=False, swiftkv=SwiftKVPass(keep=keep & False)).last_hidden_state
+    assert torch.allclose(kept[0], whole[keep], atol=1e-6)
+    assert none.shape == (1, 0, whole.shape[-1])
+
+
 def test_sliding_windows_stay(teacher_folder: Callable[..., Path], encoded: list[Encoded]) -> None:
     """A mistral whose window is shorter than the prompt: kept tokens see the window that whole passes see."""
     from vlskv_ray.model.build import build_student, find_model

@@ -123,7 +123,9 @@ class Draft:
         """Sets one value as `section.key=value` says."""
         name, equals, value = text.removeprefix("--").partition("=")
         if not (name and equals):
-            self.problems.append((_COMMAND_LINE, f"command line: wanted section.key=value, got {text!r}"))
+            self.problems.append(
+                (_COMMAND_LINE, f"command line: wanted section.key=value or an option of --help, got {text!r}")
+            )
             return
         try:
             node = yaml.compose(value, Loader=_Loader)

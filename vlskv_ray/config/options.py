@@ -23,6 +23,8 @@ from pydantic_core import PydanticCustomError
 
 def _absolute(path: str) -> str:
     """Paths mean the same in every process of a cluster: absolute, against the folder the command was started in."""
+    if "\0" in path:
+        raise ValueError(f"wanted a path, got {path!r}, which holds a NUL character")
     if "://" in path:
         raise ValueError(f"wanted a path on this machine, got the URL {path!r}; download it first")
     return os.path.abspath(os.path.expanduser(path))
@@ -41,6 +43,7 @@ def _raise_contradictions(problems: dict[str, str]) -> None:
 
 
 Text = Annotated[str, Field(min_length=1)]
+Size = Annotated[int, Field(gt=0, le=1_000_000)]
 LocalPath = Annotated[Text, AfterValidator(_absolute)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -106,7 +109,7 @@ class SourceConfig(_Section):
     format: Literal["auto", "jsonl", "json", "parquet"] = "auto"
     """Format of the files; auto goes by what they hold."""
 
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How many times each row is seen per epoch; 0.5 takes half of the rows."""
 
     split: Text = "train"
@@ -115,7 +118,7 @@ class SourceConfig(_Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub dataset. None: the hub's default branch."""
 
-    num_samples: PositiveInt | None = None
+    num_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Use only the first so many rows; for the built-in world, how many to draw. None: all."""
 
     @model_validator(mode="before")
@@ -216,7 +219,7 @@ class ClusterConfig(_Section):
     num_workers: NonNegativeInt = 1
     """Training processes, each with a full copy of the model. 0: everything in this process, without Ray."""
 
-    threads_per_worker: PositiveInt | None = None
+    threads_per_worker: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Compute threads of a worker. None: the cluster's CPUs divided by the workers. The number decides the last bits of
     every result, so the resolved one is kept with the run."""
 
@@ -288,10 +291,10 @@ class Config(_Section):
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps. None: only `epochs` counts."""
 
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Size = 1
     """Samples of one forward pass of one worker."""
 
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Size = 1
     """Micro-batches that a worker sums up for one optimizer step."""
 
     temperature: PositiveFloat = 2.0
@@ -365,13 +368,14 @@ _DECIDES_NO_NUMBER = (
 )
 
 
-def changed_keys(a: Config, b: Config) -> list[str]:
-    """The keys, such as `optimizer.lr`, in which two configurations would give different numbers."""
-    return list(_changes(a.model_dump(mode="json"), b.model_dump(mode="json"), ()))
+def changed_keys(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys, such as `optimizer.lr`, in which two configurations would give different numbers, and both values."""
+    return dict(_changes(a.model_dump(mode="json"), b.model_dump(mode="json"), ()))
 
 
-def _changes(a: Any, b: Any, key: tuple[str | int, ...]) -> Iterator[str]:
-    if ".".join(map(str, key)) in _DECIDES_NO_NUMBER:
+def _changes(a: Any, b: Any, key: tuple[str | int, ...]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    name = ".".join(map(str, key))
+    if name in _DECIDES_NO_NUMBER:
         return
     if isinstance(a, list) and isinstance(b, list):
         a, b = dict(enumerate(a)), dict(enumerate(b))
@@ -379,4 +383,4 @@ def _changes(a: Any, b: Any, key: tuple[str | int, ...]) -> Iterator[str]:
         for part in {**a, **b}:
             yield from _changes(a.get(part), b.get(part), (*key, part))
     elif a != b:
-        yield ".".join(map(str, key))
+        yield name, (a, b)

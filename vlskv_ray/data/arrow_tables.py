@@ -2,6 +2,8 @@
 
 import base64
 import glob
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ class ArrowSource:
     root: Path | None
     num_images: npt.NDArray[np.int32]
     text_bytes: npt.NDArray[np.int64]
+    fingerprint: str
 
     @property
     def num_rows(self) -> int:
@@ -47,8 +50,9 @@ def open_parquet(
     Raises:
         SourceError: a file is damaged, or has no columns that are known.
     """
+    digest = hashlib.sha256()
     for file in files:
-        _check_parquet(file)
+        digest.update(_checked_footer(file))
     dataset = _load(
         name,
         "is one of the files damaged, or do their columns differ?",
@@ -57,7 +61,7 @@ def open_parquet(
         split="train",
         cache_dir=cache_dir,
     )
-    return _arrow_source(name, weight, dataset, root or Path(folder_of(files)), num_samples)
+    return _arrow_source(name, weight, dataset, root or Path(folder_of(files)), num_samples, digest.hexdigest())
 
 
 def open_hub(
@@ -81,10 +85,11 @@ def open_hub(
     )
     place = f"{dataset_id}, split {split!r}"
     dataset = _load(place, remedy, dataset_id, split=split, revision=revision, cache_dir=cache_dir)
-    return _arrow_source(name, weight, dataset, root, num_samples)
+    return _arrow_source(name, weight, dataset, root, num_samples, f"{dataset_id}@{dataset.info.version}")
 
 
-def _check_parquet(file: Path) -> None:
+def _checked_footer(file: Path) -> bytes:
+    """The footer of a Parquet file: its schema, and place, size and extremes of every column."""
     import pyarrow.parquet
 
     if file.stat().st_size == 0:
@@ -97,6 +102,13 @@ def _check_parquet(file: Path) -> None:
     if b"ray.data." in base64.b64decode((metadata.metadata or {}).get(b"ARROW:schema", b"")):
         raise SourceError(f"{file}: holds Ray tensor columns, which are not opened; wanted images as encoded bytes")
     check_columns(metadata.schema.to_arrow_schema().names, str(file))
+    if not metadata.num_rows:
+        raise SourceError(f"{file}: no rows; wanted at least one")
+    with file.open("rb") as stream:
+        stream.seek(-8, os.SEEK_END)  # the footer's length, and the closing mark
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(-8 - length, os.SEEK_END)
+        return stream.read()
 
 
 def _load(place: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +125,9 @@ def _load(place: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
         raise SourceError(f"{place}: {reason}; {remedy}") from error
 
 
-def _arrow_source(name: str, weight: float, dataset: Any, root: Path | None, num_samples: int | None) -> ArrowSource:
+def _arrow_source(
+    name: str, weight: float, dataset: Any, root: Path | None, num_samples: int | None, fingerprint: str
+) -> ArrowSource:
     import datasets
 
     check_columns(dataset.column_names, name)
@@ -126,7 +140,7 @@ def _arrow_source(name: str, weight: float, dataset: Any, root: Path | None, num
     features = datasets.Features({column: _undecoded(dataset.features[column]) for column in used})
     estimates = [_estimates(table) for table in dataset.iter(10_000)]
     num_images, text_bytes = (np.concatenate(column) for column in zip(*estimates, strict=True))
-    return ArrowSource(name, weight, dataset, features, root, num_images.astype(np.int32), text_bytes)
+    return ArrowSource(name, weight, dataset, features, root, num_images.astype(np.int32), text_bytes, fingerprint)
 
 
 def _undecoded(feature: Any) -> Any:

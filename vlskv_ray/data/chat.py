@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
@@ -34,11 +35,15 @@ def render(processor: Any, messages: list[dict[str, Any]]) -> tuple[str, list[tu
     answer with no special token, the end-of-sequence token is added: a student must learn where to stop.
 
     Raises:
-        ValueError: the template rewrites earlier turns as later ones come, so that no span can be told.
+        ValueError: the template refuses the conversation, or rewrites earlier turns as later ones come, so that no span
+            can be told.
     """
 
     def text_of(count: int, **options: Any) -> str:
-        return processor.apply_chat_template(messages[:count], tokenize=False, **options) if count else ""
+        try:
+            return processor.apply_chat_template(messages[:count], tokenize=False, **options) if count else ""
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
 
     full, spans = text_of(len(messages)), []
     for i, message in enumerate(messages):
@@ -93,7 +98,10 @@ def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, in
                 raise Rejected(
                     "text_special", f"a text holds {processor.image_token!r}, which the model would take for an image"
                 )
-    text, spans = render(processor, sample.messages)
+    try:
+        text, spans = render(processor, sample.messages)
+    except ValueError as error:
+        raise Rejected("chat_template", str(error)) from error
     if text.count(processor.image_token) != len(sample.images):
         written = text.count(processor.image_token)
         raise Rejected(

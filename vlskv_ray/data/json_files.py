@@ -1,6 +1,7 @@
 """JSON lines and JSON lists as tables of rows, each row found again by its place in the file."""
 
 import codecs
+import hashlib
 import io
 import itertools
 import json
@@ -37,6 +38,7 @@ class JsonSource:
     files: tuple[Path, ...]
     root: Path | None
     index: npt.NDArray[Any]
+    fingerprint: str
 
     @property
     def num_rows(self) -> int:
@@ -80,7 +82,11 @@ def open_json(
         for entry in _measured(file, _list_rows(file) if format == "json" else _line_rows(file))
     )
     index = np.fromiter(itertools.islice(rows, num_samples), dtype=_ROW)
-    return JsonSource(name, weight, tuple(files), root, index)
+    digest = hashlib.sha256()
+    for file in files:
+        with opened(file) as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return JsonSource(name, weight, tuple(files), root, index, digest.hexdigest())
 
 
 def folder_of(files: Sequence[Path]) -> str:

@@ -31,7 +31,7 @@ class ShapesSource:
         if split not in SPLITS:
             raise ValueError(f"data.sources: shapes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
-        self.num_rows = num_samples
+        self.num_rows, self.fingerprint = num_samples, "shapes-1"  # the version of what is drawn
         kinds = np.arange(num_samples) % 4
         self.num_images = np.choose(kinds, [1, 1, 0, 2]).astype(np.int32)
         self.text_bytes = np.choose(kinds, [40, 80, 30, 60]).astype(np.int64)

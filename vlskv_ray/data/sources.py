@@ -58,6 +58,10 @@ class Source(Protocol):
     @property
     def text_bytes(self) -> npt.NDArray[np.int64]: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the rows do; pictures beside a file are not looked at."""
+
     def uid(self, row: int) -> str:
         """Where a person finds this row: the source's name, the file if it has several, the line or row from 1."""
 
@@ -101,6 +105,8 @@ def open_source(spec: SourceSpec, *, cache_dir: str | None = None, name: str | N
     """
     name = name or _name(spec, 1)
     root = None if spec.image_root is None else Path(os.path.abspath(os.path.expanduser(spec.image_root)))
+    if root is not None and not root.is_dir():
+        raise SourceError(f"{name}: image_root: there is no folder {root}")
     if spec.name == "shapes":
         from vlskv_ray.data.shapes import ShapesSource  # drawn on demand: only a run that uses it pays for it
 

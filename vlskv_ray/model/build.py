@@ -4,7 +4,9 @@ Teacher and student are one model. What trains is `*_swiftkv`; everything else i
 """
 
 import copy
+import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
@@ -23,6 +31,18 @@ from vlskv_ray.model.swiftkv import BACKBONES, check_layers, swiftkv_backbone
 
 WRAPPERS = ("llava_next",)
 """Vision-language model types whose images `vlskv_ray.data` prepares and checks; no other is accepted."""
+
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What reading a damaged file ends in: transformers trips over it wherever its code first uses the wrong value."""
 
 DOWNLOADED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # never weights that need unpickling
 
@@ -46,7 +66,7 @@ def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
     if name_or_path in presets.PRESETS:
         return ModelFiles(name_or_path, preset=True, folder=None, revision=None)
     folder = Path(name_or_path)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise ValueError(f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint")
         return ModelFiles(name_or_path, preset=False, folder=folder, revision=None)
@@ -62,7 +82,14 @@ def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
                 path = snapshot_download(**arguments)
         else:
             path = snapshot_download(**arguments)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        StrictDataclassError,
+        OSError,
+    ) as error:
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -70,6 +97,21 @@ def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
             f"wanted {wanted}"
         ) from error
     return ModelFiles(name_or_path, preset=False, folder=Path(path), revision=Path(path).name)
+
+
+def fingerprint_of(files: ModelFiles) -> str:
+    """Tells one model from another: a preset by its name, files by their sizes and both ends of each."""
+    if files.folder is None:
+        return files.name_or_path
+    digest = hashlib.sha256()
+    for path in sorted([*files.folder.glob("*.json"), *files.folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:
@@ -87,8 +129,8 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(WRAPPERS)}")
     try:
         config = AutoConfig.from_pretrained(files.folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: config.json is not a config of this model type ({error})") from error
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
+        raise ValueError(f"{where}: config.json is not a config of this model type: {one_line(error)}") from error
     backbone = config.text_config.model_type.removesuffix("_swiftkv")
     if backbone not in BACKBONES:
         raise ValueError(
@@ -197,12 +239,17 @@ def _load_weights(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model.name_or_path: {files.name_or_path}: weights cannot be loaded: {error}") from error
+    except (*LIBRARY_ERRORS, SafetensorError) as error:
+        where = f"model.name_or_path: {files.name_or_path}"
+        raise ValueError(f"{where}: weights cannot be loaded: {one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = [key for key in report["missing_keys"] if not (is_teacher and "_swiftkv" in key)]
-    problems = {"missing": missing, "of another shape": [str(key) for key in report["mismatched_keys"]]}
+    problems = {
+        "missing": missing,
+        "of another shape": [str(key) for key in report["mismatched_keys"]],
+        "too many": [key for key in report["unexpected_keys"] if key.endswith((".weight", ".bias"))],
+    }
     for what, keys in problems.items():
         if keys:
             raise ValueError(
@@ -212,8 +259,14 @@ def _load_weights(
     return model
 
 
+def one_line(error: BaseException) -> str:
+    """An error's own words on one line, cut to a readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
 def load_processor(files: ModelFiles) -> Any:
-    """The checkpoint's own processor, images by Pillow, text padded on the right.
+    """The checkpoint's own processor, images by Pillow.
 
     Raises:
         ValueError: there is none, it has no chat template, or its ids do not fit the model.
@@ -225,8 +278,8 @@ def load_processor(files: ModelFiles) -> Any:
     else:
         try:
             processor = AutoProcessor.from_pretrained(files.folder, backend="pil")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: its processor cannot be loaded: {error}") from error
+        except LIBRARY_ERRORS as error:
+            raise ValueError(f"{where}: its processor cannot be loaded: {one_line(error)}") from error
     if processor.chat_template is None:
         raise ValueError(f"{where}: its processor has no chat template (chat_template.jinja), which data needs")
     tokenizer, vocab_size = processor.tokenizer, config.text_config.vocab_size
@@ -244,7 +297,6 @@ def load_processor(files: ModelFiles) -> Any:
     if processor.patch_size is None:  # processors saved by older versions leave it to the model's config
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    tokenizer.padding_side = "right"
     return processor
 
 

@@ -1,5 +1,7 @@
 """Small models with seeded random weights, by name: for tests, and for trying things without a checkpoint."""
 
+import itertools
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -29,10 +31,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with a token for each byte, so that no text is unknown to it, and LLaVA's special tokens."""
+def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each byte, so that no text is unknown to it, and LLaVA's special tokens.
+
+    The rest of the vocabulary is syllables, which encoding never makes: they let every id that a random model comes up
+    with be read.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    syllables = ("".join(letters) for n in (2, 3, 4) for letters in itertools.product(string.ascii_lowercase, repeat=n))
+    tokens = itertools.islice(itertools.chain(SPECIAL_TOKENS, alphabet, syllables), vocab_size)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +84,7 @@ def llava_next_processor(config: LlavaNextConfig) -> LlavaNextProcessor:
     )
     return LlavaNextProcessor(
         image_processor=image_processor,
-        tokenizer=byte_tokenizer(),
+        tokenizer=byte_tokenizer(config.text_config.vocab_size),
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # CLIP's class token

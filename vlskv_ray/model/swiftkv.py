@@ -146,7 +146,7 @@ class SwiftKVPass:
         assert self.source is not None and self.keep is not None
         if mask is None:  # only ever with an empty cache, or with a single query, which sees everything
             length, device = self.source.shape[1], self.source.device
-            if length == 1:
+            if length == 1 and isinstance(self.keep, int):
                 return None
             mask = torch.ones(length, num_keys, dtype=torch.bool, device=device).tril()[None, None]
         if isinstance(self.keep, int):
@@ -207,7 +207,8 @@ class SwiftKVAttention(Stock):
         if isinstance(attention_mask, list):  # the kept tokens of several samples stand in one row
             parts = queries.split([mask.shape[2] for mask in attention_mask], dim=2)
             samples = zip(parts, *(x.split(1) for x in key_value), attention_mask, strict=True)
-            output = torch.cat([attend(*sample)[0] for sample in samples if sample[0].shape[2]], dim=1)
+            outputs = [attend(*sample)[0] for sample in samples if sample[0].shape[2]]
+            output = torch.cat(outputs, dim=1) if outputs else queries.transpose(1, 2)
         else:
             output, weights = attend(queries, *key_value, attention_mask)
         return self.o_proj(output.flatten(-2)), weights  # [B, T, H, E] -> [B, T, D]

@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import json
 import math
 import os
 import platform
@@ -127,6 +128,11 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
         tables = first_of_mixture(tables, num_samples)
     model_fingerprint = fingerprint_of(files)
     micro_batches_per_step = check_resumable(config, saved)
+    if config.micro_batch_size * micro_batches_per_step > 2**24:
+        raise ValueError(
+            f"micro_batch_size: {config.micro_batch_size} x {micro_batches_per_step} micro-batches is a step of more "
+            f"than {2**24} samples; lower it or gradient_accumulation_steps"
+        )
     plan = Plan(
         tables,
         seed=config.seed,
@@ -286,8 +292,11 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end and what it left is there."""
-    return (folder / "summary.json").is_file() and any((folder / "final").glob("*.safetensors"))
+    """Whether a run came to its end and what it left is there and whole."""
+    try:
+        return "steps" in json.loads((folder / "summary.json").read_text()) and any(folder.glob("final/*.safetensors"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def run_here(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:

@@ -200,3 +200,21 @@ def test_a_processor_that_counts_otherwise_than_the_model_is_noticed() -> None:
 def test_a_damaged_image_is_named() -> None:
     sample = Sample("x", conversation("a", "b", images=1), [picture(50, 50)[:300]])
     assert rejection(sample).code.startswith("image_")
+
+
+def test_a_conversation_that_the_template_refuses_is_left_out() -> None:
+    """By an error of its own, or by writing this one's earlier turns differently: only the row is lost."""
+    processor = processor_with("chatml")
+    processor.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    )
+    system = [{"role": "system", "content": [{"type": "text", "text": "x"}]}, *conversation("a", "b")]
+    reason = rejection(Sample("x", system, []), processor=processor)
+    assert reason.code == "chat_template" and "no system" in reason.detail
+    processor.chat_template = CHATML.replace(
+        "{{ part['text'] }}",
+        "{{ part['text'].split('</think>')[-1] if not loop.last or message != messages[-1] else part['text'] }}",
+    )
+    check_template(processor)
+    thinking = conversation("a", "<think>hm</think>b", "c", "d")
+    assert rejection(Sample("x", thinking, []), processor=processor).code == "chat_template"

@@ -246,3 +246,54 @@ def test_a_processor_without_a_chat_template_is_refused(teacher_folder: Callable
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template"):
         load_processor(find_model(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c["text_config"].update(hidden_size=33),
+        lambda c: c["text_config"].update(num_attention_heads=0),
+        lambda c: c["text_config"].update(vocab_size="x"),
+        lambda c: c["text_config"].update(hidden_act="nothing"),
+        lambda c: c["text_config"].update(num_hidden_layers=4),
+        lambda c: c.update(text_config="x"),
+        lambda c: c.update(vision_feature_select_strategy="zz"),
+        lambda c: c.update(image_grid_pinpoints=[]),
+        lambda c: c.update(image_grid_pinpoints=[[1]]),
+        lambda c: c["vision_config"].update(patch_size=0),
+        lambda c: c["vision_config"].update(patch_size=16),
+    ],
+)
+def test_a_config_that_does_not_belong_is_one_clear_error(
+    teacher_folder: Callable[..., Path], tmp_path: Path, edit: Callable[[dict[str, Any]], Any]
+) -> None:
+    """Whatever transformers trips over: a ValueError that names the model."""
+    with pytest.raises(ValueError, match="model.name_or_path: .*edited") as error:
+        files = find_model(edited(teacher_folder, tmp_path, "config.json", edit))
+        load_processor(files)
+        build_student(files)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("processor_config.json", "[]"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer.json", "{"),
+        ("processor_config.json", "{"),
+    ],
+)
+def test_a_damaged_processor_is_one_clear_error(
+    teacher_folder: Callable[..., Path], tmp_path: Path, file: str, content: str
+) -> None:
+    folder = Path(edited(teacher_folder, tmp_path, "config.json", lambda c: None))
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match="model.name_or_path: .*edited") as error:
+        load_processor(find_model(str(folder)))
+    assert "\n" not in str(error.value)
+
+
+def test_padding_of_the_teachers_tokenizer_is_left_alone(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = edited(teacher_folder, tmp_path, "tokenizer_config.json", lambda c: c.update(padding_side="left"))
+    assert load_processor(find_model(folder)).tokenizer.padding_side == "left"

@@ -131,6 +131,9 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(files.folder)
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         raise ValueError(f"{where}: config.json is not a config of this model type: {one_line(error)}") from error
+    pinpoints = config.image_grid_pinpoints
+    if not pinpoints or not all(isinstance(point, list | tuple) and len(point) == 2 for point in pinpoints):
+        raise ValueError(f"{where}: image_grid_pinpoints of config.json are {pinpoints}; wanted [height, width] pairs")
     backbone = config.text_config.model_type.removesuffix("_swiftkv")
     if backbone not in BACKBONES:
         raise ValueError(
@@ -293,6 +296,12 @@ def load_processor(files: ModelFiles) -> Any:
         raise ValueError(
             f"{where}: its tokenizer's id of {processor.image_token!r} is {processor.image_token_id}, but the model "
             f"puts images at id {config.image_token_id}; a tokenizer that is not the model's own cannot be used"
+        )
+    vision = config.vision_config
+    if processor.patch_size not in (None, vision.patch_size):
+        raise ValueError(
+            f"{where}: its processor counts patches of {processor.patch_size} pixels, its vision tower "
+            f"{vision.patch_size}; a processor that is not the model's own cannot be used"
         )
     if processor.patch_size is None:  # processors saved by older versions leave it to the model's config
         processor.patch_size = config.vision_config.patch_size

@@ -14,6 +14,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest
 
 .venv/installed: pyproject.toml
+	@echo 'installing into .venv: about 2 GB, some minutes'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@

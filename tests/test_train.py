@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -416,6 +417,16 @@ def test_the_student_answers_about_a_new_image(left_alone: Path) -> None:
     answer = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 6
     assert swiftkv_backbone(model).config.swiftkv and len(model._forward_pre_hooks) == 1
+
+
+@pytest.mark.ray
+def test_the_readmes_snippet_runs(left_alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On this run's student, as it stands there; the random model says something, if only syllables."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(snippet.replace("runs/quickstart/final", str(left_alone / "final")), {})
+    question, _, answer = capsys.readouterr().out.partition("ASSISTANT: ")
+    assert "What colour is it?" in question and answer.strip()
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:

@@ -264,7 +264,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(
     assert main(files / "run.yaml", "output.name=wrong", option) == 2
     printed = capsys.readouterr()
     assert WRONG[option] in printed.err and printed.err.count("\n") == 1
-    assert not (files / "runs" / "wrong" / "final").exists()
+    assert not (files / "runs" / "wrong").exists()
 
 
 def test_all_of_a_configs_problems_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,7 +237,7 @@ def owned(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [path.name for path in folder.glob("*")] + [path.name for path in folder.glob(".*")] == [".lock"]:
+            if folder.exists() and os.listdir(folder) == [".lock"]:
                 shutil.rmtree(folder)  # nothing came of it
 
 

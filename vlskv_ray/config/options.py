@@ -165,7 +165,8 @@ class DataConfig(_Section):
     """Logical CPUs that a data task reserves. None: 1, or 0.5 where fewer than two are left beside the workers."""
 
     cache_dir: LocalPath | None = None
-    """Folder for downloaded and indexed data. None: the Hugging Face cache."""
+    """Folder for Parquet and hub data as memory-mapped tables, on storage that all machines share. None: the Hugging
+    Face cache, which is enough on one machine."""
 
     group_by_length: bool = True
     """Put samples of similar length into the same micro-batch, so that less is spent on padding."""

@@ -99,7 +99,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     log_q = F.log_softmax(student_logits / temperature, dim=-1)
     p = log_p.exp()
     difference = log_q.exp() - p
-    expected = torch.where(p == 0, 0, p * (log_p - log_q))  # not `p > 0`, which would make a NaN a 0
+    expected = torch.where(p == 0, 0, p * (log_p - log_q))
     return (expected + difference).sum(-1), difference / temperature
 
 

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     LlavaNextForConditionalGeneration,
+    StaticCache,
 )
 
 from vlskv_ray.data.collate import Encoded
@@ -187,6 +188,11 @@ def test_a_group_keeps_one_cache(
     of_teacher = cached()
     stored_layers = num_key_value_layers + (6 - num_key_value_layers) // key_value_group_size
     assert with_swiftkv * 6 == of_teacher * stored_layers
+    for swiftkv, stored in ((True, stored_layers), (False, 6)):  # nor does one that is allocated ahead
+        model.config.text_config.swiftkv = swiftkv
+        ahead = StaticCache(config=model.config.text_config, max_cache_len=8)
+        ahead.early_initialization(1, num_heads=2, head_dim=8, dtype=torch.float32, device="cpu")
+        assert sum(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in ahead.layers) == stored
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -404,15 +404,16 @@ def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[di
         if len(asked) > 1 + apart:
             os._exit(128 + signum)
         run.stop_file.touch()
-        print("\nstopping: saving at the end of this step (once more to end at once)", flush=True)
+        if progress.latest or not apart:
+            print("\nstopping: saving at the end of this step (once more to end at once)", flush=True)
 
     run.checkpoints.mkdir(exist_ok=True)
     run.stop_file.unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", dump_config(run.config))
+    progress = ProgressLine(run.folder / "metrics.jsonl", run.total_steps, run.config.output.level in ("debug", "info"))
     before = {}
     if threading.current_thread() is threading.main_thread():  # others, as in a sweep, take no signals
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    progress = ProgressLine(run.folder / "metrics.jsonl", run.total_steps, run.config.output.level in ("debug", "info"))
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     try:

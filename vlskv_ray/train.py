@@ -33,7 +33,8 @@ from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
 from vlskv_ray.model.build import find_model, fingerprint_of, load_config, load_processor, swiftkv_config
 from vlskv_ray.report import result_table, shown, write_summary
-from vlskv_ray.train_loop import Run, StoppedRun, Worker, take_back, train_worker
+from vlskv_ray.run_log import take_back
+from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 

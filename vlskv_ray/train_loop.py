@@ -1,6 +1,5 @@
 """One worker's life: build, resume, step, log, save. It knows neither Ray nor where its micro-batches come from."""
 
-import json
 import math
 import shutil
 import time
@@ -14,16 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensorboardX import SummaryWriter
 from torch import Tensor
 from transformers import get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share, write_text
+from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.distill import LossSums, Objective, distillation_loss
 from vlskv_ray.model.build import build_student, find_model, load_processor, trainable_parameters
+from vlskv_ray.run_log import RunLog
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,9 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     gradients = GradientBuffer(trained.values())
     schedule = learning_rate_schedule(config, run.total_steps)
     step, counts = resume(run, worker, trained, optimizer)
-    log = RunLog(run, step) if worker.rank == 0 else None
+    output, log = config.output, None
+    if worker.rank == 0:
+        log = RunLog(run.folder, step, order=output.order, tensorboard=output.tensorboard)
     objective = objective_of(config)
     every = config.checkpoint.every_steps or run.total_steps
     per_worker = run.micro_batches_per_step // worker.world_size
@@ -106,11 +107,13 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
                 asked_to_stop=worker.rank == 0 and run.stop_file.exists(),
             )
             step += 1
-            counts.add(result.sums, gather(micro_batches, result.sums, always=config.output.order))
+            counts.add(result.sums, gather(micro_batches, result.sums, always=output.order))
             seconds = time.perf_counter() - began
             counts.seconds += seconds
             if log:
-                log.step(metrics_of(run, step, result, optimizer, data_wait, seconds), counts)
+                metrics = metrics_of(run, step, result, optimizer, data_wait, seconds)
+                due = step % output.log_every_steps == 0 or step == run.total_steps
+                log.step(metrics, counts.latest_rejected, counts.latest_ids, with_metrics=due)
             counts.check(config.data.max_rejected_fraction)
             stopped = result.stop
             if stopped or step % every == 0 or step == run.total_steps:
@@ -413,59 +416,3 @@ def metrics_of(
     if sums.tokens_text:
         metrics["kl_text"] = sums.kl_text / sums.tokens_text
     return metrics
-
-
-class RunLog:
-    """The run's own files, written by rank 0: what a killed run wrote beyond its checkpoint is taken back first."""
-
-    def __init__(self, run: Run, start: int) -> None:
-        self.every, self.total_steps = run.config.output.log_every_steps, run.total_steps
-        take_back(run.folder, start)
-        self.files = {name: open(run.folder / f"{name}.jsonl", "a") for name in ("metrics", "rejected")}  # noqa: SIM115
-        if run.config.output.order:
-            self.files["order"] = open(run.folder / "order.jsonl", "a")  # noqa: SIM115
-        self.tensorboard = None
-        if run.config.output.tensorboard:
-            self.tensorboard = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1)
-
-    def step(self, metrics: dict[str, float], counts: Counts) -> None:
-        """Writes down what one step has to tell."""
-        step = int(metrics["step"])
-        if step % self.every == 0 or step == self.total_steps:
-            self._line("metrics", metrics)
-            if self.tensorboard:
-                for name, value in metrics.items():
-                    if name != "step":
-                        self.tensorboard.add_scalar(name, value, step)
-        for row in counts.latest_rejected:
-            self._line("rejected", {"step": step, **row})
-        if "order" in self.files:
-            self._line("order", {"step": step, "micro_batches": counts.latest_ids})
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-
-    def _line(self, name: str, value: Any) -> None:
-        self.files[name].write(json.dumps(value) + "\n")
-        self.files[name].flush()
-
-
-def take_back(folder: Path, step: int) -> None:
-    """Drops from a run's logs the lines of later steps, and a last line that a kill cut short."""
-    for path in (folder / name for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl")):
-        if path.exists():
-            lines = path.read_text(errors="replace").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
-
-
-def step_of(line: str) -> float:
-    """The step a line of a log belongs to; infinite for what is no such line, as one that a kill cut short."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return math.inf
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) else math.inf

@@ -1,0 +1,70 @@
+"""A run's own files, a JSON line a step, and what is taken back of them when it goes on from an earlier step."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from vlskv_ray.checkpoint import write_text
+
+
+class RunLog:
+    """The run's own files, written by rank 0: what a killed run wrote beyond its checkpoint is taken back first."""
+
+    def __init__(self, folder: Path, start: int, *, order: bool, tensorboard: bool) -> None:
+        take_back(folder, start)
+        names = ("metrics", "rejected", *(("order",) if order else ()))
+        self.files = {name: open(folder / f"{name}.jsonl", "a") for name in names}  # noqa: SIM115 - closed by close()
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) if tensorboard else None
+
+    def step(
+        self,
+        metrics: dict[str, float],
+        rejected: Sequence[dict[str, str]],
+        ids: Sequence[Sequence[str]],
+        *,
+        with_metrics: bool,
+    ) -> None:
+        """Writes down one step: its metrics if they are due, rows left out, and its samples if they are asked for."""
+        step = int(metrics["step"])
+        if with_metrics:
+            self._line("metrics", metrics)
+            if self.tensorboard:
+                for name, value in metrics.items():
+                    if name != "step":
+                        self.tensorboard.add_scalar(name, value, step)
+        for row in rejected:
+            self._line("rejected", {"step": step, **row})
+        if "order" in self.files:
+            self._line("order", {"step": step, "micro_batches": ids})
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+    def _line(self, name: str, value: Any) -> None:
+        self.files[name].write(json.dumps(value) + "\n")
+        self.files[name].flush()
+
+
+def take_back(folder: Path, step: int) -> None:
+    """Drops from a run's logs the lines of later steps, and a last line that a kill cut short."""
+    for path in (folder / name for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl")):
+        if path.exists():
+            lines = path.read_text(errors="replace").splitlines()
+            write_text(path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
+
+
+def step_of(line: str) -> float:
+    """The step a line of a log belongs to; infinite for what is no such line, as one that a kill cut short."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return math.inf
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else math.inf

@@ -82,7 +82,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     optimizer = build_optimizer(config, trained)
     gradients = GradientBuffer(trained.values())
     schedule = learning_rate_schedule(config, run.total_steps)
-    step, counts = resume(run, worker, trained, optimizer)
+    step, counts = resume(run, trained, optimizer)
     output, log = config.output, None
     if worker.rank == 0:
         log = RunLog(run.folder, step, order=output.order, tensorboard=output.tensorboard)
@@ -337,9 +337,7 @@ class Counts:
 
 
 # -------------------------------------------------------------------------------------------------- state on storage
-def resume(
-    run: Run, worker: Worker, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[int, Counts]:
+def resume(run: Run, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, Counts]:
     """Takes weights, moments and counts from the newest checkpoint, if there is one; returns the step to go on with."""
     saved = newest_checkpoint(run.checkpoints, warn=lambda _: None)  # the driver has told
     if saved is None:

@@ -123,6 +123,8 @@ def test_a_run_in_one_process(files: Path, capsys: pytest.CaptureFixture[str]) -
     assert "global batch  8 = 2 samples x 4 accumulation x 1 worker\n" in printed
     assert "3 samples left out: 1 image_missing, 1 json_line, 1 too_long" in printed
     run = files / "runs" / "here"
+    for weights in run.glob("*/**/*.safetensors"):  # whoever may read the folder may read them
+        assert weights.stat().st_mode & 0o777 == (run / "summary.json").stat().st_mode & 0o777
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 7 and summary["last"]["loss"] < summary["first"]["loss"]
 

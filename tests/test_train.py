@@ -212,6 +212,8 @@ def test_a_dry_run_tells_what_would_stop_the_run(files: Path, capsys: pytest.Cap
     workers = ("cluster.num_workers=8", "cluster.cpus_per_worker=64")
     assert vlskv_ray.train.main(["--config", str(files / "run.yaml"), "--dry-run", *workers]) == 2
     assert "so no data would ever come" in capsys.readouterr().err
+    elsewhere = (*workers, "cluster.address=10.0.0.1:6379")  # what that cluster has is not known here
+    assert vlskv_ray.train.main(["--config", str(files / "run.yaml"), "--dry-run", *elsewhere]) == 0
     assert main(files / "run.yaml", "--dry-run", "temperature=1e200") == 1
     assert "error: step 1: the loss is" in capsys.readouterr().err
 

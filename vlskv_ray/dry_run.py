@@ -23,8 +23,9 @@ def dry_run(run: Run, loader: Loader) -> None:
         StoppedRun: loss or gradient of the step is not finite.
     """
     config, workers = run.config, max(run.config.cluster.num_workers, 1)
-    if config.cluster.num_workers and not os.environ.get("RAY_ADDRESS"):
-        reserve(config.cluster, config.data, os.cpu_count() or 1)  # as it would be were Ray started here
+    here = config.cluster.address == "local" or not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if config.cluster.num_workers and here:
+        reserve(config.cluster, config.data, os.cpu_count() or 1)
     threads = config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
     batch, data_seconds = try_data(run, loader)

@@ -37,6 +37,7 @@ from vlskv_ray.run_log import take_back
 from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+REMEDY = "use --resume never to start anew, or another output.name"
 
 
 class RunFailed(RuntimeError):
@@ -127,7 +128,6 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     tables = [Table(source.num_images, source.text_bytes, source.weight) for source in sources]
     if num_samples is not None:
         tables = first_of_mixture(tables, num_samples)
-    model_fingerprint = fingerprint_of(files)
     micro_batches_per_step = check_resumable(config, saved)
     if config.micro_batch_size * micro_batches_per_step > 2**24:
         raise ValueError(
@@ -151,7 +151,7 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
         micro_batches_per_step=micro_batches_per_step,
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=total_steps,
-        fingerprints={"model": model_fingerprint, "data": data_fingerprint},
+        fingerprints={"model": fingerprint_of(files), "data": data_fingerprint},
     )
     for what, now in run.fingerprints.items():
         if saved and saved.state["fingerprints"][what] != now:
@@ -159,9 +159,6 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     say(config, start_block(run, plan, text_config))
     limits = Limits(max_length, data.max_images_per_sample, data.image_processing_batch_size)
     return run, Loader(sources, plan, model.name_or_path, model.revision, limits)
-
-
-REMEDY = "use --resume never to start anew, or another output.name"
 
 
 def check_resumable(config: Config, saved: SavedState | None) -> int:

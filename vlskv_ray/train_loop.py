@@ -362,9 +362,7 @@ def save(
     }
     state = {
         "micro_batches_per_step": run.micro_batches_per_step,
-        "total_steps": run.total_steps,
         "fingerprints": run.fingerprints,
-        "threads_per_worker": run.config.cluster.threads_per_worker,
         "seen": counts.seen,
         "rejected": dict(counts.reasons),
         "seconds": counts.seconds,

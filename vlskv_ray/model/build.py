@@ -298,14 +298,14 @@ def load_processor(files: ModelFiles) -> Any:
             f"puts images at id {config.image_token_id}; a tokenizer that is not the model's own cannot be used"
         )
     vision = config.vision_config
-    if processor.patch_size not in (None, vision.patch_size):
+    if processor.patch_size is None:  # processors saved by older versions leave it to the model's config
+        processor.patch_size = vision.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    if processor.patch_size != vision.patch_size:
         raise ValueError(
             f"{where}: its processor counts patches of {processor.patch_size} pixels, its vision tower "
             f"{vision.patch_size}; a processor that is not the model's own cannot be used"
         )
-    if processor.patch_size is None:  # processors saved by older versions leave it to the model's config
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     return processor
 
 

@@ -28,14 +28,23 @@ class Objective:
     hidden_loss_weight: float = 0.0
     logits_memory_mib: int = 256
 
+    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor | None, "LossSums"]:
+        """`distillation_loss` with these weights."""
+        return distillation_loss(model, batch, self)
+
 
 @dataclass
 class LossSums:
-    """Sums over supervised positions and samples; Python floats, so float64. They add up over any split of a batch."""
+    """Sums over supervised positions and samples; Python floats, so float64. They add up over any split of a batch.
+
+    `ce_*` are those of `objective: sft`; `kl_*`, `hidden`, `teacher_ce` and `student_ce` those of distillation.
+    """
 
     loss: float = 0.0
     kl_vision: float = 0.0
     kl_text: float = 0.0
+    ce_vision: float = 0.0
+    ce_text: float = 0.0
     hidden: float = 0.0
     teacher_ce: float = 0.0
     student_ce: float = 0.0

@@ -10,7 +10,7 @@ from vlskv_ray.cluster import duration, reserve
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.train_loop import GradientBuffer, Run, build_optimizer, objective_of, student_of, train_step
+from vlskv_ray.train_loop import GradientBuffer, Run, build_optimizer, model_of, objective_of, train_step
 
 TRIED_SAMPLES = 64
 
@@ -30,7 +30,7 @@ def dry_run(run: Run, loader: Loader) -> None:
     torch.set_num_threads(threads)
     batch, data_seconds = try_data(run, loader)
 
-    model = student_of(run)
+    model = model_of(run)
     trained = trainable_parameters(model)
     optimizer, gradients = build_optimizer(config, trained), GradientBuffer(trained.values())
     for _ in range(2):  # the first one also warms up

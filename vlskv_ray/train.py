@@ -31,7 +31,14 @@ from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_data
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
-from vlskv_ray.model.build import find_model, fingerprint_of, load_config, load_processor, swiftkv_config
+from vlskv_ray.model.build import (
+    find_model,
+    fingerprint_of,
+    load_config,
+    load_processor,
+    refuse_student,
+    swiftkv_config,
+)
 from vlskv_ray.report import result_table, shown, write_summary
 from vlskv_ray.run_log import take_back
 from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
@@ -111,11 +118,14 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
         ValueError: something in the config cannot work; says which key and what to do.
     """
     files = find_model(config.model.name_or_path, config.model.revision)
-    model = config.model.model_copy(update={"revision": files.revision})
-    layers = (model.num_key_value_layers, model.key_value_group_size)
-    text_config = swiftkv_config(load_config(files), *layers).text_config
-    resolved = {name: getattr(text_config, name) for name in ("num_key_value_layers", "key_value_group_size")}
-    model = model.model_copy(update=resolved)
+    model, text_config = config.model.model_copy(update={"revision": files.revision}), load_config(files).text_config
+    if config.objective == "sft":
+        refuse_student(files, load_config(files))
+    else:
+        layers = (model.num_key_value_layers, model.key_value_group_size)
+        text_config = swiftkv_config(load_config(files), *layers).text_config
+        resolved = {name: getattr(text_config, name) for name in ("num_key_value_layers", "key_value_group_size")}
+        model = model.model_copy(update=resolved)
     check_template(load_processor(files))
     positions = text_config.max_position_embeddings
     max_length = config.data.max_length or positions
@@ -203,10 +213,13 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
     model = config.model
     revision = f" at {model.revision}" if model.revision else ""
     rows = " + ".join(str(len(table)) for table in plan.tables)
+    what = "all weights train on the answers"
+    if config.objective == "distill":
+        what = f"SwiftKV from layer {text.num_key_value_layers} in groups of {text.key_value_group_size}"
     return (
         f"vlskv_ray {vlskv_ray.__version__}  {versions}  python {platform.python_version()}\n"
-        f"model         {model.name_or_path}{revision}: {text.num_hidden_layers} text layers, SwiftKV from "
-        f"layer {text.num_key_value_layers} in groups of {text.key_value_group_size}, weights {model.dtype}\n"
+        f"model         {model.name_or_path}{revision}: {text.num_hidden_layers} text layers, {what}, "
+        f"weights {model.dtype}\n"
         f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows\n"
         f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
         f"{accumulation} accumulation x {workers} worker{'s' * (workers > 1)}\n"

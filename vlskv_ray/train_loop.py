@@ -20,9 +20,13 @@ from transformers.utils import logging as transformers_logging
 from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch
-from vlskv_ray.distill import LossSums, Objective, distillation_loss
-from vlskv_ray.model.build import build_student, find_model, load_processor, trainable_parameters
+from vlskv_ray.distill import LossSums, Objective
+from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor, trainable_parameters
 from vlskv_ray.run_log import RunLog
+from vlskv_ray.sft import cross_entropy_loss
+
+Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
+"""Of model and micro-batch: the loss as a sum with a graph, and all sums; see `distillation_loss`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     config = run.config
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
     try:
-        model = student_of(run)
+        model = model_of(run)
     except ValueError as error:  # the same on every worker, and the next time
         return {"status": "failed", "message": str(error), "step": 0}
     trained = trainable_parameters(model)
@@ -160,7 +164,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     gradients: GradientBuffer,
     micro_batches: Sequence[Batch],
-    objective: Objective,
+    objective: Loss,
     *,
     max_grad_norm: float | None = None,
     asked_to_stop: bool = False,
@@ -174,7 +178,7 @@ def train_step(
     sums = LossSums()
     for batch in micro_batches:  # 1. forward and backward on sums, one micro-batch at a time
         with autocast(model):
-            loss, of_batch = distillation_loss(model, batch, objective)
+            loss, of_batch = objective(model, batch)
         if loss is not None:
             loss.backward()
         sums += of_batch
@@ -230,10 +234,14 @@ def stop_if_ruined(trained: dict[str, torch.nn.Parameter], step: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- parts of the loop
-def student_of(run: Run) -> Any:
+def model_of(run: Run) -> Any:
+    """The student of a distillation; the whole model where all of it trains."""
     options = run.config.model
+    files = find_model(options.name_or_path, options.revision)  # here: each machine has its own copy of a hub model
+    if run.config.objective == "sft":
+        return build_whole(files, attn_implementation=options.attn_implementation, seed=run.config.seed)
     return build_student(
-        find_model(options.name_or_path, options.revision),  # found here: each machine has its own copy of a hub model
+        files,
         options.num_key_value_layers,
         options.key_value_group_size,
         attn_implementation=options.attn_implementation,
@@ -241,7 +249,9 @@ def student_of(run: Run) -> Any:
     )
 
 
-def objective_of(config: Config) -> Objective:
+def objective_of(config: Config) -> Loss:
+    if config.objective == "sft":
+        return cross_entropy_loss
     return Objective(
         temperature=config.temperature,
         vision_loss_weight=config.vision_loss_weight,
@@ -402,13 +412,16 @@ def metrics_of(
         "data_wait_seconds": data_wait,
         "step_seconds": seconds,
     }
+    is_sft = run.config.objective == "sft"
     if count:
-        metrics |= {"loss": sums.loss / count, "top1_agreement": sums.top1 / count}
+        metrics |= {"loss": sums.loss / count, "token_accuracy" if is_sft else "top1_agreement": sums.top1 / count}
+    if count and not is_sft:
         metrics |= {"teacher_ce": sums.teacher_ce / count, "student_ce": sums.student_ce / count}
         if run.config.hidden_loss_weight:
             metrics["hidden_loss"] = sums.hidden / count
+    prefix = "ce" if is_sft else "kl"
     if sums.tokens_vision:
-        metrics["kl_vision"] = sums.kl_vision / sums.tokens_vision
+        metrics[f"{prefix}_vision"] = (sums.ce_vision if is_sft else sums.kl_vision) / sums.tokens_vision
     if sums.tokens_text:
-        metrics["kl_text"] = sums.kl_text / sums.tokens_text
+        metrics[f"{prefix}_text"] = (sums.ce_text if is_sft else sums.kl_text) / sums.tokens_text
     return metrics

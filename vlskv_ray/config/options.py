@@ -247,6 +247,26 @@ class CheckpointConfig(_Section):
     """Newest checkpoints to keep; two, so that a damaged one does not lose the run."""
 
 
+class EvaluationConfig(_Section):
+    """What the student is measured on against its teacher, at the end of a run and on the way."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Strict(False)] = ()
+    """Held-out samples, of the same forms as data.sources. None given: answers are not measured, what the student saves
+    still is."""
+
+    num_samples: PositiveInt | None = 500
+    """Use the first so many samples of the mixture. None: all."""
+
+    batch_size: PositiveInt = 32
+    """Samples of one forward pass; bounds the memory, changes no answer."""
+
+    max_new_tokens: PositiveInt = 64
+    """Tokens after which a greedy answer is cut off."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between measurements of the student on the way. None: only at the end."""
+
+
 class OutputConfig(_Section):
     """The run folder `dir`/`name`, and what is told on the way."""
 
@@ -280,8 +300,9 @@ class OutputConfig(_Section):
 class Config(_Section):
     """One run, complete."""
 
-    objective: Literal["distill"] = "distill"
-    """What is learnt: the student follows the teacher's distribution over next tokens."""
+    objective: Literal["distill", "sft"] = "distill"
+    """What is learnt. distill: the student follows the teacher's distribution over next tokens. sft: a plain model, all
+    of whose weights train, follows the answers of the data: this makes teachers."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of the data and of new weights, below 2**32."""
@@ -328,6 +349,9 @@ class Config(_Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """What is kept to resume from."""
 
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """What the student is measured on."""
+
     output: OutputConfig = Field(default_factory=OutputConfig)
     """The run folder."""
 
@@ -338,8 +362,23 @@ class Config(_Section):
             problems["text_loss_weight"] = "0 like vision_loss_weight: nothing would be learnt; raise one of them"
         if self.model.revision and os.path.isabs(self.model.name_or_path):
             problems["model.revision"] = f"the folder {self.model.name_or_path} has no revisions; remove it"
+        if self.objective == "sft":
+            problems |= self._of_distillation_alone()
         _raise_contradictions(problems)
         return self
+
+    def _of_distillation_alone(self) -> dict[str, str]:
+        """Options that would do nothing where there is no student, by key."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        names = ("temperature", "vision_loss_weight", "text_loss_weight", "hidden_loss_weight")
+        useless = [name for name in names if getattr(self, name) != defaults[name]]
+        useless += [
+            f"model.{name}"
+            for name in ("num_key_value_layers", "key_value_group_size")
+            if getattr(self.model, name) is not None
+        ]
+        useless += ["model.dtype"] if self.model.dtype != "float32" else []
+        return dict.fromkeys(useless, "has no effect with objective=sft; remove it")
 
     @property
     def global_batch_size(self) -> int:
@@ -361,6 +400,7 @@ _DECIDES_NO_NUMBER = (
     "output",
     "checkpoint",
     "cluster",
+    "evaluation",
     "data.image_processing_batch_size",
     "data.num_proc",
     "data.cpus_per_task",

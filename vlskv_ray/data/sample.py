@@ -47,9 +47,11 @@ class Sample:
 
     `messages` are `{"role": "system" | "user" | "assistant", "content": [part, ...]}`, a part being
     `{"type": "text", "text": str}` or `{"type": "image"}`. `images` (encoded bytes, or a file to read) are in the order
-    of the image parts and equally many.
+    of the image parts and equally many. `kinds` names what kind of question each assistant turn answers, for
+    evaluation; empty where the data do not say.
     """
 
     uid: str
     messages: list[dict[str, Any]]
     images: list[bytes | ImageFile]
+    kinds: tuple[str, ...] = ()

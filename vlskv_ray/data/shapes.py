@@ -1,9 +1,17 @@
-"""The built-in world: small pictures of coloured shapes with questions about them, and sums in words; from a seed.
+"""The built-in world: pictures of coloured shapes with questions about them, and letters and sums to compute; seeded.
 
-It needs no file and no network, so every installation can run the whole pipeline, encoded pictures included.
+It needs no file and no network, so every installation can train, distil and measure on real encoded pictures.
+
+A picture is a grid of 3 x 3 places with at most one shape each. Questions about it must be looked up (which colour,
+which shape, where), counted, or worked out in steps (what stands next to ..., are there as many ... as ...). Whether a
+picture or a text question belongs to the training or the held-out split is decided by what it shows or asks, so that no
+layout of a held-out picture, and no held-out sum or word, is ever trained on.
 """
 
 import io
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,83 +24,331 @@ COLOURS = {
     "green": (40, 170, 60),
     "blue": (50, 80, 220),
     "yellow": (240, 210, 50),
+    "purple": (150, 50, 170),
     "black": (20, 20, 20),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+"""Name and plural."""
+PLACES = (
+    *("top left", "top middle", "top right"),
+    *("middle left", "middle", "middle right"),
+    *("bottom left", "bottom middle", "bottom right"),
+)
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 SPLITS = ("train", "test")
 FORMATS = ("PNG", "JPEG", "WEBP")
+IN_A_SENTENCE = "Answer in a sentence."
+HELD_OUT = 8
+"""One of so many layouts, and of so many text questions, belongs to the test split."""
+
+PATTERN = ("one picture",) * 10 + ("two pictures",) * 3 + ("text",) * 3
+"""What rows are, in turn: so a plan knows it without drawing them."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape of a picture; `place` counts along the rows from the top left."""
+
+    place: int
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def at(self) -> tuple[int, int]:
+        """Column and row."""
+        return self.place % 3, self.place // 3
+
+
+Scene = tuple[Thing, ...]
+"""In the order of their places."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, its answer, and what kind of question it is."""
+
+    kind: str
+    question: str
+    answer: str
 
 
 class ShapesSource:
-    """Row i of a split is a pure function of the split and i. Of four rows one is text-only and one has two images."""
+    """Row i of a split is a pure function of the split and i. Of 16 rows three have two pictures and three none."""
 
     def __init__(self, split: str = "train", num_samples: int = 1024, weight: float = 1.0) -> None:
         """ValueError for a split that does not exist."""
         if split not in SPLITS:
             raise ValueError(f"data.sources: shapes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
-        self.num_rows, self.fingerprint = num_samples, "shapes-1"  # the version of what is drawn
-        kinds = np.arange(num_samples) % 4
-        self.num_images = np.choose(kinds, [1, 1, 0, 2]).astype(np.int32)
-        self.text_bytes = np.choose(kinds, [40, 80, 30, 60]).astype(np.int64)
+        self.num_rows, self.fingerprint = num_samples, "shapes-2"  # the version of what is drawn
+        of_row = np.arange(num_samples) % len(PATTERN)
+        images = {"one picture": 1, "two pictures": 2, "text": 0}
+        self.num_images = np.array([images[what] for what in PATTERN], dtype=np.int32)[of_row]
+        self.text_bytes = np.array([num_turns(row) * 60 for row in range(len(PATTERN))], dtype=np.int64)[of_row]
 
     def read(self, row: int) -> Sample:
         """Sample `row`, drawn afresh."""
         rng = np.random.default_rng([SPLITS.index(self.split), row])
-        kind = row % 4
-        if kind == 2:
-            turns, images = [sum_in_words(rng)], list[bytes]()
-        elif kind == 3:
-            turns, images = compare_pictures(rng)
-        else:
-            turns, images = describe_picture(rng, num_turns=kind + 1)
+        turns, scenes = SAMPLERS[PATTERN[row % len(PATTERN)]](rng, self.split, num_turns(row))
         messages: list[dict[str, Any]] = []
-        for question, answer in turns:
-            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        messages[0]["content"] = [{"type": "image"} for _ in images] + messages[0]["content"]
-        return Sample(self.uid(row), messages, list(images))
+        for turn in turns:
+            messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        messages[0]["content"] = [{"type": "image"} for _ in scenes] + messages[0]["content"]
+        images = [draw(rng, scene) for scene in scenes]
+        return Sample(self.uid(row), messages, list(images), kinds=tuple(turn.kind for turn in turns))
 
     def uid(self, row: int) -> str:
         return f"{self.name}:{row + 1}"
 
 
-def sum_in_words(rng: np.random.Generator) -> tuple[str, str]:
-    a, b = rng.integers(0, 50, size=2)
-    return f"What is {a} plus {b}?", f"{a + b}"
+def num_turns(row: int) -> int:
+    """One to three, by the row's place in the pattern."""
+    return 1 + row % len(PATTERN) % 3
 
 
-def describe_picture(rng: np.random.Generator, num_turns: int) -> tuple[list[tuple[str, str]], list[bytes]]:
-    colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
-    turns = [(f"What colour is the {shape}?", f"{colour}"), ("What shape is it?", f"It is a {shape}.")]
-    return turns[:num_turns], [draw(rng, colour, shape)]
+def split_of(what: str) -> str:
+    """The split that a layout or a question belongs to."""
+    return "test" if zlib.crc32(what.encode()) % HELD_OUT == 0 else "train"
 
 
-def compare_pictures(rng: np.random.Generator) -> tuple[list[tuple[str, str]], list[bytes]]:
-    first, second = rng.choice(list(COLOURS), size=2)
-    pictures = [draw(rng, str(colour), str(rng.choice(SHAPES))) for colour in (first, second)]
-    answer = "Yes." if first == second else f"No, {first} and {second}."
-    return [("Do both pictures have the same colour?", answer)], pictures
+# --------------------------------------------------------------------------------------------------------- what is seen
+def one_picture(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
+    """A picture and `count` questions about it."""
+    asks = [ABOUT_ONE[int(rng.integers(len(ABOUT_ONE)))] for _ in range(count)]
+    while True:  # until the picture has an answer to all of them
+        scene = draw_scene(rng, split)
+        turns: list[Turn] = []
+        for ask in asks:
+            follows = turns and turns[-1].kind in ("colour", "shape")
+            turn = where_is_it(scene, turns[-1]) if ask is where and follows else ask(rng, scene)
+            if turn is None:
+                break
+            turns.append(turn)
+        if len(turns) == count:
+            return turns, [scene]
 
 
-def draw(rng: np.random.Generator, colour: str, shape: str) -> bytes:
-    """A picture of one shape, encoded; sizes from 48 to 320 pixels, wide and tall ones among them."""
-    width, height = (int(x) for x in rng.integers(48, 321, size=2))
-    picture = Image.new("RGB", (width, height), (245, 245, 240))
+def two_pictures(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
+    """Two pictures and `count` questions about both."""
+    scenes = [draw_scene(rng, split), draw_scene(rng, split)]
+    return [about_two(rng, scenes) for _ in range(count)], scenes
+
+
+def draw_scene(rng: np.random.Generator, split: str) -> Scene:
+    """One to five shapes in different places, of a layout that belongs to `split`."""
+    while True:
+        places = sorted(rng.permutation(len(PLACES))[: int(rng.integers(1, 6))].tolist())
+        scene = tuple(Thing(place, choice(rng, list(COLOURS)), choice(rng, list(SHAPES))) for place in places)
+        if split_of(" ".join(f"{thing} {thing.place}" for thing in scene)) == split:
+            return scene
+
+
+def colour(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    thing = only(rng, scene, lambda thing: thing.shape)
+    if thing is None:
+        return None
+    question, sentence = f"What colour is the {thing.shape}?", f"The {thing.shape} is {thing.colour}."
+    return either_form(rng, "colour", question, thing.colour, sentence)
+
+
+def shape(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    thing = only(rng, scene, lambda thing: thing.colour)
+    if thing is None:
+        return None
+    question, sentence = f"What shape is {thing.colour}?", f"The {thing.colour} shape is a {thing.shape}."
+    return either_form(rng, "shape", question, thing.shape, sentence)
+
+
+def where(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    thing = only(rng, scene, str)
+    if thing is None:
+        return None
+    place = PLACES[thing.place]
+    return either_form(rng, "where", f"Where is the {thing}?", place, f"The {thing} is at the {place}.")
+
+
+def where_is_it(scene: Scene, before: Turn) -> Turn | None:
+    """A question that only the turn before makes plain."""
+    said = before.question + " " + before.answer
+    meant = [thing for thing in scene if thing.colour in said and thing.shape in said]
+    return Turn("where", "Where is it?", PLACES[meant[0].place]) if len(meant) == 1 else None
+
+
+def count(rng: np.random.Generator, scene: Scene) -> Turn:
+    group = int(rng.integers(3))
+    if group == 0:
+        return either_form(rng, "count", "How many shapes are there?", f"{len(scene)}", f"I see {len(scene)} shapes.")
+    what, number = some_group(rng, scene)
+    return either_form(rng, "count", f"How many {what} are there?", f"{number}", f"I see {number} {what}.")
+
+
+def is_there(rng: np.random.Generator, scene: Scene) -> Turn:
+    thing = scene[int(rng.integers(len(scene)))]
+    colours, shapes = [t.colour for t in scene] + [choice(rng, list(COLOURS))], [t.shape for t in scene]
+    asked = str(thing)
+    if rng.random() < 0.5:  # of what is in the picture, but not necessarily together
+        asked = f"{choice(rng, colours)} {choice(rng, [*shapes, choice(rng, list(SHAPES))])}"
+    answer = "yes" if asked in map(str, scene) else "no"
+    sentence = f"{answer.capitalize()}, there is {'a' if answer == 'yes' else 'no'} {asked}."
+    return either_form(rng, "is there", f"Is there a {asked}?", answer, sentence)
+
+
+def left_of(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    one, other = only(rng, scene, str), only(rng, scene, str)
+    if one is None or other is None or one.at[0] == other.at[0]:
+        return None
+    left, right = (one, other) if one.at[0] < other.at[0] else (other, one)
+    question = f"Which is further left, the {one} or the {other}?"
+    return either_form(rng, "left of", question, f"the {left}", f"The {left} is left of the {right}.")
+
+
+def next_to(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    thing, side = only(rng, scene, str), choice(rng, list(SIDES))
+    if thing is None:
+        return None
+    wanted = (thing.at[0] + SIDES[side][0], thing.at[1] + SIDES[side][1])
+    there = [other for other in scene if other.at == wanted]
+    if not there and rng.random() < 0.7:  # else most answers would be "nothing"
+        return None
+    return Turn("next to", f"What is {side} the {thing}?", f"a {there[0]}" if there else "nothing")
+
+
+def as_many(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    (one, first), (other, second) = some_group(rng, scene), some_group(rng, scene)
+    if one == other or not (first or second) or (first != second and rng.random() < 0.4):
+        return None
+    return Turn("as many", f"Are there as many {one} as {other}?", "yes" if first == second else "no")
+
+
+def what_is_there(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    if len(scene) > 3:
+        return None
+    return Turn("list", "What is in the picture?", ", ".join(f"a {thing}" for thing in scene))
+
+
+ABOUT_ONE: tuple[Callable[[np.random.Generator, Scene], Turn | None], ...] = (
+    *(colour, shape, where, count, is_there, left_of, next_to, as_many, what_is_there),
+)
+
+
+def about_two(rng: np.random.Generator, scenes: Sequence[Scene]) -> Turn:
+    if rng.random() < 0.5:
+        first, second = map(len, scenes)
+        answer = "both" if first == second else "the first" if first > second else "the second"
+        return Turn("two pictures", "Which picture has more shapes?", answer)
+    seen = [str(thing) for scene in scenes for thing in scene]
+    asked = choice(rng, seen) if rng.random() < 0.8 else f"{choice(rng, list(COLOURS))} {choice(rng, list(SHAPES))}"
+    has = (asked in map(str, scenes[0]), asked in map(str, scenes[1]))
+    answer = {(True, True): "both", (True, False): "the first", (False, True): "the second"}.get(has, "neither")
+    return Turn("two pictures", f"Which picture has a {asked}?", answer)
+
+
+def some_group(rng: np.random.Generator, scene: Scene) -> tuple[str, int]:
+    """Some shapes by name, such as circles or red shapes, mostly ones that are there, and how many they are."""
+    thing = scene[int(rng.integers(len(scene)))]
+    absent = rng.random() < 0.2
+    if rng.random() < 0.5:
+        shape = choice(rng, list(SHAPES)) if absent else thing.shape
+        return SHAPES[shape], sum(t.shape == shape for t in scene)
+    colour = choice(rng, list(COLOURS)) if absent else thing.colour
+    return f"{colour} shapes", sum(t.colour == colour for t in scene)
+
+
+def only(rng: np.random.Generator, scene: Scene, key: Callable[[Thing], str]) -> Thing | None:
+    """One of the things that `key` tells from all others; None if there is none."""
+    keys = [key(thing) for thing in scene]
+    single = [thing for thing in scene if keys.count(key(thing)) == 1]
+    return single[int(rng.integers(len(single)))] if single else None
+
+
+def either_form(rng: np.random.Generator, kind: str, question: str, answer: str, sentence: str) -> Turn:
+    """The short answer, or, asked for, a sentence."""
+    if rng.random() < 0.25:
+        return Turn(kind, f"{question} {IN_A_SENTENCE}", sentence)
+    return Turn(kind, question, answer)
+
+
+# ----------------------------------------------------------------------------------------------------- what is computed
+def text_only(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
+    """`count` questions that need no picture."""
+    turns: list[Turn] = []
+    while len(turns) < count:
+        turn = ABOUT_TEXT[int(rng.integers(len(ABOUT_TEXT)))](rng)
+        if split_of(turn.question) == split:
+            turns.append(turn)
+    return turns, []
+
+
+def add(rng: np.random.Generator) -> Turn:
+    a, b = rng.integers(0, 100, size=2)
+    return Turn("sum", f"What is {a} plus {b}?", f"{a + b}")
+
+
+def reverse(rng: np.random.Generator) -> Turn:
+    word = some_word(rng)
+    return Turn("reverse", f"Reverse {word}.", word[::-1])
+
+
+def sort(rng: np.random.Generator) -> Turn:
+    word = some_word(rng)
+    return Turn("sort", f"Sort the letters of {word}.", "".join(sorted(word)))
+
+
+def count_letters(rng: np.random.Generator) -> Turn:
+    word = some_word(rng, alphabet="ABC", longest=7)
+    letter = choice(rng, list("ABC"))
+    return Turn("letters", f"How often is {letter} in {word}?", f"{word.count(letter)}")
+
+
+def some_word(rng: np.random.Generator, alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", longest: int = 5) -> str:
+    return "".join(choice(rng, list(alphabet)) for _ in range(int(rng.integers(3, longest + 1))))
+
+
+ABOUT_TEXT: tuple[Callable[[np.random.Generator], Turn], ...] = (add, reverse, sort, count_letters)
+
+SAMPLERS: dict[str, Callable[[np.random.Generator, str, int], tuple[list[Turn], list[Scene]]]] = {
+    "one picture": one_picture,
+    "two pictures": two_pictures,
+    "text": text_only,
+}
+
+
+def choice(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+# -------------------------------------------------------------------------------------------------------------- drawing
+def draw(rng: np.random.Generator, scene: Scene) -> bytes:
+    """A scene as an encoded picture, 48 to 160 pixels wide and high, at most 1.6 times as long as the other way."""
+    width = int(rng.integers(48, 161))
+    height = int(np.clip(round(width * 1.6 ** rng.uniform(-1, 1)), 48, 160))
+    background = tuple(int(x) for x in rng.integers(225, 256, size=3))
+    picture = Image.new("RGB", (width, height), background)
     pen = ImageDraw.Draw(picture)
-    side = int(min(width, height) * rng.uniform(0.4, 0.9))
-    left, top = int(rng.integers(0, width - side + 1)), int(rng.integers(0, height - side + 1))
-    right, bottom, ink = left + side, top + side, COLOURS[colour]
-    if shape == "circle":
+    for thing in scene:
+        column, row = thing.at
+        side = min(width, height) / 3 * rng.uniform(0.65, 0.9)
+        left = (width / 3) * column + (width / 3 - side) * rng.uniform(0.25, 0.75)
+        top = (height / 3) * row + (height / 3 - side) * rng.uniform(0.25, 0.75)
+        _draw_thing(pen, thing, left, top, side)
+    encoded = io.BytesIO()
+    picture.save(encoded, format=choice(rng, FORMATS))
+    return encoded.getvalue()
+
+
+def _draw_thing(pen: Any, thing: Thing, left: float, top: float, side: float) -> None:
+    right, bottom, ink = left + side, top + side, COLOURS[thing.colour]
+    if thing.shape == "circle":
         pen.ellipse((left, top, right, bottom), fill=ink)
-    elif shape == "square":
+    elif thing.shape == "square":
         pen.rectangle((left, top, right, bottom), fill=ink)
-    elif shape == "triangle":
-        pen.polygon([((left + right) // 2, top), (left, bottom), (right, bottom)], fill=ink)
+    elif thing.shape == "triangle":
+        pen.polygon([((left + right) / 2, top), (left, bottom), (right, bottom)], fill=ink)
     else:
-        third = side // 3
+        third = side / 3
         pen.rectangle((left + third, top, right - third, bottom), fill=ink)
         pen.rectangle((left, top + third, right, bottom - third), fill=ink)
-    encoded = io.BytesIO()
-    picture.save(encoded, format=str(rng.choice(FORMATS)))
-    return encoded.getvalue()

@@ -58,19 +58,20 @@ class ModelFiles:
 
 
 def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
-    """Resolves a preset name, a local folder or a hub id; the latter is downloaded, and pinned to its commit.
+    """Resolves the name of a preset or shipped model, a local folder, or a hub id, downloaded and pinned to its commit.
 
     Raises:
         ValueError: there is no such thing; says what was looked for and what to do.
     """
     if name_or_path in presets.PRESETS:
         return ModelFiles(name_or_path, preset=True, folder=None, revision=None)
-    folder = Path(name_or_path)
+    folder = presets.SHIPPED.get(name_or_path) or Path(name_or_path)
     if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise ValueError(f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint")
         return ModelFiles(name_or_path, preset=False, folder=folder, revision=None)
-    wanted = f"a preset ({', '.join(presets.PRESETS)}), a folder, or a hub id such as llava-hf/llava-v1.6-mistral-7b-hf"
+    names = ", ".join([*presets.PRESETS, *presets.SHIPPED])
+    wanted = f"a preset ({names}), a folder, or a hub id such as llava-hf/llava-v1.6-mistral-7b-hf"
     if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~")):
         raise ValueError(f"model.name_or_path: there is no folder {name_or_path!r}; wanted {wanted}")
     arguments: dict[str, Any] = {"repo_id": name_or_path, "revision": revision, "allow_patterns": DOWNLOADED}
@@ -225,6 +226,32 @@ def build_student(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
     return model
+
+
+def build_whole(files: ModelFiles, *, attn_implementation: str = "sdpa", seed: int = 0) -> Any:
+    """A stock vision-language model, all of whose weights train, in float32; those of a preset are drawn from `seed`.
+
+    Raises:
+        ValueError: the checkpoint has SwiftKV weights, or does not hold what its config says.
+    """
+    config = load_config(files)
+    refuse_student(files, config)
+    if files.preset:
+        model = presets.build_teacher(config, seed)
+        model.set_attn_implementation(attn_implementation)
+    else:
+        model = _load_weights(files, config, False, attn_implementation, torch.float32)
+    model.eval()  # no dropout: what is learnt does not depend on where a run was interrupted
+    return model.requires_grad_(True)
+
+
+def refuse_student(files: ModelFiles, config: PreTrainedConfig) -> None:
+    """ValueError where a model for `objective: sft` is a SwiftKV one already."""
+    if config.text_config.model_type.endswith("_swiftkv"):
+        raise ValueError(
+            f"model.name_or_path: {files.name_or_path} holds SwiftKV weights; objective=sft trains a plain model, "
+            f"which is distilled afterwards"
+        )
 
 
 def _load_weights(

@@ -3,6 +3,7 @@
 import itertools
 import string
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,28 +22,39 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
-    "{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% for message in messages %}{{ message['role'] | upper }}:\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:\n{% endif %}"
 )
 
 
-def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with a token for each byte, so that no text is unknown to it, and LLaVA's special tokens.
+WORDS = (
+    *("USER", "ASSISTANT", "SYSTEM", "I", "a", "above", "answer", "are", "as", "at", "below", "black", "blue", "both"),
+    *("bottom", "circle", "circles", "colour", "cross", "crosses", "first", "further", "green", "has", "how", "in"),
+    *("is", "it", "left", "letters", "many", "middle", "more", "neither", "no", "nothing", "of", "often", "or"),
+    *("picture", "plus", "purple", "red", "reverse", "right", "second", "see", "sentence", "shape", "shapes", "sort"),
+    *("square", "squares", "the", "there", "top", "triangle", "triangles", "what", "where", "which", "yellow", "yes"),
+)
+"""Words of the built-in world (data/shapes.py) that are one token each, however they stand."""
 
-    The rest of the vocabulary is syllables, which encoding never makes: they let every id that a random model comes up
-    with be read.
+
+def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with LLaVA's special tokens, a token for each byte, so that no text is unknown to it, and `WORDS`.
+
+    The rest of the vocabulary is syllables: they let every id that a random model comes up with be read.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = sorted({form for word in WORDS for form in (word, word.capitalize()) if len(form) > 1} - {*SPECIAL_TOKENS})
     syllables = ("".join(letters) for n in (2, 3, 4) for letters in itertools.product(string.ascii_lowercase, repeat=n))
-    tokens = itertools.islice(itertools.chain(SPECIAL_TOKENS, alphabet, syllables), vocab_size)
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens = dict.fromkeys(itertools.chain(SPECIAL_TOKENS, alphabet, words, (f"Ġ{word}" for word in words), syllables))
+    vocabulary = {token: i for i, token in enumerate(itertools.islice(tokens, vocab_size))}
+    # without merges, a word that is in the vocabulary is one token and any other is its bytes
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>", ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -62,6 +74,7 @@ def llava_next_config(
     image_grid_pinpoints: list[list[int]],
     vision: dict[str, Any],
     text: dict[str, Any],
+    **others: Any,
 ) -> LlavaNextConfig:
     """A LLaVA-NeXT of any size around a CLIP tower; ids of special tokens are those of `byte_tokenizer`."""
     ids = {name: SPECIAL_TOKENS.index(token) for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
@@ -71,6 +84,7 @@ def llava_next_config(
         text_config=text_config,
         image_token_index=SPECIAL_TOKENS.index("<image>"),
         image_grid_pinpoints=image_grid_pinpoints,
+        **others,
     )
 
 
@@ -122,8 +136,40 @@ def small_llava_next() -> LlavaNextConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], LlavaNextConfig]] = {"small-llava-next": small_llava_next}
-"""Names that `model.name_or_path` takes beside a folder and a hub id."""
+def shapes_llava_next() -> LlavaNextConfig:
+    """The architecture that fits the built-in world (data/shapes.py): a patch sees a whole place of a picture."""
+    return llava_next_config(
+        image_size=48,
+        patch_size=16,
+        image_grid_pinpoints=[[48, 96], [96, 48]],
+        vision_feature_layer=-1,  # the tower has just the layers that it needs
+        vision={
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "projection_dim": 96,
+        },
+        text={
+            "hidden_size": 128,
+            "intermediate_size": 320,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": 512,
+            "max_position_embeddings": 2048,
+        },
+    )
+
+
+PRESETS: dict[str, Callable[[], LlavaNextConfig]] = {
+    "small-llava-next": small_llava_next,
+    "shapes-llava-next": shapes_llava_next,
+}
+"""Names that `model.name_or_path` takes beside a folder and a hub id: architectures with random weights."""
+
+SHIPPED = {"shapes-teacher": Path(__file__).with_name("shapes_teacher")}
+"""Likewise: trained models that come with the package. This one is `configs/shapes-teacher.yaml`'s."""
 
 
 def build_teacher(config: LlavaNextConfig, seed: int = 0) -> Any:

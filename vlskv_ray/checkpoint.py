@@ -155,7 +155,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file whole or not at all."""
     aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     _flush(aside)
     aside.replace(path)
 

@@ -115,8 +115,10 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
 class ProgressLine:
     """Follows what a run adds to metrics.jsonl: one line redrawn on a terminal, plain lines now and then elsewhere."""
 
-    def __init__(self, metrics: Path, total_steps: int, shown: bool = True, out: TextIO | None = None) -> None:
-        self.path, self.total_steps, self.shown = metrics, total_steps, shown
+    def __init__(
+        self, metrics: Path, total_steps: int, shown: bool = True, out: TextIO | None = None, afterwards: str = ""
+    ) -> None:
+        self.path, self.total_steps, self.shown, self.afterwards = metrics, total_steps, shown, afterwards
         self.out = out or sys.stdout
         self.live = self.out.isatty()
         self.offset, self.partial = metrics.stat().st_size if metrics.exists() else 0, ""
@@ -146,16 +148,20 @@ class ProgressLine:
         self.first = self.first or (time.monotonic(), self.latest["step"])
         is_last = self.latest["step"] >= self.total_steps
         if self.live or is_last or time.monotonic() - self.printed_at >= 10:
-            self._write(self.text(*self.first))
+            self._write(self.text(*self.first), lasting=is_last)
             self.printed_at = time.monotonic()
+        if is_last and self.afterwards:
+            self._write(self.afterwards, lasting=True)
+            self.afterwards = ""
 
     def text(self, began: float, first_step: int) -> str:
         """The latest step in one line."""
         m = self.latest
         parts = [f"step {m['step']}/{self.total_steps}"]
-        means = (("loss", "loss"), ("image", "kl_vision"), ("text", "kl_text"))
-        parts += [f"{label} {m[key]:.4g}" for label, key in means if key in m]
-        parts += [f"agree {m['top1_agreement']:.0%}"] if "top1_agreement" in m else []
+        means = {"loss": "loss", "kl_vision": "image", "kl_text": "text", "ce_vision": "image", "ce_text": "text"}
+        parts += [f"{label} {m[key]:.4g}" for key, label in means.items() if key in m]
+        shares = {"top1_agreement": "agree", "token_accuracy": "right"}
+        parts += [f"{label} {m[key]:.0%}" for key, label in shares.items() if key in m]
         parts += [f"{m['tokens_per_second']:,.0f} tok/s"]
         if m["step"] > first_step:
             per_step = (time.monotonic() - began) / (m["step"] - first_step)
@@ -164,7 +170,7 @@ class ProgressLine:
 
     def close(self) -> None:
         self.update()
-        if self.live and self.shown:
+        if self.live and self.shown and self.latest.get("step", 0) < self.total_steps:
             self.out.write("\n")
 
     def _write(self, text: str, lasting: bool = False) -> None:

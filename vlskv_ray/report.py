@@ -1,12 +1,15 @@
 """What a run leaves to read: its summary, and the table at its end."""
 
 import json
+import os
+import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from vlskv_ray.checkpoint import write_json
 from vlskv_ray.cluster import duration
+from vlskv_ray.figures import SAVINGS_COLUMNS, Rows, columns, kind_rows, result_rows, savings_note, savings_rows
 from vlskv_ray.train_loop import Run
 
 AVERAGED = {
@@ -14,8 +17,11 @@ AVERAGED = {
     "kl_vision": "KL per token, samples with images",
     "kl_text": "KL per token, text only",
     "top1_agreement": "top-1 agreement with the teacher",
+    "ce_vision": "cross-entropy, samples with images",
+    "ce_text": "cross-entropy, text only",
+    "token_accuracy": "likeliest token is right",
 }
-PACKAGES = ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow")
+PACKAGES = ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow", "matplotlib")
 
 
 def shown(path: Path) -> Path:
@@ -41,16 +47,24 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
         "first": {name: mean(name, lines[:count]) for name in AVERAGED},
         "last": {name: mean(name, lines[-count:]) for name in AVERAGED},
         "rejected": outcome["rejected"],
+        "data": {name: outcome[name] for name in ("lengths", "images")} | {"samples": outcome["seen"]},
         "model": run.config.model.name_or_path,
         "revision": run.config.model.revision,
         "versions": {name: version(name) for name in PACKAGES},
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": run.config.cluster.threads_per_worker,
+            "workers": max(run.config.cluster.num_workers, 1),
+        },
     }
     write_json(run.folder / "summary.json", summary)
 
 
 def result_table(run: Run) -> str:
-    """The end of a run for the eye: where the loss began, where it ended, where things are."""
-    summary = json.loads((run.folder / "summary.json").read_text())
+    """The end of a run for the eye: where the loss began and ended, what the model answers, where things are."""
+    summary, evaluation = (json.loads((run.folder / name).read_text()) for name in ("summary.json", "evaluation.json"))
     count = summary["averaged_steps"]
     lines = [f"{f'mean of {count} steps' if count > 1 else 'step':36}{'first':>12}{'last':>12}"]
     for name, label in AVERAGED.items():
@@ -61,5 +75,25 @@ def result_table(run: Run) -> str:
     left_out = f"{sum(summary['rejected'].values())} samples left out" + (f": {reasons}" if reasons else "")
     times = f"{duration(summary['training_seconds'])}, the command in {duration(summary['command_seconds'])}"
     lines.append(f"{summary['steps']} steps in {times}; {left_out}")
-    lines.append(f"student: {shown(run.folder / 'final')}")
+    lines += ["", *evaluation_table(evaluation), ""]
+    lines.append(f"{'model' if run.config.objective == 'sft' else 'student'}: {shown(run.folder / 'final')}")
+    lines.append(f"report: {shown(run.folder / 'report.html')}")
     return "\n".join(lines)
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> list[str]:
+    """Lines for a terminal: what each side answers, and what the student saves."""
+    lines: list[str] = []
+
+    def table(columns: list[str], rows: Rows) -> None:
+        lines.append(" " * 36 + "".join(f"{title:>18}" for title in columns))
+        lines.extend(f"{label:36}" + "".join(f"{value:>18}" for value in values) for label, values in rows)
+
+    if evaluation.get("questions"):
+        lines.append(f"{evaluation['questions']} questions of {evaluation['samples']} held-out samples")
+        table(columns(evaluation), [*result_rows(evaluation), *kind_rows(evaluation)])
+    if "savings" in evaluation:
+        lines += [""] if lines else []
+        table(list(SAVINGS_COLUMNS), savings_rows(evaluation))
+        lines.append(savings_note(evaluation))
+    return lines

@@ -31,6 +31,7 @@ from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_data
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
+from vlskv_ray.evaluation import HeldOut
 from vlskv_ray.model.build import (
     find_model,
     fingerprint_of,
@@ -39,7 +40,9 @@ from vlskv_ray.model.build import (
     refuse_student,
     swiftkv_config,
 )
+from vlskv_ray.model_card import write_model_card
 from vlskv_ray.report import result_table, shown, write_summary
+from vlskv_ray.report_page import write_report
 from vlskv_ray.run_log import take_back
 from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
 
@@ -166,9 +169,19 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     for what, now in run.fingerprints.items():
         if saved and saved.state["fingerprints"][what] != now:
             raise ValueError(f"{saved.path}: cannot go on from here: the {what} changed since; {REMEDY}")
-    say(config, start_block(run, plan, text_config))
     limits = Limits(max_length, data.max_images_per_sample, data.image_processing_batch_size)
+    run = replace(run, held_out=held_out_of(config, limits))
+    say(config, start_block(run, plan, text_config))
     return run, Loader(sources, plan, model.name_or_path, model.revision, limits)
+
+
+def held_out_of(config: Config, limits: Limits) -> HeldOut | None:
+    """What answers are to be measured on, if anything."""
+    options = config.evaluation
+    if not options.sources:
+        return None
+    sources = tuple(open_sources(options.sources, cache_dir=config.data.cache_dir))
+    return HeldOut(sources, options.num_samples, limits, options.batch_size, options.max_new_tokens)
 
 
 def check_resumable(config: Config, saved: SavedState | None) -> int:
@@ -298,6 +311,8 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
             print(f"saved at step {outcome['step']} of {run.total_steps}; the same command goes on from there")
             return 128 + (asked_by or signal.SIGINT)
         write_summary(run, outcome, time.monotonic() - began)
+        write_report(folder)
+        write_model_card(folder)
         say(config, result_table(run))
         return DONE
 
@@ -421,7 +436,8 @@ def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[di
     run.checkpoints.mkdir(exist_ok=True)
     run.stop_file.unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", dump_config(run.config))
-    progress = ProgressLine(run.folder / "metrics.jsonl", run.total_steps, run.config.output.level in ("debug", "info"))
+    shown_at = run.config.output.level in ("debug", "info")
+    progress = ProgressLine(run.folder / "metrics.jsonl", run.total_steps, shown_at, afterwards=measuring(run))
     before = {}
     if threading.current_thread() is threading.main_thread():  # others, as in a sweep, take no signals
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -441,6 +457,14 @@ def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[di
     if failure:
         raise RunFailed("the run failed") from failure[0]
     return outcome, asked[0] if asked else None
+
+
+def measuring(run: Run) -> str:
+    """What happens after the last step."""
+    samples = len(run.held_out.rows()) if run.held_out else 0
+    answers = [f"answers to {samples} held-out samples"] if samples else []
+    savings = ["what the student saves"] if run.config.objective == "distill" else []
+    return f"measuring     {' and '.join(answers + savings)}" if answers or savings else ""
 
 
 def with_threads(run: Run, threads: int) -> Run:

@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share
+from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share, write_json
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.distill import LossSums, Objective
+from vlskv_ray.evaluation import Evaluator, HeldOut, evaluation_of, figures_of
 from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor, trainable_parameters
 from vlskv_ray.run_log import RunLog
+from vlskv_ray.savings import measure_savings
 from vlskv_ray.sft import cross_entropy_loss
 
 Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
@@ -41,6 +43,8 @@ class Run:
     total_steps: int
     fingerprints: dict[str, str]
     """Of model and data: a run goes on only with the same."""
+    held_out: HeldOut | None = None
+    """What answers are measured on; None: nothing was given."""
 
     @property
     def checkpoints(self) -> Path:
@@ -74,7 +78,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
 
     Returns:
         `status` and `step`: "done", with the samples left out by reason and the seconds that all steps took; "stopped",
-        saved and left as asked; or "failed", with a `message`.
+        saved and left as asked; or "failed", with a `message`. What was measured is in evaluation.json.
     """
     config = run.config
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
@@ -94,6 +98,10 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     every = config.checkpoint.every_steps or run.total_steps
     per_worker = run.micro_batches_per_step // worker.world_size
     batches = batches_from(step)
+    evaluator = None
+    if run.held_out:
+        processor = load_processor(find_model(config.model.name_or_path, config.model.revision))
+        evaluator = Evaluator(model, processor, run.held_out, rank=worker.rank, world_size=worker.world_size)
     stopped, failure = False, None
 
     while step < run.total_steps and not stopped:
@@ -111,17 +119,19 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
                 asked_to_stop=worker.rank == 0 and run.stop_file.exists(),
             )
             step += 1
-            counts.add(result.sums, gather(micro_batches, result.sums, always=output.order))
+            counts.add(micro_batches, result.sums, gather(micro_batches, result.sums, always=output.order))
             seconds = time.perf_counter() - began
             counts.seconds += seconds
+            measured = measured_on_the_way(run, step, model, evaluator)
             if log:
-                metrics = metrics_of(run, step, result, optimizer, data_wait, seconds)
-                due = step % output.log_every_steps == 0 or step == run.total_steps
+                metrics = metrics_of(run, step, result, optimizer, data_wait, seconds) | measured
+                due = step % output.log_every_steps == 0 or step == run.total_steps or bool(measured)
                 log.step(metrics, counts.latest_rejected, counts.latest_ids, with_metrics=due)
             counts.check(config.data.max_rejected_fraction)
             stopped = result.stop
             if stopped or step % every == 0 or step == run.total_steps:
                 stop_if_ruined(trained, step)
+                counts.gather()
                 if worker.rank == 0:
                     save(run, step, trained, optimizer, counts)
         except StoppedRun as reason:
@@ -134,9 +144,11 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         return {"status": "failed", "message": failure, "step": step}
     if step < run.total_steps:
         return {"status": "stopped", "step": step}
+    model.to(getattr(torch, config.model.dtype))  # measured as it is exported
     if worker.rank == 0:
         export(run, model)
-    return {"status": "done", "step": step, "rejected": dict(counts.reasons), "seconds": counts.seconds}
+    measure(run, worker, model, evaluator)
+    return {"status": "done", "step": step, **counts.to_json()}
 
 
 # --------------------------------------------------------------------------------------------------------- the step
@@ -320,14 +332,41 @@ def gather(micro_batches: Sequence[Batch], sums: LossSums, always: bool) -> list
 
 
 class Counts:
-    """Samples seen and left out since the run began, those of the latest step, and the seconds all steps took."""
+    """What was seen since the run began: samples, rows left out by reason, and those of the latest step; how long
+    samples were in tokens, and how many images they had; and the seconds all steps took."""
 
-    def __init__(self, seen: int = 0, reasons: dict[str, int] | None = None, seconds: float = 0.0) -> None:
-        self.seen, self.reasons, self.seconds = seen, Counter(reasons or {}), seconds
+    def __init__(self, saved: dict[str, Any] | None = None) -> None:
+        saved = saved or {"seen": 0, "rejected": {}, "seconds": 0.0, "lengths": {}, "images": {}}
+        self.seen, self.reasons, self.seconds = saved["seen"], Counter(saved["rejected"]), saved["seconds"]
+        self.lengths, self.images = Counter(saved["lengths"]), Counter(saved["images"])
+        self.mine: list[tuple[int, int]] = []  # length and images of this worker's samples since the last gathering
         self.latest_rejected: list[dict[str, str]] = []
         self.latest_ids: list[list[str]] = []
 
-    def add(self, sums: LossSums, gathered: Sequence[tuple[int, list[str], list[Any]]]) -> None:
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "seen": self.seen,
+            "rejected": dict(self.reasons),
+            "seconds": self.seconds,
+            "lengths": dict(self.lengths),
+            "images": dict(self.images),
+        }
+
+    def gather(self) -> None:
+        """Adds up what the workers counted each for itself: all of them call this at the same steps."""
+        for lengths_and_images in gather_objects(self.mine):
+            self.lengths.update(str(length) for length, _ in lengths_and_images)
+            self.images.update(str(images) for _, images in lengths_and_images)
+        self.mine = []
+
+    def add(
+        self,
+        micro_batches: Sequence[Batch],
+        sums: LossSums,
+        gathered: Sequence[tuple[int, list[str], list[Any]]],
+    ) -> None:
+        for batch in micro_batches:
+            self.mine += zip(batch.attention_mask.sum(1).tolist(), batch.num_images.tolist(), strict=True)
         self.seen += int(sums.samples + sums.rejected)
         self.latest_ids = [ids for _, ids, _ in gathered]
         self.latest_rejected = [row for _, _, rejected in gathered for row in rejected]
@@ -359,7 +398,7 @@ def resume(run: Run, trained: dict[str, torch.nn.Parameter], optimizer: torch.op
     for key, moment in saved.tensors("optimizer").items():
         name, _, kind = key.rpartition(".")
         optimizer.state[trained[name]][kind] = moment
-    return saved.step, Counts(saved.state["seen"], saved.state["rejected"], saved.state["seconds"])
+    return saved.step, Counts(saved.state)
 
 
 def save(
@@ -373,9 +412,7 @@ def save(
     state = {
         "micro_batches_per_step": run.micro_batches_per_step,
         "fingerprints": run.fingerprints,
-        "seen": counts.seen,
-        "rejected": dict(counts.reasons),
-        "seconds": counts.seconds,
+        **counts.to_json(),
         "config": run.config.model_dump(mode="json"),
     }
     save_checkpoint(
@@ -384,16 +421,45 @@ def save(
 
 
 def export(run: Run, model: Any) -> None:
-    """Writes `final/`: the student as a Hugging Face folder with its processor, all weights of one dtype."""
+    """Writes `final/`: the model as a Hugging Face folder with its processor."""
     final, aside = run.folder / "final", run.folder / ".writing-final"
     shutil.rmtree(aside, ignore_errors=True)
     transformers_logging.disable_progress_bar()
-    model.to(getattr(torch, run.config.model.dtype)).save_pretrained(aside)
+    model.save_pretrained(aside)
     load_processor(find_model(run.config.model.name_or_path, run.config.model.revision)).save_pretrained(aside)
     share(aside)
     if final.exists():  # written by this very run before it was killed at its last step
         shutil.rmtree(final)
     aside.rename(final)
+
+
+# ------------------------------------------------------------------------------------------------- how good it is
+def measured_on_the_way(run: Run, step: int, model: Any, evaluator: Evaluator | None) -> dict[str, float]:
+    """What metrics.jsonl gets of a measurement of the model as it is, where one is due. All workers take part."""
+    every = run.config.evaluation.every_steps
+    if evaluator is None or every is None or step % every or step == run.total_steps:
+        return {}
+    side = "sft_model" if run.config.objective == "sft" else "student"
+    with autocast(model):
+        results = [result for mine in gather_objects(evaluator.results(side)) for result in mine]
+    figures = figures_of(results, side)
+    names = ("accuracy", "accuracy_vision", "accuracy_text", "kl_mean", "top1_agreement")
+    return {f"eval_{name}": figures[name] for name in names if figures[name] is not None}
+
+
+def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None) -> None:
+    """Writes evaluation.json: what the model answers to held-out questions, and what a student saves."""
+    is_sft = run.config.objective == "sft"
+    sides = ("sft_model",) if is_sft else ("teacher", "student_before", "student")
+    evaluation: dict[str, Any] = {}
+    if evaluator:
+        everyone = gather_objects((evaluator.results(*sides), evaluator.left_out))
+        if worker.rank == 0:
+            evaluation = evaluation_of(everyone, sides, evaluator.held_out)
+    if worker.rank == 0:
+        if not is_sft:
+            evaluation["savings"] = measure_savings(model, evaluator.typical_sample() if evaluator else None)
+        write_json(run.folder / "evaluation.json", evaluation)
 
 
 def metrics_of(

@@ -151,7 +151,7 @@ def test_no_image_no_placeholder() -> None:
 
 @pytest.mark.parametrize("size", [(1920, 1080), (1000, 100), (224, 224), (640, 480), (100, 1000), (8, 9)])
 def test_features_of_the_small_preset(size: tuple[int, int]) -> None:
-    config = presets.PRESETS["small-llava-next"]()
+    config = presets.PRESETS["small-llava-next"].config()
     processor = presets.llava_next_processor(config)
     sample = Sample("x", conversation("a?", "b", images=1), [picture(*size)])
     encoded = encode(sample, processor, lambda s: num_image_features(config, s), Limits())

@@ -31,7 +31,7 @@ def test_the_small_preset_has_its_published_size() -> None:
     model = build_student(find_model("small-llava-next"), num_key_value_layers=2)
     assert sum(p.numel() for p in model.parameters()) == 4_406_080
     assert sum(p.numel() for p in trainable_parameters(model).values()) == 16_448
-    teacher = build_teacher(PRESETS["small-llava-next"]())
+    teacher = build_teacher(PRESETS["small-llava-next"].config())
     assert sum(p.numel() for p in teacher.parameters()) == 4_389_632
     held = model.state_dict()
     assert all(torch.equal(held[name], weight) for name, weight in teacher.state_dict().items())

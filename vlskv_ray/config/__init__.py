@@ -13,6 +13,7 @@ from vlskv_ray.config.options import (
     SchedulerConfig,
     SourceConfig,
     changed_keys,
+    source_from_text,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "load_config_and_notices",
+    "source_from_text",
 ]

@@ -43,9 +43,14 @@ class Batch:
     input_ids: Tensor  # int64[B, T]
     attention_mask: Tensor  # int64[B, T]
     labels: Tensor  # int64[B, T]
-    has_image: Tensor  # bool[B]
+    num_images: Tensor  # int64[B]
     pixel_values: Tensor | None = field(default=None)  # float32[I, P, 3, S, S]
     image_sizes: Tensor | None = field(default=None)  # int64[I, 2]
+
+    @property
+    def has_image(self) -> Tensor:
+        """bool[B]"""
+        return self.num_images > 0
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The arguments of the model's forward, labels apart."""
@@ -88,13 +93,13 @@ def collate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
-        has_image=torch.tensor([bool(sample.pixel_values) for sample in samples], dtype=torch.bool),
+        num_images=torch.tensor([len(sample.pixel_values) for sample in samples], dtype=torch.int64),
         pixel_values=pixel_values,
         image_sizes=image_sizes,
     )
 
 
-TENSORS = ("input_ids", "attention_mask", "labels", "has_image", "pixel_values", "image_sizes")
+TENSORS = ("input_ids", "attention_mask", "labels", "num_images", "pixel_values", "image_sizes")
 
 
 def to_row(batch: Batch) -> dict[str, Any]:

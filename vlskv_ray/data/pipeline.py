@@ -72,11 +72,9 @@ def ray_dataset(loader: Loader, start: int, stop: int, *, cpus_per_task: float, 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    return (
-        ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // ROWS_PER_TASK)))
-        .map(lambda row: to_row(loader(row)), num_cpus=cpus_per_task, concurrency=num_tasks)
-        .repartition(target_num_rows_per_block=1)
-    )
+    context.target_max_block_size = 1  # byte: every row ends a block. repartition() would want a CPU of its own
+    items = ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // ROWS_PER_TASK)))
+    return items.map(lambda row: to_row(loader(row)), num_cpus=cpus_per_task, concurrency=num_tasks)
 
 
 def ray_batches(shard: Any) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ import io
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -41,8 +41,13 @@ IN_A_SENTENCE = "Answer in a sentence."
 HELD_OUT = 8
 """One of so many layouts, and of so many text questions, belongs to the test split."""
 
-PATTERN = ("one picture",) * 10 + ("two pictures",) * 3 + ("text",) * 3
-"""What rows are, in turn: so a plan knows it without drawing them."""
+PATTERN = (
+    *(("scan", 1), ("one picture", 1), ("one picture", 3), ("two pictures", 3), ("text", 4), ("one picture", 4)),
+    *(("scan", 1), ("one picture", 2), ("one picture", 4), ("text", 3), ("one picture", 3)),
+    *(("scan", 1), ("one picture", 4), ("two pictures", 2), ("text", 4), ("one picture", 2)),
+)
+"""What rows are, in turn, and how many questions each asks: so a plan knows them without drawing them."""
+NUM_IMAGES = {"scan": 1, "one picture": 1, "two pictures": 2, "text": 0}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Thing:
         return self.place % 3, self.place // 3
 
 
+T = TypeVar("T")
 Scene = tuple[Thing, ...]
 """In the order of their places."""
 
@@ -76,7 +82,7 @@ class Turn:
 
 
 class ShapesSource:
-    """Row i of a split is a pure function of the split and i. Of 16 rows three have two pictures and three none."""
+    """Row i of a split is a pure function of the split and i. Of 16 rows two have two pictures and three none."""
 
     def __init__(self, split: str = "train", num_samples: int = 1024, weight: float = 1.0) -> None:
         """ValueError for a split that does not exist."""
@@ -85,14 +91,14 @@ class ShapesSource:
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
         self.num_rows, self.fingerprint = num_samples, "shapes-2"  # the version of what is drawn
         of_row = np.arange(num_samples) % len(PATTERN)
-        images = {"one picture": 1, "two pictures": 2, "text": 0}
-        self.num_images = np.array([images[what] for what in PATTERN], dtype=np.int32)[of_row]
-        self.text_bytes = np.array([num_turns(row) * 60 for row in range(len(PATTERN))], dtype=np.int64)[of_row]
+        self.num_images = np.array([NUM_IMAGES[what] for what, _ in PATTERN], dtype=np.int32)[of_row]
+        self.text_bytes = np.array([200 if what == "scan" else 60 * turns for what, turns in PATTERN])[of_row]
 
     def read(self, row: int) -> Sample:
         """Sample `row`, drawn afresh."""
         rng = np.random.default_rng([SPLITS.index(self.split), row])
-        turns, scenes = SAMPLERS[PATTERN[row % len(PATTERN)]](rng, self.split, num_turns(row))
+        what, num_turns = PATTERN[row % len(PATTERN)]
+        turns, scenes = SAMPLERS[what](rng, self.split, num_turns)
         messages: list[dict[str, Any]] = []
         for turn in turns:
             messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
@@ -103,11 +109,6 @@ class ShapesSource:
 
     def uid(self, row: int) -> str:
         return f"{self.name}:{row + 1}"
-
-
-def num_turns(row: int) -> int:
-    """One to three, by the row's place in the pattern."""
-    return 1 + row % len(PATTERN) % 3
 
 
 def split_of(what: str) -> str:
@@ -132,16 +133,24 @@ def one_picture(rng: np.random.Generator, split: str, count: int) -> tuple[list[
             return turns, [scene]
 
 
+def scan(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
+    """A picture, fuller than others, to be told place by place: the lesson that teaches most about seeing."""
+    scene = draw_scene(rng, split, most=len(PLACES))
+    there = {thing.place: f"{thing}" for thing in scene}
+    told = ", ".join(there.get(place, "nothing") for place in range(len(PLACES)))
+    return [Turn("scan", "What is at each place?", told)] * count, [scene]
+
+
 def two_pictures(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
     """Two pictures and `count` questions about both."""
     scenes = [draw_scene(rng, split), draw_scene(rng, split)]
     return [about_two(rng, scenes) for _ in range(count)], scenes
 
 
-def draw_scene(rng: np.random.Generator, split: str) -> Scene:
-    """One to five shapes in different places, of a layout that belongs to `split`."""
+def draw_scene(rng: np.random.Generator, split: str, most: int = 5) -> Scene:
+    """One to `most` shapes in different places, of a layout that belongs to `split`."""
     while True:
-        places = sorted(rng.permutation(len(PLACES))[: int(rng.integers(1, 6))].tolist())
+        places = sorted(rng.permutation(len(PLACES))[: int(rng.integers(1, most + 1))].tolist())
         scene = tuple(Thing(place, choice(rng, list(COLOURS)), choice(rng, list(SHAPES))) for place in places)
         if split_of(" ".join(f"{thing} {thing.place}" for thing in scene)) == split:
             return scene
@@ -176,6 +185,12 @@ def where_is_it(scene: Scene, before: Turn) -> Turn | None:
     said = before.question + " " + before.answer
     meant = [thing for thing in scene if thing.colour in said and thing.shape in said]
     return Turn("where", "Where is it?", PLACES[meant[0].place]) if len(meant) == 1 else None
+
+
+def what_is_at(rng: np.random.Generator, scene: Scene) -> Turn:
+    there = {thing.place: f"a {thing}" for thing in scene}
+    place = choice(rng, list(there)) if rng.random() < 0.7 else int(rng.integers(len(PLACES)))
+    return Turn("at", f"What is at the {PLACES[place]}?", there.get(place, "nothing"))
 
 
 def count(rng: np.random.Generator, scene: Scene) -> Turn:
@@ -231,7 +246,7 @@ def what_is_there(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 
 ABOUT_ONE: tuple[Callable[[np.random.Generator, Scene], Turn | None], ...] = (
-    *(colour, shape, where, count, is_there, left_of, next_to, as_many, what_is_there),
+    *(colour, shape, where, what_is_at, count, is_there, left_of, next_to, as_many, what_is_there),
 )
 
 
@@ -311,13 +326,14 @@ def some_word(rng: np.random.Generator, alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVW
 ABOUT_TEXT: tuple[Callable[[np.random.Generator], Turn], ...] = (add, reverse, sort, count_letters)
 
 SAMPLERS: dict[str, Callable[[np.random.Generator, str, int], tuple[list[Turn], list[Scene]]]] = {
+    "scan": scan,
     "one picture": one_picture,
     "two pictures": two_pictures,
     "text": text_only,
 }
 
 
-def choice(rng: np.random.Generator, options: Sequence[str]) -> str:
+def choice(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 

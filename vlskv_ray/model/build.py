@@ -118,7 +118,7 @@ def fingerprint_of(files: ModelFiles) -> str:
 def load_config(files: ModelFiles) -> PreTrainedConfig:
     """The checkpoint's own config. ValueError if it is not a vision-language model that this package converts."""
     if files.preset:
-        return presets.PRESETS[files.name_or_path]()
+        return presets.PRESETS[files.name_or_path].config()
     assert files.folder is not None
     where = f"model.name_or_path: {files.name_or_path}"
     try:
@@ -304,7 +304,8 @@ def load_processor(files: ModelFiles) -> Any:
     config = load_config(files)
     where = f"model.name_or_path: {files.name_or_path}"
     if files.preset:
-        processor = presets.llava_next_processor(config)
+        preset = presets.PRESETS[files.name_or_path]
+        processor = presets.llava_next_processor(config, **preset.image_processor)
     else:
         try:
             processor = AutoProcessor.from_pretrained(files.folder, backend="pil")

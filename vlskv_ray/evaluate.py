@@ -1,0 +1,184 @@
+"""The command `python -m vlskv_ray.evaluate`: a student against its teacher, on held-out samples."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from vlskv_ray.checkpoint import write_json
+from vlskv_ray.config import SourceConfig, load_config, source_from_text
+from vlskv_ray.data.chat import Limits, check_template
+from vlskv_ray.data.sources import open_sources
+from vlskv_ray.evaluation import Evaluator, HeldOut, evaluation_of
+from vlskv_ray.generate import up_to
+from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor
+from vlskv_ray.model.build import load_config as load_model_config
+from vlskv_ray.model.swiftkv import swiftkv_backbone
+from vlskv_ray.model_card import write_model_card
+from vlskv_ray.report import evaluation_table, shown
+from vlskv_ray.report_page import write_report
+from vlskv_ray.savings import measure_savings
+
+DONE, WRONG_INPUT = 0, 2
+SIDES = ("teacher", "student_before", "student")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = parse(arguments)
+    try:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        evaluation = evaluate(options)
+        target, run = output_of(options)
+        write_json(target, evaluation)
+        print("\n".join(evaluation_table(evaluation)))
+        written = [target]
+        if run:
+            written += [write_report(run), write_model_card(run)]
+        print(f"written: {', '.join(str(shown(path)) for path in written)}")
+        return DONE
+    except ValueError as error:  # each names the option, what was wanted and the remedy
+        print(error, file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlskv_ray.evaluate",
+        description="Measures what a SwiftKV student kept of its teacher on held-out samples, and what it saves.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="a student: a folder such as RUN/final, or a hub id")
+    parser.add_argument("--teacher", metavar="MODEL", help="another teacher than the student with SwiftKV off")
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="SOURCE",
+        help="a file, a pattern, a hub data set or `shapes`; may be repeated (default: the run's evaluation.sources, "
+        "else shapes)",
+    )
+    parser.add_argument("--split", default="test", help="of a named data set (default %(default)s)")
+    parser.add_argument("--image-root", metavar="DIR", help="what image paths in files are relative to")
+    parser.add_argument(
+        "--num-samples", type=up_to(10**9), default=2000, metavar="N", help="the first N samples (default %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=up_to(10**6), default=32, metavar="N", help="samples at once (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=up_to(2**20), default=64, metavar="N", help="of an answer (default %(default)s)"
+    )
+    parser.add_argument("--threads", type=up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the figures go (default: evaluation.json of the run that the model lies in, whose report and model "
+        "card are written anew; else of the current folder)",
+    )
+    return parser.parse_args(arguments)
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """What evaluation.json holds. ValueError for what the user can mend."""
+    model, processor = student(options.model)
+    teacher = other_teacher(options.teacher, processor) if options.teacher else None
+    limits = Limits(swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30)
+    sources = tuple(open_sources(sources_of(options)))
+    if not any(source.num_images.any() for source in sources):
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(
+            f"--data: no sample of {names} has an image, so nothing could be said of what the student sees; add a "
+            f"source with images, such as --data shapes"
+        )
+    held_out = HeldOut(sources, options.num_samples, limits, options.batch_size, options.max_new_tokens)
+    evaluator = Evaluator(model, processor, held_out, teacher=teacher)
+    if not evaluator.questions:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in evaluator.left_out.most_common(5))
+        raise ValueError(f"--data: none of the samples can be used ({reasons or 'there are none'})")
+    print(f"{len(evaluator.questions)} questions of {len(held_out.rows())} samples", flush=True)
+    results = evaluator.results(*SIDES, on_side=lambda side: print(f"measuring {side.replace('_', ' ')}", flush=True))
+    evaluation = evaluation_of([(results, evaluator.left_out)], SIDES, held_out)
+    print("measuring what the student saves", flush=True)
+    evaluation["savings"] = measure_savings(model, evaluator.typical_sample())
+    return evaluation
+
+
+def student(name_or_path: str) -> tuple[Any, Any]:
+    """A student and its processor. ValueError if there is no such model, or it has no SwiftKV weights."""
+    try:
+        files = find_model(name_or_path)
+        if not load_model_config(files).text_config.model_type.endswith("_swiftkv"):
+            raise ValueError(
+                f"{name_or_path} holds no SwiftKV weights; wanted a student, such as the folder final/ of a run"
+            )
+        processor = load_processor(files)
+        check_template(processor)
+        return build_student(files), processor
+    except ValueError as error:
+        raise ValueError(f"--model: {str(error).removeprefix('model.name_or_path: ')}") from error
+
+
+def other_teacher(name_or_path: str, processor: Any) -> Any:
+    """Another teacher. ValueError if there is no such model, or its tokens are not the student's."""
+    try:
+        files = find_model(name_or_path)
+        if load_processor(files).tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+            raise ValueError(f"{name_or_path} has another vocabulary than the student, so they cannot be compared")
+        if not load_model_config(files).text_config.model_type.endswith("_swiftkv"):
+            return build_whole(files)
+        model = build_student(files)
+        swiftkv_backbone(model).config.swiftkv = False
+        return model
+    except ValueError as error:
+        raise ValueError(f"--teacher: {str(error).removeprefix('model.name_or_path: ')}") from error
+
+
+def sources_of(options: argparse.Namespace) -> Sequence[SourceConfig]:
+    """What to measure on: as asked, else as the run says, else the built-in world."""
+    run = run_of(options.model)
+    if options.data is None and run is not None:
+        sources = load_config(run / "config.yaml").evaluation.sources
+        if sources:
+            return sources
+    specs = []
+    for text in options.data or ["shapes"]:
+        fields: dict[str, Any] = source_from_text(text)
+        if "name" in fields:
+            fields["split"] = options.split
+        if fields.get("name") == "shapes":
+            fields["num_samples"] = options.num_samples
+        if "path" in fields and options.image_root:
+            fields["image_root"] = options.image_root
+        try:
+            specs.append(SourceConfig(**fields))
+        except ValidationError as error:
+            raise ValueError(f"--data {text}: {error.errors()[0]['msg']}") from error
+    return specs
+
+
+def run_of(name_or_path: str) -> Path | None:
+    """The run folder that a model lies in, if it does."""
+    folder = Path(name_or_path).absolute().parent
+    return folder if (folder / "config.yaml").is_file() and (folder / "summary.json").is_file() else None
+
+
+def output_of(options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The file for the figures, and the run whose report and card they belong to."""
+    if options.output:
+        return Path(options.output), None
+    run = run_of(options.model)
+    is_final = run is not None and Path(options.model).absolute() == run / "final"
+    return (run / "evaluation.json", run) if run and is_final else (Path("evaluation.json"), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

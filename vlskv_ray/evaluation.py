@@ -1,0 +1,509 @@
+"""What a student kept of its teacher on held-out samples: its greedy answers, and the distributions behind them.
+
+Three models answer side by side: the teacher, the student before distillation, whose SwiftKV weights are copies of the
+teacher's, and the student. It knows neither Ray nor the config; workers each take their share of the samples.
+
+Shapes: T tokens, D hidden, V vocabulary, n supervised positions of a batch.
+"""
+
+import base64
+import functools
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate
+from vlskv_ray.data.images import load_image
+from vlskv_ray.data.plan import Table, first_of_mixture
+from vlskv_ray.data.sample import Rejected, Sample
+from vlskv_ray.data.sources import Source
+from vlskv_ray.distill import kl_divergence, rows_per_chunk, shared_pass, supervised_positions
+from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
+
+NUM_EXAMPLES = 8
+EXAMPLE_SIDE = 192
+"""Pixels of the longer side of an example's picture."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The first samples of a mixture, and how they are prepared and answered. Small: it travels to the workers."""
+
+    sources: tuple[Source, ...]
+    num_samples: int | None
+    limits: Limits
+    batch_size: int = 32
+    max_new_tokens: int = 64
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Source and row of each sample."""
+        tables = [Table(source.num_images, source.text_bytes, source.weight) for source in self.sources]
+        count = sum(map(len, tables)) if self.num_samples is None else self.num_samples
+        return [(k, row) for k, table in enumerate(first_of_mixture(tables, count)) for row in range(len(table))]
+
+
+@dataclass(frozen=True)
+class Question:
+    """An assistant's turn to be answered: what comes before it in the conversation is the prompt."""
+
+    id: str
+    place: tuple[int, int]
+    """Source and row of its sample."""
+    kind: str
+    """As the data have it; empty where they do not say."""
+    text: str
+    """What the user asked."""
+    sample: Encoded
+    """The whole conversation."""
+    start: int
+    stop: int
+    """The answer among the sample's tokens, the token that ends it included."""
+    num_images: int
+    """How many of the sample's images come before the answer."""
+
+    @property
+    def answer_ids(self) -> list[int]:
+        ids: list[int] = self.sample.input_ids[self.start : self.stop].tolist()
+        return ids
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One question answered by one model; arrays are per token of the reference answer."""
+
+    answer: str
+    correct: bool
+    agreed_prefix: int | None
+    """Tokens at the start of the greedy answer that are the teacher's too."""
+    cross_entropy: NDArray[np.float64]
+    kl: NDArray[np.float64] | None
+    """KL(teacher || this), in nats, at temperature 1."""
+    agrees: NDArray[np.bool_] | None
+    """Whether its likeliest token is the teacher's."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A question with its answers by `teacher`, `student_before` and `student`, or by `sft_model` alone."""
+
+    id: str
+    place: tuple[int, int]
+    kind: str
+    has_image: bool
+    question: str
+    reference: str
+    by: dict[str, Measured]
+
+
+# ---------------------------------------------------------------------------------------------------------- the samples
+def read_questions(
+    held_out: HeldOut, places: Sequence[tuple[int, int]], processor: Any, config: Any
+) -> tuple[list[Question], Counter[str]]:
+    """The questions of these samples, and how many samples cannot be used, by reason."""
+    questions: list[Question] = []
+    left_out: Counter[str] = Counter()
+    num_features = functools.partial(num_image_features, config)
+    for k, row in places:
+        try:
+            sample = held_out.sources[k].read(row)
+            encoded = encode(sample, processor, num_features, held_out.limits)
+        except Rejected as reason:
+            left_out[reason.code] += 1
+            continue
+        questions += questions_of(sample, encoded, (k, row), num_features, processor.image_token_id)
+    return questions, left_out
+
+
+def questions_of(
+    sample: Sample, encoded: Encoded, place: tuple[int, int], num_features: Any, image_token_id: int
+) -> list[Question]:
+    """One for each assistant turn; turns show in the labels as runs of tokens that count."""
+    counts = np.pad(encoded.labels != IGNORE_INDEX, 1)
+    edges = np.flatnonzero(counts[1:] != counts[:-1])
+    texts = [
+        _text(before) for before, turn in zip(sample.messages, sample.messages[1:], strict=False) if _answers(turn)
+    ]
+    spans = edges.reshape(-1, 2).tolist()
+    if len(spans) != len(texts):  # turns side by side, or one without a token: then what was asked cannot be told
+        texts = [""] * len(spans)
+    kinds = sample.kinds if len(sample.kinds) == len(spans) else ("",) * len(spans)
+    through = np.cumsum([num_features(size) for size in encoded.image_sizes])  # image tokens up to each image's end
+    questions = []
+    for i, ((start, stop), text, kind) in enumerate(zip(spans, texts, kinds, strict=True)):
+        image_tokens = int((encoded.input_ids[:start] == image_token_id).sum())
+        name = sample.uid if len(spans) == 1 else f"{sample.uid}#{i + 1}"
+        num_images = int((through <= image_tokens).sum())
+        questions.append(Question(name, place, kind, text, encoded, start, stop, num_images))
+    return questions
+
+
+def _answers(message: dict[str, Any]) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _text(message: dict[str, Any]) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+# ----------------------------------------------------------------------------------------------------------- the models
+@contextmanager
+def toggled(model: Any, on: bool) -> Iterator[None]:
+    """The model as student (on) or as teacher (off); as it was, afterwards."""
+    config = swiftkv_backbone(model).config
+    before, config.swiftkv = config.swiftkv, on
+    try:
+        yield
+    finally:
+        config.swiftkv = before
+
+
+@contextmanager
+def before_distillation(model: Any) -> Iterator[None]:
+    """The student as it starts: SwiftKV weights that are copies of the teacher's. As it was, afterwards."""
+    trained = {name: p for name, p in model.named_parameters() if "_swiftkv" in name}
+    kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    swiftkv_backbone(model).start_from_teacher()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(kept[name])
+
+
+# ---------------------------------------------------------------------------------------------------------- the answers
+def batches(questions: Sequence[Question], size: int) -> Iterator[list[int]]:
+    """Indices of questions with prompts of like length and number of images."""
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].num_images, questions[i].start))
+    yield from (order[at : at + size] for at in range(0, len(order), size))
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model: Any, questions: Sequence[Question], processor: Any, held_out: HeldOut
+) -> tuple[list[list[int]], list[str]]:
+    """The greedy answer to each question as token ids, the one that ends it included, and as text.
+
+    Prompts are the sample's own tokens up to the answer, padded on the left.
+    """
+    tokenizer = processor.tokenizer
+    ends = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    answers: list[list[int]] = [[] for _ in questions]
+    for of_batch in batches(questions, held_out.batch_size):
+        length = max(questions[i].start for i in of_batch)
+        input_ids = torch.full((len(of_batch), length), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        shown = []
+        for row, i in enumerate(of_batch):
+            question = questions[i]
+            input_ids[row, length - question.start :] = torch.from_numpy(question.sample.input_ids[: question.start])
+            attention_mask[row, length - question.start :] = 1
+            shown.append(_images_only(question))
+        pixels = collate(shown, pad)
+        images: dict[str, Any] = {}
+        if pixels.pixel_values is not None:
+            images = {"pixel_values": pixels.pixel_values, "image_sizes": pixels.image_sizes}
+        generated = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            **images,
+            max_new_tokens=held_out.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=ends,
+            pad_token_id=pad,
+        )
+        for i, ids in zip(of_batch, generated[:, length:].tolist(), strict=True):
+            stop = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
+            answers[i] = ids[:stop]
+    return answers, [as_text(processor, ids) for ids in answers]
+
+
+def _images_only(question: Question) -> Encoded:
+    sample, count = question.sample, question.num_images
+    nothing = np.empty(0, dtype=np.int64)
+    return Encoded(question.id, nothing, nothing, sample.pixel_values[:count], sample.image_sizes[:count])
+
+
+def as_text(processor: Any, ids: Sequence[int]) -> str:
+    """An answer as a reader sees it; two answers are the same if these are."""
+    return str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+# ---------------------------------------------------------------------------------------------------- the distributions
+@torch.inference_mode()
+def distributions(
+    model: Any, questions: Sequence[Question], held_out: HeldOut, teacher: Any = None, alone: bool = False
+) -> list[dict[str, NDArray[Any]]]:
+    """Of each question, per token of its reference answer: `kl`, `agrees`, `teacher_ce` and `student_ce`.
+
+    Args:
+        model: with a SwiftKV backbone, teacher and student at once; a plain one where it is `alone`.
+        questions: of whole samples: a sample's questions stand side by side.
+        held_out: says how many samples a batch has.
+        teacher: another model that is the teacher.
+        alone: there is no student: only `teacher_ce` is measured.
+    """
+    samples = list({id(question.sample): question.sample for question in questions}.values())
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i].input_ids))
+    found: dict[int, dict[str, NDArray[Any]]] = {}
+    for at in range(0, len(order), held_out.batch_size):
+        of_batch = [samples[i] for i in order[at : at + held_out.batch_size]]
+        batch = collate(of_batch, 0)
+        keep = supervised_positions(batch.labels)
+        targets = batch.labels[:, 1:][keep[:, :-1]]
+        teacher_head = (teacher or model).get_output_embeddings()
+        student_hidden: Tensor | None = None
+        if alone or teacher is not None:
+            whole = (teacher or model).base_model(**batch.model_inputs(), use_cache=False)
+            teacher_hidden = whole.last_hidden_state[keep]  # [n, D]
+            if not alone:
+                one_side = SwiftKVPass(keep=keep)
+                student_hidden = model.base_model(
+                    **batch.model_inputs(), use_cache=False, swiftkv=one_side
+                ).last_hidden_state[0]
+        else:
+            student_hidden, teacher_hidden, _ = shared_pass(model, batch)
+        columns = _columns(model.get_output_embeddings(), teacher_head, student_hidden, teacher_hidden, targets)
+        per_sample = keep.sum(1).tolist()
+        for sample, *parts in zip(of_batch, *(c.split(per_sample) for c in columns.values()), strict=True):
+            found[id(sample)] = dict(zip(columns, (part.numpy() for part in parts), strict=True))
+    taken: Counter[int] = Counter()
+    results = []
+    for question in questions:  # a sample's supervised tokens are its answers', one after another
+        first = taken[id(question.sample)]
+        taken[id(question.sample)] = last = first + question.stop - question.start
+        results.append({name: values[first:last] for name, values in found[id(question.sample)].items()})
+    return results
+
+
+def _columns(
+    head: Any, teacher_head: Any, student: Tensor | None, teacher: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """Per supervised position, float64[n] and bool[n]; logits are made in chunks of rows."""
+    columns: dict[str, list[Tensor]] = {}
+    rows = rows_per_chunk(head.weight.shape[0], logits_memory_mib=256)
+    for start in range(0, len(targets), rows):
+        chunk = slice(start, start + rows)
+        teacher_logits = teacher_head(teacher[chunk].to(teacher_head.weight.dtype)).float()
+        values = {"teacher_ce": F.cross_entropy(teacher_logits, targets[chunk], reduction="none").double()}
+        if student is not None:
+            student_logits = head(student[chunk].to(head.weight.dtype)).float()
+            values["student_ce"] = F.cross_entropy(student_logits, targets[chunk], reduction="none").double()
+            values["kl"] = kl_divergence(student_logits, teacher_logits, temperature=1.0)[0].double()
+            values["agrees"] = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    return {name: torch.cat(parts) for name, parts in columns.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- the measure
+class Evaluator:
+    """A worker's share of the held-out samples, read once, and what models answer to them."""
+
+    def __init__(
+        self, model: Any, processor: Any, held_out: HeldOut, *, rank: int = 0, world_size: int = 1, teacher: Any = None
+    ) -> None:
+        """
+        Args:
+            model: a SwiftKV model, or a plain one that is measured alone.
+            processor: its own.
+            held_out: the same on every worker.
+            rank, world_size: which share of the samples is this worker's.
+            teacher: another model that is the teacher; None: the model itself with SwiftKV off.
+        """
+        self.model, self.processor, self.held_out, self.teacher = model, processor, held_out, teacher
+        self.places = held_out.rows()[rank::world_size]
+        self._of_teacher: tuple[list[list[int]], list[str]] | None = None
+
+    @functools.cached_property
+    def _read(self) -> tuple[list[Question], Counter[str]]:
+        return read_questions(self.held_out, self.places, self.processor, self.model.config)
+
+    @property
+    def questions(self) -> list[Question]:
+        """Read when they are first asked for."""
+        return self._read[0]
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Samples that cannot be used, by reason."""
+        return self._read[1]
+
+    def typical_sample(self) -> Encoded | None:
+        """One with an image, if there is one."""
+        return next((q.sample for q in self.questions if q.num_images), None)
+
+    def results(self, *sides: str, on_side: Callable[[str], None] | None = None) -> list[Result]:
+        """Every question with what each side makes of it.
+
+        Args:
+            sides: of "teacher", "student_before" and "student", or "sft_model" for a plain model.
+            on_side: told of each as it begins.
+        """
+        measured: dict[str, list[Measured]] = {}
+        for side in sides:
+            if on_side:
+                on_side(side)
+            measured[side] = self._measure(side)
+        return [
+            Result(
+                question.id,
+                question.place,
+                question.kind,
+                question.num_images > 0,
+                question.text,
+                as_text(self.processor, question.answer_ids),
+                {side: measured[side][i] for side in sides},
+            )
+            for i, question in enumerate(self.questions)
+        ]
+
+    def _measure(self, side: str) -> list[Measured]:
+        if side == "sft_model":
+            answers, texts = greedy_answers(self.model, self.questions, self.processor, self.held_out)
+            pairs = distributions(self.model, self.questions, self.held_out, alone=True)
+            return [self._measured(i, None, texts[i], pairs[i], "teacher_ce") for i in range(len(answers))]
+        if side == "student_before":
+            with before_distillation(self.model):
+                return self._measure("student")
+        wanted, _ = self._teacher_answers()
+        if side == "teacher":
+            answers, texts = self._teacher_answers()
+            pairs = distributions(self.model, self.questions, self.held_out, self.teacher)
+            same = [{**p, "kl": np.zeros_like(p["kl"]), "agrees": np.ones_like(p["agrees"])} for p in pairs]
+            return [self._measured(i, len(answers[i]), texts[i], same[i], "teacher_ce") for i in range(len(answers))]
+        with toggled(self.model, on=True):
+            answers, texts = greedy_answers(self.model, self.questions, self.processor, self.held_out)
+        pairs = distributions(self.model, self.questions, self.held_out, self.teacher)
+        agreed = [common_prefix(mine, its) for mine, its in zip(answers, wanted, strict=True)]
+        return [self._measured(i, agreed[i], texts[i], pairs[i], "student_ce") for i in range(len(answers))]
+
+    def _teacher_answers(self) -> tuple[list[list[int]], list[str]]:
+        if self._of_teacher is None:
+            model = self.teacher or self.model
+            is_student = getattr(model.config.text_config, "model_type", "").endswith("_swiftkv")
+            with toggled(model, on=False) if is_student else nullcontext():
+                self._of_teacher = greedy_answers(model, self.questions, self.processor, self.held_out)
+        return self._of_teacher
+
+    def _measured(
+        self, i: int, agreed: int | None, text: str, pair: dict[str, NDArray[Any]], cross_entropy: str
+    ) -> Measured:
+        reference = as_text(self.processor, self.questions[i].answer_ids)
+        return Measured(text, text == reference, agreed, pair[cross_entropy], pair.get("kl"), pair.get("agrees"))
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two answers begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ---------------------------------------------------------------------------------------------------------- the figures
+def evaluation_of(
+    shares: Sequence[tuple[list[Result], Counter[str]]], sides: Sequence[str], held_out: HeldOut
+) -> dict[str, Any]:
+    """What evaluation.json says of answers: each side's figures, and examples; of every worker's results."""
+    results = [result for of_worker, _ in shares for result in of_worker]
+    results.sort(key=lambda result: result.place)
+    return {
+        **{side: figures_of(results, side) for side in sides},
+        "samples": len({result.place for result in results}),
+        "questions": len(results),
+        "left_out": dict(sum((left_out for _, left_out in shares), Counter())),
+        "sources": [source.name for source in held_out.sources],
+        "examples": examples_of(results, held_out),
+    }
+
+
+def figures_of(results: Sequence[Result], side: str) -> dict[str, Any]:
+    """One side's figures: over all questions, by modality and by kind of question. None where there is nothing."""
+    whole = _figures([result.by[side] for result in results])
+    parts = {
+        name: _figures([result.by[side] for result in results if result.has_image == with_image])
+        for name, with_image in (("vision", True), ("text", False))
+    }
+    kinds = sorted({result.kind for result in results} - {""})
+    by_kind = {kind: _figures([result.by[side] for result in results if result.kind == kind]) for kind in kinds}
+    return {
+        "accuracy": whole["accuracy"],
+        "accuracy_vision": parts["vision"]["accuracy"],
+        "accuracy_text": parts["text"]["accuracy"],
+        "by_kind": {kind: figures["accuracy"] for kind, figures in by_kind.items()},
+        **{name: value for name, value in whole.items() if name not in ("accuracy", "questions")},
+        "details": {**parts, "kinds": by_kind},
+    }
+
+
+def _figures(measured: Sequence[Measured]) -> dict[str, Any]:
+    kl = [m.kl for m in measured if m.kl is not None]
+    agrees = [m.agrees for m in measured if m.agrees is not None]
+    prefixes = [m.agreed_prefix for m in measured if m.agreed_prefix is not None]
+    return {
+        "questions": len(measured),
+        "accuracy": mean([m.correct for m in measured]),
+        "kl_mean": mean(_joined(kl)),
+        "kl_p95": float(np.percentile(_joined(kl), 95)) if kl else None,
+        "top1_agreement": mean(_joined(agrees)),
+        "agreed_prefix": mean(prefixes),
+        "cross_entropy": mean(_joined([m.cross_entropy for m in measured])),
+    }
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def mean(values: Any) -> float | None:
+    """The mean; None of nothing, or where it is not finite, which JSON cannot say."""
+    value = float(np.mean(values)) if len(values) else math.nan
+    return value if math.isfinite(value) else None
+
+
+def examples_of(results: Sequence[Result], held_out: HeldOut) -> list[dict[str, Any]]:
+    """Questions to show, of as many kinds as there are, those about images first, with their pictures as data URIs."""
+    chosen: list[Result] = []
+    by_kind: dict[tuple[bool, str], list[Result]] = {}
+    for result in results:
+        by_kind.setdefault((not result.has_image, result.kind), []).append(result)
+    groups = [by_kind[key] for key in sorted(by_kind)]
+    for nth in range(max(map(len, groups), default=0)):
+        chosen += [group[nth] for group in groups if nth < len(group)]
+        if len(chosen) >= NUM_EXAMPLES:
+            break
+    return [
+        {
+            "id": result.id,
+            "kind": result.kind,
+            "question": result.question,
+            "reference": result.reference,
+            **{side: measured.answer for side, measured in result.by.items()},
+            "images": _pictures(held_out.sources[result.place[0]].read(result.place[1])) if result.has_image else [],
+        }
+        for result in chosen[:NUM_EXAMPLES]
+    ]
+
+
+def _pictures(sample: Sample) -> list[str]:
+    return [_data_uri(load_image(image)) for image in sample.images]
+
+
+def _data_uri(pixels: Any) -> str:
+    picture = pixels.copy()
+    picture.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()

@@ -1,0 +1,291 @@
+"""The figures of a run, read from its folder and made ready for tables.
+
+The report page, the model card and the terminal show these rows, so that a figure reads the same everywhere. What is
+missing or not a finite number shows as a dash. Texts are as the files have them: who writes them escapes them.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DASH = "–"
+SIDES = {
+    "teacher": "teacher",
+    "student_before": "student before",
+    "student": "student after",
+    "sft_model": "model",
+}
+"""Who may have answered, as evaluation.json names them, with the titles of their columns."""
+
+Rows = list[tuple[str, list[str]]]
+"""Lines of a table: a label, and a text for each column."""
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder holds; empty where a file is missing."""
+
+    folder: Path
+    config: dict[str, Any]
+    config_text: str
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    evaluation: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(at(self.config, "output", "name") or self.folder.name)
+
+    @property
+    def model(self) -> str:
+        return base_name(str(at(self.summary, "model") or at(self.config, "model", "name_or_path") or DASH))
+
+    @property
+    def is_sft(self) -> bool:
+        return at(self.config, "objective") == "sft"
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Reads a run folder; ValueError where a file is not what a run writes."""
+    folder = folder.resolve()
+    metrics = folder / "metrics.jsonl"
+    return RunFiles(
+        folder,
+        config=_mapping(folder / "config.yaml", yaml.safe_load),
+        config_text=_text(folder / "config.yaml"),
+        metrics=[_parsed(metrics, line) for line in _text(metrics).splitlines()],
+        summary=_mapping(folder / "summary.json"),
+        evaluation=_mapping(folder / "evaluation.json"),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    return _parsed(path, _text(path), parse) if path.exists() else {}
+
+
+def _parsed(path: Path, text: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    try:
+        value = parse(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); remove the file to go without it") from error
+    if not isinstance(value, dict):
+        problem = f"wanted a mapping of names to values, got {text[:40]!r}"
+        raise ValueError(f"{path}: {problem}; remove the file to go without it")
+    return value
+
+
+def at(values: Any, *keys: str) -> Any:
+    """What lies at a path of keys; None where any of them leads nowhere."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+# --------------------------------------------------------------------------------------------------------- the formats
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def percent(value: Any) -> str:
+    return f"{value:.1%}" if is_number(value) else DASH
+
+
+def decimal(value: Any) -> str:
+    return f"{value:.4g}" if is_number(value) else DASH
+
+
+def whole(value: Any) -> str:
+    return f"{value:,.0f}" if is_number(value) else DASH
+
+
+def seconds(value: Any) -> str:
+    if not is_number(value):
+        return DASH
+    return f"{_three_digits(value * 1000)} ms" if value < 1 else f"{_three_digits(value)} s"
+
+
+def operations(value: Any) -> str:
+    """Floating-point operations: 12.3 GFLOP."""
+    if not is_number(value):
+        return DASH
+    power = min(max(int(math.log10(abs(value) or 1)) // 3, 0), 5)
+    return f"{_three_digits(value / 1000**power)} {['', 'k', 'M', 'G', 'T', 'P'][power]}FLOP"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 99.5 else f"{value:,.0f}"
+
+
+def base_name(name_or_path: str) -> str:
+    """A hub id or preset as it is, a path without the folders that only one machine has."""
+    return Path(name_or_path).name or name_or_path if name_or_path.startswith("/") else name_or_path
+
+
+# ------------------------------------------------------------------------------------------------------ the evaluation
+def sides(evaluation: dict[str, Any]) -> list[str]:
+    """Who was measured, as keys of evaluation.json."""
+    return [side for side in SIDES if isinstance(evaluation.get(side), dict)]
+
+
+def columns(evaluation: dict[str, Any]) -> list[str]:
+    """Titles of the columns of `result_rows` and `kind_rows`; none where no answers were measured."""
+    return [SIDES[side] for side in sides(evaluation)]
+
+
+MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("accuracy", "accuracy", percent),
+    ("accuracy_vision", "accuracy, with images", percent),
+    ("accuracy_text", "accuracy, text only", percent),
+    ("kl_mean", "KL, mean", decimal),
+    ("kl_p95", "KL, 95th percentile", decimal),
+    ("top1_agreement", "top-1 agreement", percent),
+    ("agreed_prefix", "agreed greedy prefix, tokens", decimal),
+    ("cross_entropy", "cross-entropy", decimal),
+)
+
+
+def result_rows(evaluation: dict[str, Any]) -> Rows:
+    """The result, a column for each of `columns`; measures that none of them has are left out."""
+    rows = [(label, [form(evaluation[side].get(key)) for side in sides(evaluation)]) for key, label, form in MEASURES]
+    return [(label, texts) for label, texts in rows if set(texts) - {DASH}]
+
+
+def kind_rows(evaluation: dict[str, Any]) -> Rows:
+    """Accuracy by kind of question, each with the number of questions, a column for each of `columns`."""
+    measured = [evaluation[side] for side in sides(evaluation)]
+    kinds = sorted({kind for side in measured for kind in at(side, "by_kind") or {}})
+    return [
+        (
+            f"{kind} ({whole(at(measured[0], 'details', 'kinds', kind, 'questions'))})",
+            [percent(at(side, "by_kind", kind)) for side in measured],
+        )
+        for kind in kinds
+    ]
+
+
+def held_out(run: RunFiles) -> str:
+    """What was measured on, or why no answers were: one sentence."""
+    evaluation = run.evaluation
+    measured = sides(evaluation)
+    if not evaluation:
+        return "This run was not evaluated."
+    if not measured:
+        return "No held-out samples were given (evaluation.sources), so answers were not measured."
+    samples, questions = (whole(evaluation.get(key)) for key in ("samples", "questions"))
+    details = at(evaluation, measured[0], "details")
+    parts = [whole(at(details, part, "questions")) for part in ("vision", "text")]
+    left_out = ", ".join(f"{whole(count)} {reason}" for reason, count in (evaluation.get("left_out") or {}).items())
+    return (
+        f"{questions} questions ({parts[0]} with images, {parts[1]} text only) of {samples} held-out samples from "
+        f"{', '.join(map(str, evaluation.get('sources') or [DASH]))}; left out: {left_out or 'none'}."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- the savings
+SAVINGS_COLUMNS = ["teacher", "student", "ratio"]
+SAVINGS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+    ("prefill time", "prefill_seconds", "prefill_time_ratio", seconds),
+    ("prefill operations", "prefill_flops", "prefill_flops_ratio", operations),
+    ("cache bytes per token", "cache_bytes_per_token", "cache_bytes_ratio", whole),
+)
+
+
+def savings_rows(evaluation: dict[str, Any]) -> Rows:
+    """What the student saves at the longest prompt, under `SAVINGS_COLUMNS`; none where it was not measured."""
+    savings = at(evaluation, "savings")
+    if not isinstance(savings, dict):
+        return []
+    rows = []
+    for label, name, ratio, form in SAVINGS:
+        values = [_at_longest(savings.get(f"{side}_{name}")) for side in ("teacher", "student")]
+        share = savings.get(ratio)
+        rows.append((label, [*map(form, values), f"{share:.2f}" if is_number(share) else DASH]))
+    rows.append(("parameters", ["", whole(savings.get("parameters")), ""]))
+    rows.append(("trained parameters", ["", whole(savings.get("trainable_parameters")), ""]))
+    return rows
+
+
+def savings_note(evaluation: dict[str, Any]) -> str:
+    """What `savings_rows` were measured on: one sentence."""
+    length, threads = (whole(at(evaluation, "savings", key)) for key in ("prompt_length", "threads"))
+    return f"Prefill of a prompt of {length} tokens, with threads: {threads}."
+
+
+def _at_longest(values: Any) -> Any:
+    return (values[-1] if values else None) if isinstance(values, list) else values
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+def headline(run: RunFiles) -> Rows:
+    """The few figures that say how the run went; those that were not measured are left out."""
+    evaluation, saved = run.evaluation, at(run.evaluation, "savings", "prefill_flops_ratio")
+    if run.is_sft:
+        rows = [
+            ("accuracy", percent(at(evaluation, "sft_model", "accuracy"))),
+            ("cross-entropy", decimal(at(evaluation, "sft_model", "cross_entropy"))),
+        ]
+    else:
+        mine, its = (at(evaluation, side, "accuracy") for side in ("student", "teacher"))
+        rows = [
+            ("accuracy kept", percent(mine / its) if is_number(mine) and is_number(its) and its else DASH),
+            ("mean KL", decimal(at(evaluation, "student", "kl_mean"))),
+            ("top-1 agreement", percent(at(evaluation, "student", "top1_agreement"))),
+            ("prefill operations saved", percent(1 - saved) if is_number(saved) else DASH),
+        ]
+    rows.append(("training", seconds(at(run.summary, "training_seconds"))))
+    return [(label, [text]) for label, text in rows if text != DASH]
+
+
+DISTILLED = {"SwiftKV", "temperature"}
+"""Facts of `training_rows` that mean nothing for a plain model."""
+
+
+def training_rows(run: RunFiles) -> Rows:
+    """How the model was made."""
+    config, summary = run.config, run.summary
+    layers, first, group = (
+        whole(at(run.evaluation, "model", key) or at(config, "model", key))
+        for key in ("num_hidden_layers", "num_key_value_layers", "key_value_group_size")
+    )
+    swiftkv = f"from text layer {first}" + (f" of {layers}" if layers != DASH else "") + f", in groups of {group}"
+    rejected = at(summary, "rejected")
+    objective = "supervised fine-tuning" if run.is_sft else "distillation of the model from itself"
+    facts = [
+        ("objective", objective if config else DASH),
+        ("from", run.model + (f", revision {summary['revision']}" if at(summary, "revision") else "")),
+        ("SwiftKV", swiftkv if first != DASH else DASH),
+        ("data", "; ".join(map(_source, at(config, "data", "sources") or [])) or DASH),
+        ("samples", whole(at(summary, "data", "samples"))),
+        ("rows left out", whole(sum(rejected.values())) if isinstance(rejected, dict) else DASH),
+        ("steps", whole(at(summary, "steps"))),
+        ("temperature", decimal(at(config, "temperature"))),
+        ("learning rate", decimal(at(config, "optimizer", "lr"))),
+        ("training", seconds(at(summary, "training_seconds"))),
+    ]
+    return [(label, [text]) for label, text in facts if text != DASH and not (run.is_sft and label in DISTILLED)]
+
+
+def _source(source: Any) -> str:
+    if not isinstance(source, dict):
+        return base_name(str(source))
+    name = f"{source['name']} ({source.get('split')})" if source.get("name") else base_name(str(source.get("path")))
+    weight = source.get("weight")
+    return name + (f", weight {decimal(weight)}" if weight not in (None, 1) else "")
+
+
+def environment_rows(run: RunFiles) -> Rows:
+    """What the run ran on: versions and machine."""
+    machine = at(run.summary, "environment") or {}
+    labels = {"python": "Python", "cpus": "CPUs", "threads": "threads per worker"}
+    rows = [(labels.get(name, name), [str(value)]) for name, value in machine.items() if value is not None]
+    return rows + [(name, [str(value)]) for name, value in (at(run.summary, "versions") or {}).items()]

@@ -1,0 +1,285 @@
+"""The command `python -m vlskv_ray.generate`: asks a SwiftKV checkpoint, or its teacher, a question about images."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import TextStreamer
+from transformers.generation import BaseStreamer
+
+from vlskv_ray.data.chat import num_image_features
+from vlskv_ray.data.images import load_image
+from vlskv_ray.data.sample import ImageFile, Rejected
+from vlskv_ray.model.build import (
+    LIBRARY_ERRORS,
+    build_student,
+    build_whole,
+    find_model,
+    load_config,
+    load_processor,
+    one_line,
+)
+from vlskv_ray.model.swiftkv import swiftkv_backbone
+
+DONE, WRONG_INPUT = 0, 2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered, and how fast."""
+
+    text: str
+    num_tokens: int
+    """Those that were generated, the one that ends the turn included."""
+    first_token_seconds: float
+    """From prepared inputs to the first token: vision tower and prefill, without decoding and resizing images."""
+    tokens_per_second: float | None
+    """Of the tokens after the first; None where there are none."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = parse(arguments)
+    try:
+        try:
+            if options.threads:
+                torch.set_num_threads(options.threads)
+            images = [open_image(path) for path in options.image]
+            model, processor = load(options.model, teacher=options.teacher)
+            inputs, room = read_question(model.config, processor, options.prompt, images)
+        except ValueError as error:  # each names the option, what was wanted and the remedy
+            print(error, file=sys.stderr)
+            return WRONG_INPUT
+        max_new_tokens = min(options.max_new_tokens, room)
+        if options.compare:
+            print(comparison(*compare(model, processor, inputs, max_new_tokens=max_new_tokens)))
+            print(prompt_tokens(model.config, inputs))
+            return DONE
+        stream = sys.stdout.isatty()
+        answered = answer(model, processor, inputs, max_new_tokens=max_new_tokens, stream=stream)
+        if not stream:
+            print(answered.text)
+        rate = "" if answered.tokens_per_second is None else f"{answered.tokens_per_second:.1f} tokens/s after it, "
+        print(f"first token after {answered.first_token_seconds:.3f} s, {rate}{prompt_tokens(model.config, inputs)}")
+        return DONE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlskv_ray.generate",
+        description="Asks a SwiftKV checkpoint a question, greedily answered, and says how fast the answer came.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", required=True, help="a folder such as RUN/final, a hub id, or a shipped model's name"
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", default=[], metavar="FILE", help="what it is about, shown in this order"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--teacher", action="store_true", help="answer with SwiftKV off")
+    which.add_argument("--compare", action="store_true", help="answer with SwiftKV off, then on, and compare")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=up_to(2**20),
+        default=64,
+        metavar="N",
+        help="where an answer is cut at the latest, if not by the model's positions (default %(default)s)",
+    )
+    parser.add_argument("--threads", type=up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)")
+    return parser.parse_args(arguments)
+
+
+def up_to(largest: int) -> Callable[[str], int]:
+    """Reads a number from 1 to `largest`, for argparse."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= largest:
+            raise argparse.ArgumentTypeError(f"wanted a number from 1 to {largest}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+# ------------------------------------------------------------------------------------------------------ what is asked
+def load(name_or_path: str, *, teacher: bool = False) -> tuple[Any, Any]:
+    """A checkpoint's model and processor; SwiftKV on, or off for the teacher.
+
+    Raises:
+        ValueError: there is no such model, it cannot be loaded, or it has no SwiftKV weights to answer with.
+    """
+    try:
+        files = find_model(name_or_path)
+        is_student = load_config(files).text_config.model_type.endswith("_swiftkv")
+        if not is_student and not teacher:
+            raise ValueError(
+                f"{name_or_path} holds no SwiftKV weights; --teacher shows what it answers, a distilled student is in "
+                f"the folder final/ of its run"
+            )
+        processor = load_processor(files)
+        model = build_student(files) if is_student else build_whole(files)
+    except ValueError as error:  # those of the model name the key of a run's config
+        raise ValueError(f"--model: {str(error).removeprefix('model.name_or_path: ')}") from error
+    if is_student:
+        swiftkv_backbone(model).config.swiftkv = not teacher
+    return model, processor
+
+
+def open_image(path: str) -> Image.Image:
+    """The image at a path from the command line, which may lie anywhere. ValueError where it cannot be used."""
+    file = Path(os.path.realpath(path))
+    if not file.exists():
+        raise ValueError(f"--image: there is no file {path!r}")
+    try:
+        return load_image(ImageFile(str(file), root=file.parent))
+    except Rejected as error:
+        raise ValueError(f"--image: {path}: {error.detail}") from error
+
+
+def read_question(
+    config: Any, processor: Any, prompt: str, images: Sequence[Image.Image]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """A question about images, as the inputs of the model's `generate`.
+
+    Args:
+        config: the model's.
+        processor: the model's.
+        prompt: the question.
+        images: RGB, shown before it.
+
+    Returns:
+        the inputs, and the number of tokens that the model has positions left for.
+
+    Raises:
+        ValueError: the model cannot be asked this; says which option is to be changed.
+    """
+    if not prompt.strip():
+        raise ValueError("--prompt: is empty; wanted a question")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("--prompt: is not UTF-8 text") from error
+    if processor.image_token in prompt:
+        raise ValueError(f"--prompt: holds {processor.image_token!r}, which stands for an image; use --image FILE")
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    try:
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    except (TemplateError, *LIBRARY_ERRORS) as error:  # a template may compute anything
+        raise ValueError(f"--model: its chat template does not take this question: {one_line(error)}") from error
+    if text.count(processor.image_token) != len(images):
+        written = text.count(processor.image_token)
+        raise ValueError(f"--model: its chat template writes {written} image tokens for {len(images)} images")
+    inputs = processor(
+        text=text,
+        images=list(images) or None,
+        add_special_tokens=not text.startswith(processor.tokenizer.bos_token or "\0"),
+        return_tensors="pt",
+    )
+    length, of_images = inputs["input_ids"].shape[1], num_image_tokens(config, inputs)
+    sizes = inputs["image_sizes"].tolist() if images else []
+    features = sum(num_image_features(config, (height, width)) for height, width in sizes)
+    if of_images != features:
+        raise ValueError(
+            f"--model: its processor writes {of_images} image tokens, but it makes {features} features of these "
+            f"images; a processor that is not the model's own cannot be used"
+        )
+    positions = config.text_config.max_position_embeddings
+    if length > positions:
+        raise ValueError(
+            f"--prompt: {length} tokens, {of_images} of them of images, but the model has positions for {positions}; "
+            f"use fewer images or a shorter prompt"
+        )
+    return dict(inputs), positions - length + 1  # the last token of an answer is not fed back, so it needs none
+
+
+def num_image_tokens(config: Any, inputs: dict[str, torch.Tensor]) -> int:
+    return int((inputs["input_ids"] == config.image_token_id).sum())
+
+
+# --------------------------------------------------------------------------------------------------- what is answered
+class Arrivals(BaseStreamer):
+    """Notes when each token came, and hands it on."""
+
+    def __init__(self, following: BaseStreamer | None) -> None:
+        self.following = following
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self.following is not None:
+            self.following.put(value)
+
+    def end(self) -> None:
+        if self.following is not None:
+            self.following.end()
+
+
+def answer(
+    model: Any, processor: Any, inputs: dict[str, torch.Tensor], *, max_new_tokens: int = 64, stream: bool = False
+) -> Answer:
+    """The model's greedy answer, by SwiftKV where that is on.
+
+    Args:
+        model: as `load` gives it.
+        processor: the model's.
+        inputs: see `read_question`.
+        max_new_tokens: where the answer is cut at the latest.
+        stream: print it word by word as it comes, and end the line.
+    """
+    printer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    arrivals = Arrivals(printer)
+    began = time.perf_counter()
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=arrivals)
+    _, first, *others = arrivals.times  # `generate` puts the prompt, then each token
+    return Answer(
+        text=processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
+        num_tokens=1 + len(others),
+        first_token_seconds=first - began,
+        tokens_per_second=len(others) / (others[-1] - first) if others else None,
+    )
+
+
+def compare(
+    model: Any, processor: Any, inputs: dict[str, torch.Tensor], *, max_new_tokens: int = 64
+) -> tuple[Answer, Answer]:
+    """The teacher's answer and the student's, by one model with SwiftKV weights, which is left with SwiftKV on."""
+    answers = []
+    for swiftkv in (False, True):
+        swiftkv_backbone(model).config.swiftkv = swiftkv
+        answer(model, processor, inputs, max_new_tokens=min(2, max_new_tokens))  # first uses are slow, on each side
+        answers.append(answer(model, processor, inputs, max_new_tokens=max_new_tokens))
+    teacher, student = answers
+    return teacher, student
+
+
+# ---------------------------------------------------------------------------------------------------- what is printed
+def comparison(teacher: Answer, student: Answer) -> str:
+    """Two answers as the rows of a table, and how much sooner the student's began."""
+    rows = ["         first token  tokens/s  answer"]
+    for name, answered in (("teacher", teacher), ("student", student)):
+        rate = "-" if answered.tokens_per_second is None else f"{answered.tokens_per_second:.1f}"
+        on_one_line = " ".join(answered.text.split())
+        rows.append(f"{name}  {answered.first_token_seconds:>9.3f} s  {rate:>8}  {on_one_line}".rstrip())
+    ratio = teacher.first_token_seconds / student.first_token_seconds
+    return "\n".join([*rows, f"time to first token, teacher / student: {ratio:.2f}"])
+
+
+def prompt_tokens(config: Any, inputs: dict[str, torch.Tensor]) -> str:
+    return f"{inputs['input_ids'].shape[1]} prompt tokens ({num_image_tokens(config, inputs)} of images)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,6 +33,7 @@ class Reserved:
 
     cpus_per_worker: float
     cpus_per_task: float
+    num_tasks: int
     threads_per_worker: int
 
 
@@ -108,8 +109,9 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
             f"{workers * per_worker + per_task:g} CPUs, the cluster has {cpus:g}, so no data would ever come; "
             f"lower cluster.cpus_per_worker, data.cpus_per_task or cluster.num_workers"
         )
+    tasks = data.num_proc or max(1, int((cpus - workers * per_worker + 1e-6) / per_task))
     threads = cluster.threads_per_worker or max(1, int(cpus // workers))
-    return Reserved(per_worker, per_task, threads)
+    return Reserved(per_worker, per_task, tasks, threads)
 
 
 class ProgressLine:
@@ -194,5 +196,6 @@ def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
     where = "joined a cluster of" if cluster.joined else "started Ray on this machine,"
     return (
         f"{where} {cluster.cpus:g} CPUs: {config.cluster.num_workers} workers x {reserved.threads_per_worker} threads "
-        f"({reserved.cpus_per_worker:g} CPUs each), data tasks of {reserved.cpus_per_task:g} CPUs"
+        f"({reserved.cpus_per_worker:g} CPUs each), up to {reserved.num_tasks} data tasks of "
+        f"{reserved.cpus_per_task:g} CPUs"
     )

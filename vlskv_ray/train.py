@@ -361,7 +361,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             newest_step(run.checkpoints),
             run.total_steps,
             cpus_per_task=reserved.cpus_per_task,
-            num_tasks=config.data.num_proc,
+            num_tasks=reserved.num_tasks,
         )
 
     interface = config.cluster.network_interface

@@ -61,7 +61,18 @@ def local_batches(loader: Loader, start: int, stop: int) -> Iterator[Batch]:
     return map(loader, loader.plan.rows(start, stop))
 
 
-def ray_dataset(loader: Loader, start: int, stop: int, *, cpus_per_task: float, num_tasks: int | None) -> Any:
+class DataWorker:
+    """A process that makes micro-batches for as long as a run lasts, so that it imports and reads model files once:
+    Ray ends processes of plain tasks whenever the training does not keep up with them, and starts new ones."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return to_row(self.loader(row))
+
+
+def ray_dataset(loader: Loader, start: int, stop: int, *, cpus_per_task: float, num_tasks: int) -> Any:
     """The micro-batches of steps [start, stop) as a Ray dataset, one row and one block each.
 
     One-row blocks and `preserve_order` make `streaming_split` deal them to the workers exactly in turn.
@@ -74,7 +85,8 @@ def ray_dataset(loader: Loader, start: int, stop: int, *, cpus_per_task: float, 
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # byte: every row ends a block. repartition() would want a CPU of its own
     items = ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // ROWS_PER_TASK)))
-    return items.map(lambda row: to_row(loader(row)), num_cpus=cpus_per_task, concurrency=num_tasks)
+    processes = ray.data.ActorPoolStrategy(min_size=1, max_size=num_tasks)
+    return items.map(DataWorker, fn_constructor_args=(loader,), num_cpus=cpus_per_task, compute=processes)
 
 
 def ray_batches(shard: Any) -> Iterator[Batch]:

@@ -263,7 +263,9 @@ def test_a_file_that_can_not_be_read_is_one_line() -> None:
         ("temperature: .inf", "temperature: wanted a number > 0, got '.inf'"),
         ("temperature: 1e999", "temperature: wanted a number > 0, got Infinity"),
         ("text_loss_weight: -1", "text_loss_weight: wanted a number >= 0, got -1"),
-        ("objective: sft", "objective: wanted distill, got 'sft'"),
+        ("objective: dpo", "objective: wanted one of distill, sft, got 'dpo'"),
+        ("{objective: sft, temperature: 3}", "temperature: has no effect with objective=sft; remove it"),
+        ("evaluation: {every_steps: 0}", "evaluation.every_steps: wanted an integer > 0 or null, got 0"),
         ("cluster: 3", "cluster: wanted keys below it, got 3"),
         ("cluster: {address: 12}", "cluster.address: wanted text or null, got 12; put it in quotes"),
         ("cluster: {address: ''}", "cluster.address: wanted text or null, got ''"),
@@ -300,7 +302,6 @@ def test_a_file_that_can_not_be_read_is_one_line() -> None:
         ("checkpoint: {every_stesp: 1}", "checkpoint.every_stesp: unknown key, did you mean checkpoint.every_steps?"),
         ("checkpoint: {zzz: 1}", "checkpoint.zzz: unknown key; the keys here are every_steps, keep_last"),
         ("1: 2", "1: unknown key; the keys here are objective, seed, epochs, max_steps, micro_batch_size, "),
-        ("evaluation: {}", "evaluation: unknown key; the keys here are objective, seed, epochs, max_steps, micro_"),
         ("tune: {}", "tune: unknown key; the keys here are objective, seed, epochs, max_steps, micro_batch_size, "),
         ("data.max_length: 5", "data.max_length: unknown key; in a file write `max_length:` indented below `data:`"),
         (

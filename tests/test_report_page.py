@@ -213,7 +213,7 @@ def test_a_whole_run_shows_everything(whole: Path) -> None:
     assert len(page.all("article")) == 8
     cells = [line for table in page.tables for line in table]
     assert ["accuracy", "94.0%", "31.0%", "92.0%"] in cells
-    assert ["KL, mean", "0", "1.913", "0.01234"] in cells
+    assert ["KL per token, mean", "0", "1.913", "0.01234"] in cells
     assert ["colour (40)", "94.0%", "31.0%", "92.0%"] in cells
     assert ["prefill operations", "19 GFLOP", "10.1 GFLOP", "0.53"] in cells
     assert ["too_long", "12"] in cells and ["torch", "2.13.0+cpu"] in cells
@@ -337,7 +337,7 @@ def test_missing_numbers_show_as_a_dash(tmp_path: Path) -> None:
     page = written(run_folder(tmp_path, evaluation=found, plots=False))
     cells = [line for table in page.tables for line in table]
     assert ["accuracy", "94.0%", "31.0%", "–"] in cells
-    assert ["KL, mean", "0", "1.913", "–"] in cells
+    assert ["KL per token, mean", "0", "1.913", "–"] in cells
     assert ["cross-entropy", "0.101", "2.207", "–"] in cells
     assert ["colour (40)", "94.0%", "31.0%", "–"] in cells
     assert ["prefill time", "–", "260 ms", "0.55"] in cells

@@ -38,11 +38,11 @@ def run(teacher_folder: Callable[..., Path], tmp_path: Path) -> Run:
     return run_of(teacher_folder(), tmp_path / "run")
 
 
-def run_of(model: Path, folder: Path, **options: Any) -> Run:
+def run_of(teacher: Path, folder: Path, **options: Any) -> Run:
     config = Config.model_validate(
         {
             "micro_batch_size": 2,
-            "model": {"name_or_path": str(model), "num_key_value_layers": 2},
+            "model": {"name_or_path": str(teacher), "num_key_value_layers": 2},
             "data": {"sources": [{"name": "shapes"}]},
             "optimizer": {"lr": 1e-2, "weight_decay": 0.1},
             "cluster": {"num_workers": 0, "threads_per_worker": 1},
@@ -80,7 +80,8 @@ def test_only_the_students_own_weights_move(
 ) -> None:
     """Frozen tensors are bit-identical after training, on file; each SwiftKV weight has moved."""
     outcome = train_worker(run, Worker(), batches(encoded))
-    assert outcome.pop("seconds") > 0 and outcome == {"status": "done", "step": 6, "rejected": {}}
+    assert outcome.pop("seconds") > 0 and outcome.pop("lengths") and outcome.pop("images") == {"0": 24, "1": 18, "2": 6}
+    assert outcome == {"status": "done", "step": 6, "seen": 48, "rejected": {}}
     before = build_student(find_model(str(teacher_folder())), 2).state_dict()
     model = AutoModelForImageTextToText.from_pretrained(run.folder / "final")
     for name, weight in model.state_dict().items():

@@ -1,6 +1,7 @@
 """The command `python -m vlskv_ray.evaluate`: a student against its teacher, on held-out samples."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,13 +17,13 @@ from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.evaluation import Evaluator, HeldOut, evaluation_of
 from vlskv_ray.generate import up_to
-from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor
+from vlskv_ray.model.build import LIBRARY_ERRORS, build_student, build_whole, find_model, load_processor, one_line
 from vlskv_ray.model.build import load_config as load_model_config
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 from vlskv_ray.model_card import write_model_card
 from vlskv_ray.report import evaluation_table, shown
 from vlskv_ray.report_page import write_report
-from vlskv_ray.savings import measure_savings
+from vlskv_ray.savings import layers_of, measure_savings
 
 DONE, WRONG_INPUT = 0, 2
 SIDES = ("teacher", "student_before", "student")
@@ -34,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.threads:
             torch.set_num_threads(options.threads)
+        target, run = output_of(options)  # first: what takes long must not end in a file that cannot be written
         evaluation = evaluate(options)
-        target, run = output_of(options)
         write_json(target, evaluation)
         print("\n".join(evaluation_table(evaluation)))
         written = [target]
@@ -89,25 +90,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """What evaluation.json holds. ValueError for what the user can mend."""
-    model, processor = student(options.model)
-    teacher = other_teacher(options.teacher, processor) if options.teacher else None
-    limits = Limits(swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30)
     sources = tuple(open_sources(sources_of(options)))
-    if not any(source.num_images.any() for source in sources):
-        names = ", ".join(source.name for source in sources)
-        raise ValueError(
-            f"--data: no sample of {names} has an image, so nothing could be said of what the student sees; add a "
-            f"source with images, such as --data shapes"
-        )
+    model, processor = student(options.model)
+    teacher = other_teacher(options.teacher, model.config, processor) if options.teacher else None
+    limits = Limits(swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30)
     held_out = HeldOut(sources, options.num_samples, limits, options.batch_size, options.max_new_tokens)
     evaluator = Evaluator(model, processor, held_out, teacher=teacher)
+    names = ", ".join(source.name for source in sources)
+    left_out = ", ".join(f"{count} x {reason}" for reason, count in evaluator.left_out.most_common(5)) or "none"
     if not evaluator.questions:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in evaluator.left_out.most_common(5))
-        raise ValueError(f"--data: none of the samples can be used ({reasons or 'there are none'})")
+        raise ValueError(f"--data: none of the samples of {names} can be used (left out: {left_out})")
+    if evaluator.typical_sample() is None:
+        raise ValueError(
+            f"--data: no sample of {names} has an image (left out: {left_out}), so nothing could be said of what the "
+            f"student sees; add a source with images, such as --data shapes"
+        )
     print(f"{len(evaluator.questions)} questions of {len(held_out.rows())} samples", flush=True)
     results = evaluator.results(*SIDES, on_side=lambda side: print(f"measuring {side.replace('_', ' ')}", flush=True))
     evaluation = evaluation_of([(results, evaluator.left_out)], SIDES, held_out)
     print("measuring what the student saves", flush=True)
+    evaluation["model"] = layers_of(model)
     evaluation["savings"] = measure_savings(model, evaluator.typical_sample())
     return evaluation
 
@@ -121,25 +123,42 @@ def student(name_or_path: str) -> tuple[Any, Any]:
                 f"{name_or_path} holds no SwiftKV weights; wanted a student, such as the folder final/ of a run"
             )
         processor = load_processor(files)
-        check_template(processor)
+        try:
+            check_template(processor)
+        except LIBRARY_ERRORS as error:  # a template may compute anything
+            raise ValueError(f"{name_or_path}: its chat template cannot be used: {one_line(error)}") from error
         return build_student(files), processor
     except ValueError as error:
         raise ValueError(f"--model: {str(error).removeprefix('model.name_or_path: ')}") from error
 
 
-def other_teacher(name_or_path: str, processor: Any) -> Any:
-    """Another teacher. ValueError if there is no such model, or its tokens are not the student's."""
+def other_teacher(name_or_path: str, student_config: Any, student_processor: Any) -> Any:
+    """Another teacher. ValueError if there is no such model, or it reads other tokens or pixels than the student."""
     try:
         files = find_model(name_or_path)
-        if load_processor(files).tokenizer.get_vocab() != processor.tokenizer.get_vocab():
-            raise ValueError(f"{name_or_path} has another vocabulary than the student, so they cannot be compared")
-        if not load_model_config(files).text_config.model_type.endswith("_swiftkv"):
-            return build_whole(files)
-        model = build_student(files)
-        swiftkv_backbone(model).config.swiftkv = False
-        return model
+        config = load_model_config(files)
+        mine, its = what_is_read(student_config, student_processor), what_is_read(config, load_processor(files))
+        if different := [name for name in mine if mine[name] != its[name]]:
+            raise ValueError(
+                f"{name_or_path} has another {', another '.join(different)} than the student, so that they cannot be "
+                f"compared token by token"
+            )
+        is_student = config.text_config.model_type.endswith("_swiftkv")
+        return build_student(files) if is_student else build_whole(files)
     except ValueError as error:
         raise ValueError(f"--teacher: {str(error).removeprefix('model.name_or_path: ')}") from error
+
+
+def what_is_read(config: Any, processor: Any) -> dict[str, Any]:
+    """What decides which tokens and pixels a model is made for, in words for a reader."""
+    vision, images = config.vision_config, processor.image_processor
+    return {
+        "vocabulary": (processor.tokenizer.get_vocab(), config.text_config.vocab_size, config.image_token_id),
+        "image size": (vision.image_size, vision.patch_size),
+        "grid of image tiles": [tuple(point) for point in config.image_grid_pinpoints],
+        "choice of image features": config.vision_feature_select_strategy,
+        "scale of pixels": (list(images.image_mean), list(images.image_std)),
+    }
 
 
 def sources_of(options: argparse.Namespace) -> Sequence[SourceConfig]:
@@ -172,12 +191,20 @@ def run_of(name_or_path: str) -> Path | None:
 
 
 def output_of(options: argparse.Namespace) -> tuple[Path, Path | None]:
-    """The file for the figures, and the run whose report and card they belong to."""
-    if options.output:
-        return Path(options.output), None
+    """The file for the figures, and the run whose report and card they belong to. ValueError if there can be no such
+    file."""
     run = run_of(options.model)
-    is_final = run is not None and Path(options.model).absolute() == run / "final"
-    return (run / "evaluation.json", run) if run and is_final else (Path("evaluation.json"), None)
+    if options.output or run is None or Path(options.model).absolute() != run / "final":
+        target, run = Path(options.output or "evaluation.json"), None
+    else:
+        target = run / "evaluation.json"
+    folder = target.absolute().parent
+    if target.is_dir():
+        raise ValueError(f"--output: {target} is a folder; wanted a file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problem = "nothing may be written into" if folder.is_dir() else "there is no folder"
+        raise ValueError(f"--output: {problem} {folder}; wanted a file in a folder that can be written to")
+    return target, run
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,13 +168,19 @@ def toggled(model: Any, on: bool) -> Iterator[None]:
         config.swiftkv = before
 
 
+def as_teacher(model: Any) -> AbstractContextManager[None]:
+    """A model as it answers without SwiftKV, whether it has it or not."""
+    is_student = model.config.text_config.model_type.endswith("_swiftkv")
+    return toggled(model, on=False) if is_student else nullcontext()
+
+
 @contextmanager
 def before_distillation(model: Any) -> Iterator[None]:
     """The student as it starts: SwiftKV weights that are copies of the teacher's. As it was, afterwards."""
     trained = {name: p for name, p in model.named_parameters() if "_swiftkv" in name}
     kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    swiftkv_backbone(model).start_from_teacher()
     try:
+        swiftkv_backbone(model).start_from_teacher()
         yield
     finally:
         with torch.no_grad():
@@ -268,7 +274,8 @@ def distributions(
         teacher_head = (teacher or model).get_output_embeddings()
         student_hidden: Tensor | None = None
         if alone or teacher is not None:
-            whole = (teacher or model).base_model(**batch.model_inputs(), use_cache=False)
+            with as_teacher(teacher or model):
+                whole = (teacher or model).base_model(**batch.model_inputs(), use_cache=False)
             teacher_hidden = whole.last_hidden_state[keep]  # [n, D]
             if not alone:
                 one_side = SwiftKVPass(keep=keep)
@@ -395,8 +402,7 @@ class Evaluator:
     def _teacher_answers(self) -> tuple[list[list[int]], list[str]]:
         if self._of_teacher is None:
             model = self.teacher or self.model
-            is_student = getattr(model.config.text_config, "model_type", "").endswith("_swiftkv")
-            with toggled(model, on=False) if is_student else nullcontext():
+            with as_teacher(model):
                 self._of_teacher = greedy_answers(model, self.questions, self.processor, self.held_out)
         return self._of_teacher
 
@@ -449,14 +455,14 @@ def figures_of(results: Sequence[Result], side: str) -> dict[str, Any]:
 
 
 def _figures(measured: Sequence[Measured]) -> dict[str, Any]:
-    kl = [m.kl for m in measured if m.kl is not None]
+    kl = _joined([m.kl for m in measured if m.kl is not None])
     agrees = [m.agrees for m in measured if m.agrees is not None]
     prefixes = [m.agreed_prefix for m in measured if m.agreed_prefix is not None]
     return {
         "questions": len(measured),
         "accuracy": mean([m.correct for m in measured]),
-        "kl_mean": mean(_joined(kl)),
-        "kl_p95": float(np.percentile(_joined(kl), 95)) if kl else None,
+        "kl_mean": mean(kl),
+        "kl_p95": percentile_95(kl),
         "top1_agreement": mean(_joined(agrees)),
         "agreed_prefix": mean(prefixes),
         "cross_entropy": mean(_joined([m.cross_entropy for m in measured])),
@@ -468,9 +474,18 @@ def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def mean(values: Any) -> float | None:
-    """The mean; None of nothing, or where it is not finite, which JSON cannot say."""
-    value = float(np.mean(values)) if len(values) else math.nan
-    return value if math.isfinite(value) else None
+    """None of nothing, or where it is not finite."""
+    return _finite(np.mean(values)) if len(values) else None
+
+
+def percentile_95(values: NDArray[Any]) -> float | None:
+    """Likewise."""
+    with np.errstate(invalid="ignore"):  # between two infinities it is no number
+        return _finite(np.percentile(values, 95)) if len(values) else None
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None  # JSON has no word for the others
 
 
 def examples_of(results: Sequence[Result], held_out: HeldOut) -> list[dict[str, Any]]:

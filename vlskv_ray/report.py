@@ -9,7 +9,17 @@ from typing import Any
 
 from vlskv_ray.checkpoint import write_json
 from vlskv_ray.cluster import duration
-from vlskv_ray.figures import SAVINGS_COLUMNS, Rows, columns, kind_rows, result_rows, savings_note, savings_rows
+from vlskv_ray.figures import (
+    SAVINGS_COLUMNS,
+    Rows,
+    RunFiles,
+    columns,
+    kind_rows,
+    read_run,
+    result_rows,
+    savings_note,
+    savings_rows,
+)
 from vlskv_ray.train_loop import Run
 
 AVERAGED = {
@@ -62,9 +72,9 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
     write_json(run.folder / "summary.json", summary)
 
 
-def result_table(run: Run) -> str:
-    """The end of a run for the eye: where the loss began and ended, what the model answers, where things are."""
-    summary, evaluation = (json.loads((run.folder / name).read_text()) for name in ("summary.json", "evaluation.json"))
+def closing_lines(run: RunFiles) -> list[str]:
+    """The end of a run for the eye: where the loss began and ended, what the model answers, what it saves."""
+    summary = run.summary
     count = summary["averaged_steps"]
     lines = [f"{f'mean of {count} steps' if count > 1 else 'step':36}{'first':>12}{'last':>12}"]
     for name, label in AVERAGED.items():
@@ -75,10 +85,14 @@ def result_table(run: Run) -> str:
     left_out = f"{sum(summary['rejected'].values())} samples left out" + (f": {reasons}" if reasons else "")
     times = f"{duration(summary['training_seconds'])}, the command in {duration(summary['command_seconds'])}"
     lines.append(f"{summary['steps']} steps in {times}; {left_out}")
-    lines += ["", *evaluation_table(evaluation), ""]
-    lines.append(f"{'model' if run.config.objective == 'sft' else 'student'}: {shown(run.folder / 'final')}")
-    lines.append(f"report: {shown(run.folder / 'report.html')}")
-    return "\n".join(lines)
+    return [*lines, "", *evaluation_table(run.evaluation)]
+
+
+def closing(folder: Path) -> str:
+    """What a finished run says at its end: `closing_lines`, and where things are."""
+    run = read_run(folder)
+    final = f"{'model' if run.is_sft else 'student'}: {shown(folder / 'final')}"
+    return "\n".join([*closing_lines(run), "", final, f"report: {shown(folder / 'report.html')}"])
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> list[str]:

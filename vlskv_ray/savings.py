@@ -94,6 +94,13 @@ def measure_savings(
     }
 
 
+def layers_of(model: Any) -> dict[str, int]:
+    """How many text layers a student has, how many with keys and values of their own, and how many share a cache."""
+    config = swiftkv_backbone(model).config
+    names = ("num_hidden_layers", "num_key_value_layers", "key_value_group_size")
+    return {name: getattr(config, name) for name in names}
+
+
 # ------------------------------------------------------------------------------------------------------------ prompts
 def plain_text(model: Any) -> Encoded:
     """A sample without images, as long as the model has positions: every word of the vocabulary in turn."""

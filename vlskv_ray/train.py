@@ -41,7 +41,7 @@ from vlskv_ray.model.build import (
     swiftkv_config,
 )
 from vlskv_ray.model_card import write_model_card
-from vlskv_ray.report import result_table, shown, write_summary
+from vlskv_ray.report import closing, shown, write_summary
 from vlskv_ray.report_page import write_report
 from vlskv_ray.run_log import take_back
 from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
@@ -285,7 +285,7 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
             raise ValueError(f"{folder}: holds a run, but no checkpoint of it that is whole; {REMEDY}")
         run, loader = prepare(config, saved, num_samples)
         if saved and saved.step >= run.total_steps and is_finished(folder):
-            print(f"this run is already finished; `--resume never` starts it anew\n{result_table(run)}")
+            print(f"this run is already finished; `--resume never` starts it anew\n{closing(folder)}")
             return DONE
         sweep(run.checkpoints, saved.step if saved else 0)
         take_back(run.folder, saved.step if saved else 0)
@@ -313,7 +313,7 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
         write_summary(run, outcome, time.monotonic() - began)
         write_report(folder)
         write_model_card(folder)
-        say(config, result_table(run))
+        say(config, closing(folder))
         return DONE
 
 

@@ -24,7 +24,7 @@ from vlskv_ray.distill import LossSums, Objective
 from vlskv_ray.evaluation import Evaluator, HeldOut, evaluation_of, figures_of
 from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor, trainable_parameters
 from vlskv_ray.run_log import RunLog
-from vlskv_ray.savings import measure_savings
+from vlskv_ray.savings import layers_of, measure_savings
 from vlskv_ray.sft import cross_entropy_loss
 
 Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
@@ -458,6 +458,7 @@ def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None) -
             evaluation = evaluation_of(everyone, sides, evaluator.held_out)
     if worker.rank == 0:
         if not is_sft:
+            evaluation["model"] = layers_of(model)
             evaluation["savings"] = measure_savings(model, evaluator.typical_sample() if evaluator else None)
         write_json(run.folder / "evaluation.json", evaluation)
 

@@ -1,11 +1,11 @@
-"""The built-in world: pictures of coloured shapes with questions about them, and letters and sums to compute; seeded.
+"""The built-in world: pictures of coloured shapes with questions about them, and letters and sums to compute.
 
 It needs no file and no network, so every installation can train, distil and measure on real encoded pictures.
 
-A picture is a grid of 3 x 3 places with at most one shape each. Questions about it must be looked up (which colour,
-which shape, where), counted, or worked out in steps (what stands next to ..., are there as many ... as ...). Whether a
-picture or a text question belongs to the training or the held-out split is decided by what it shows or asks, so that no
-layout of a held-out picture, and no held-out sum or word, is ever trained on.
+A picture has four places, a quarter each, with at most one shape in each. Questions about it must be looked up (which
+colour, which shape, where), counted, or worked out in steps (what stands next to ..., are there as many ... as ...).
+Whether a picture or a text question belongs to the training or the held-out split is decided by what it shows or asks,
+so that no layout of a held-out picture, and no held-out sum or word, is ever trained on.
 """
 
 import io
@@ -24,16 +24,11 @@ COLOURS = {
     "green": (40, 170, 60),
     "blue": (50, 80, 220),
     "yellow": (240, 210, 50),
-    "purple": (150, 50, 170),
     "black": (20, 20, 20),
 }
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 """Name and plural."""
-PLACES = (
-    *("top left", "top middle", "top right"),
-    *("middle left", "middle", "middle right"),
-    *("bottom left", "bottom middle", "bottom right"),
-)
+PLACES = ("top left", "top right", "bottom left", "bottom right")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 SPLITS = ("train", "test")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -64,7 +59,7 @@ class Thing:
     @property
     def at(self) -> tuple[int, int]:
         """Column and row."""
-        return self.place % 3, self.place // 3
+        return self.place % 2, self.place // 2
 
 
 T = TypeVar("T")
@@ -89,7 +84,7 @@ class ShapesSource:
         if split not in SPLITS:
             raise ValueError(f"data.sources: shapes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
-        self.num_rows, self.fingerprint = num_samples, "shapes-2"  # the version of what is drawn
+        self.num_rows, self.fingerprint = num_samples, "shapes-3"  # the version of what is drawn
         of_row = np.arange(num_samples) % len(PATTERN)
         self.num_images = np.array([NUM_IMAGES[what] for what, _ in PATTERN], dtype=np.int32)[of_row]
         self.text_bytes = np.array([200 if what == "scan" else 60 * turns for what, turns in PATTERN])[of_row]
@@ -134,8 +129,8 @@ def one_picture(rng: np.random.Generator, split: str, count: int) -> tuple[list[
 
 
 def scan(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
-    """A picture, fuller than others, to be told place by place: the lesson that teaches most about seeing."""
-    scene = draw_scene(rng, split, most=len(PLACES))
+    """A picture to be told place by place: the lesson that teaches most about seeing."""
+    scene = draw_scene(rng, split)
     there = {thing.place: f"{thing}" for thing in scene}
     told = ", ".join(there.get(place, "nothing") for place in range(len(PLACES)))
     return [Turn("scan", "What is at each place?", told)] * count, [scene]
@@ -147,10 +142,10 @@ def two_pictures(rng: np.random.Generator, split: str, count: int) -> tuple[list
     return [about_two(rng, scenes) for _ in range(count)], scenes
 
 
-def draw_scene(rng: np.random.Generator, split: str, most: int = 5) -> Scene:
-    """One to `most` shapes in different places, of a layout that belongs to `split`."""
+def draw_scene(rng: np.random.Generator, split: str) -> Scene:
+    """One to four shapes in different places, of a layout that belongs to `split`."""
     while True:
-        places = sorted(rng.permutation(len(PLACES))[: int(rng.integers(1, most + 1))].tolist())
+        places = sorted(rng.permutation(len(PLACES))[: int(rng.integers(1, len(PLACES) + 1))].tolist())
         scene = tuple(Thing(place, choice(rng, list(COLOURS)), choice(rng, list(SHAPES))) for place in places)
         if split_of(" ".join(f"{thing} {thing.place}" for thing in scene)) == split:
             return scene
@@ -239,9 +234,7 @@ def as_many(rng: np.random.Generator, scene: Scene) -> Turn | None:
     return Turn("as many", f"Are there as many {one} as {other}?", "yes" if first == second else "no")
 
 
-def what_is_there(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    if len(scene) > 3:
-        return None
+def what_is_there(rng: np.random.Generator, scene: Scene) -> Turn:
     return Turn("list", "What is in the picture?", ", ".join(f"a {thing}" for thing in scene))
 
 
@@ -299,7 +292,7 @@ def text_only(rng: np.random.Generator, split: str, count: int) -> tuple[list[Tu
 
 
 def add(rng: np.random.Generator) -> Turn:
-    a, b = rng.integers(0, 100, size=2)
+    a, b = rng.integers(0, 40, size=2)
     return Turn("sum", f"What is {a} plus {b}?", f"{a + b}")
 
 
@@ -314,12 +307,12 @@ def sort(rng: np.random.Generator) -> Turn:
 
 
 def count_letters(rng: np.random.Generator) -> Turn:
-    word = some_word(rng, alphabet="ABC", longest=7)
+    word = some_word(rng, alphabet="ABC", longest=6)
     letter = choice(rng, list("ABC"))
     return Turn("letters", f"How often is {letter} in {word}?", f"{word.count(letter)}")
 
 
-def some_word(rng: np.random.Generator, alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", longest: int = 5) -> str:
+def some_word(rng: np.random.Generator, alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", longest: int = 4) -> str:
     return "".join(choice(rng, list(alphabet)) for _ in range(int(rng.integers(3, longest + 1))))
 
 
@@ -339,17 +332,17 @@ def choice(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 # -------------------------------------------------------------------------------------------------------------- drawing
 def draw(rng: np.random.Generator, scene: Scene) -> bytes:
-    """A scene as an encoded picture, 48 to 160 pixels wide and high, at most 1.6 times as long as the other way."""
-    width = int(rng.integers(48, 161))
-    height = int(np.clip(round(width * 1.6 ** rng.uniform(-1, 1)), 48, 160))
+    """A scene as an encoded picture, 32 to 128 pixels wide and high, at most 1.6 times as long as the other way."""
+    width = int(rng.integers(32, 129))
+    height = int(np.clip(round(width * 1.6 ** rng.uniform(-1, 1)), 32, 128))
     background = tuple(int(x) for x in rng.integers(225, 256, size=3))
     picture = Image.new("RGB", (width, height), background)
     pen = ImageDraw.Draw(picture)
     for thing in scene:
         column, row = thing.at
-        side = min(width, height) / 3 * rng.uniform(0.65, 0.9)
-        left = (width / 3) * column + (width / 3 - side) * rng.uniform(0.25, 0.75)
-        top = (height / 3) * row + (height / 3 - side) * rng.uniform(0.25, 0.75)
+        side = min(width, height) / 2 * rng.uniform(0.65, 0.9)
+        left = (width / 2) * column + (width / 2 - side) * rng.uniform(0.25, 0.75)
+        top = (height / 2) * row + (height / 2 - side) * rng.uniform(0.25, 0.75)
         _draw_thing(pen, thing, left, top, side)
     encoded = io.BytesIO()
     picture.save(encoded, format=choice(rng, FORMATS))

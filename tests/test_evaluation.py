@@ -260,7 +260,8 @@ def test_the_teacher_keeps_all_of_itself(student: Callable[..., Any], processor:
     """KL 0, every token agreed, and its whole answer, as many tokens as it has."""
     evaluator = Evaluator(student(), processor, held_out(ShapesSource("test", 6)))
     with toggled(evaluator.model, on=False):
-        answers, texts = greedy_answers(evaluator.model, evaluator.questions, processor, evaluator.held_out)
+        questions, _ = read_questions(evaluator.held_out, evaluator.places, processor, evaluator.model.config)
+        answers, texts = greedy_answers(evaluator.model, questions, processor, evaluator.held_out)
     results = evaluator.results("teacher")
     assert [result.by["teacher"].answer for result in results] == texts
     assert [result.by["teacher"].agreed_prefix for result in results] == list(map(len, answers))
@@ -410,7 +411,7 @@ def test_examples_show_many_kinds_with_their_pictures() -> None:
         shown = [decoded(uri) for uri in example["images"]]
         assert [picture.size for picture in shown] == [small(picture) for picture in originals]
         assert (example["student"], example["reference"]) == ("b", "a")
-    assert [example["kind"] for example in few] == ["colour", "sum", "colour", "sum"]
+    assert [example["kind"] for example in few] == ["colour", "colour", "sum", "sum"]
     assert few[0]["images"] and few[1]["images"] == []
 
 
@@ -426,3 +427,19 @@ def small(original: Image.Image) -> tuple[int, int]:
     copy = original.copy()
     copy.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
     return copy.size
+
+
+def test_holding_few_samples_at_a_time_changes_nothing(
+    student: Callable[..., Any], processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in parts of two samples, of eight, and again with the teacher's answers kept: the same results."""
+    sides = ("teacher", "student_before", "student")
+    evaluator = Evaluator(student(), processor, held_out(ShapesSource("test", 7), batch_size=2))
+    progress: list[tuple[int, int]] = []
+    whole = [flat(figures_of(evaluator.results(*sides), side)) for side in sides]
+    monkeypatch.setattr("vlskv_ray.evaluation.SAMPLES_HELD", 1)
+    for _ in range(2):
+        results = evaluator.results(*sides, on_progress=lambda *done: progress.append(done))
+        for side, wanted in zip(sides, whole, strict=True):
+            assert flat(figures_of(results, side)) == pytest.approx(wanted, rel=1e-5, abs=1e-9)
+    assert progress == [(2, 7), (4, 7), (6, 7), (7, 7)] * 2

@@ -97,20 +97,20 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     held_out = HeldOut(sources, options.num_samples, limits, options.batch_size, options.max_new_tokens)
     evaluator = Evaluator(model, processor, held_out, teacher=teacher)
     names = ", ".join(source.name for source in sources)
-    left_out = ", ".join(f"{count} x {reason}" for reason, count in evaluator.left_out.most_common(5)) or "none"
-    if not evaluator.questions:
-        raise ValueError(f"--data: none of the samples of {names} can be used (left out: {left_out})")
-    if evaluator.typical_sample() is None:
+    sample = evaluator.typical_sample()
+    if sample is None:
+        left_out = ", ".join(f"{count} x {reason}" for reason, count in evaluator.left_out.most_common(5)) or "none"
+        if sum(evaluator.left_out.values()) == len(evaluator.places):
+            raise ValueError(f"--data: none of the samples of {names} can be used (left out: {left_out})")
         raise ValueError(
             f"--data: no sample of {names} has an image (left out: {left_out}), so nothing could be said of what the "
             f"student sees; add a source with images, such as --data shapes"
         )
-    print(f"{len(evaluator.questions)} questions of {len(held_out.rows())} samples", flush=True)
-    results = evaluator.results(*SIDES, on_side=lambda side: print(f"measuring {side.replace('_', ' ')}", flush=True))
+    results = evaluator.results(*SIDES, on_progress=lambda done, of: print(f"answered {done} of {of}", flush=True))
     evaluation = evaluation_of([(results, evaluator.left_out)], SIDES, held_out)
     print("measuring what the student saves", flush=True)
     evaluation["model"] = layers_of(model)
-    evaluation["savings"] = measure_savings(model, evaluator.typical_sample())
+    evaluation["savings"] = measure_savings(model, sample)
     return evaluation
 
 

@@ -32,6 +32,8 @@ from vlskv_ray.distill import kl_divergence, rows_per_chunk, shared_pass, superv
 from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
 
 NUM_EXAMPLES = 8
+SAMPLES_HELD = 8
+"""Batches of samples that are held prepared at a time: enough to sort by length, few enough for memory."""
 EXAMPLE_SIDE = 192
 """Pixels of the longer side of an example's picture."""
 
@@ -319,7 +321,7 @@ def _columns(
 
 # ---------------------------------------------------------------------------------------------------------- the measure
 class Evaluator:
-    """A worker's share of the held-out samples, read once, and what models answer to them."""
+    """A worker's share of the held-out samples, and what models answer to them."""
 
     def __init__(
         self, model: Any, processor: Any, held_out: HeldOut, *, rank: int = 0, world_size: int = 1, teacher: Any = None
@@ -334,83 +336,84 @@ class Evaluator:
         """
         self.model, self.processor, self.held_out, self.teacher = model, processor, held_out, teacher
         self.places = held_out.rows()[rank::world_size]
-        self._of_teacher: tuple[list[list[int]], list[str]] | None = None
-
-    @functools.cached_property
-    def _read(self) -> tuple[list[Question], Counter[str]]:
-        return read_questions(self.held_out, self.places, self.processor, self.model.config)
-
-    @property
-    def questions(self) -> list[Question]:
-        """Read when they are first asked for."""
-        return self._read[0]
-
-    @property
-    def left_out(self) -> Counter[str]:
-        """Samples that cannot be used, by reason."""
-        return self._read[1]
+        self.left_out: Counter[str] = Counter()
+        """Samples that could not be used when they were last read, by reason."""
+        self._of_teacher: dict[str, tuple[list[int], str]] = {}  # kept: it does not change as the student does
 
     def typical_sample(self) -> Encoded | None:
-        """One with an image, if there is one."""
-        return next((q.sample for q in self.questions if q.num_images), None)
+        """The first one with an image, if there is one."""
+        self.left_out = Counter()
+        for place in self.places:
+            questions = self._read([place])
+            if questions and questions[0].sample.pixel_values:
+                return questions[0].sample
+        return None
 
-    def results(self, *sides: str, on_side: Callable[[str], None] | None = None) -> list[Result]:
-        """Every question with what each side makes of it.
+    def results(self, *sides: str, on_progress: Callable[[int, int], None] | None = None) -> list[Result]:
+        """Every question with what each side makes of it. Few samples are held at a time.
 
         Args:
             sides: of "teacher", "student_before" and "student", or "sft_model" for a plain model.
-            on_side: told of each as it begins.
+            on_progress: told how many of how many samples are done.
         """
-        measured: dict[str, list[Measured]] = {}
-        for side in sides:
-            if on_side:
-                on_side(side)
-            measured[side] = self._measure(side)
-        return [
-            Result(
-                question.id,
-                question.place,
-                question.kind,
-                question.num_images > 0,
-                question.text,
-                as_text(self.processor, question.answer_ids),
-                {side: measured[side][i] for side in sides},
-            )
-            for i, question in enumerate(self.questions)
-        ]
+        self.left_out = Counter()
+        results: list[Result] = []
+        size = SAMPLES_HELD * self.held_out.batch_size
+        for start in range(0, len(self.places), size):
+            questions = self._read(self.places[start : start + size])
+            measured = {side: self._measure(side, questions) for side in sides}
+            for i, question in enumerate(questions):
+                reference = as_text(self.processor, question.answer_ids)
+                by_side = {side: measured[side][i] for side in sides}
+                has_image = question.num_images > 0
+                results.append(
+                    Result(question.id, question.place, question.kind, has_image, question.text, reference, by_side)
+                )
+            if on_progress:
+                on_progress(min(start + size, len(self.places)), len(self.places))
+        return results
 
-    def _measure(self, side: str) -> list[Measured]:
-        if side == "sft_model":
-            answers, texts = greedy_answers(self.model, self.questions, self.processor, self.held_out)
-            pairs = distributions(self.model, self.questions, self.held_out, alone=True)
-            return [self._measured(i, None, texts[i], pairs[i], "teacher_ce") for i in range(len(answers))]
+    def _read(self, places: Sequence[tuple[int, int]]) -> list[Question]:
+        questions, left_out = read_questions(self.held_out, places, self.processor, self.model.config)
+        self.left_out += left_out
+        return questions
+
+    def _measure(self, side: str, questions: Sequence[Question]) -> list[Measured]:
         if side == "student_before":
             with before_distillation(self.model):
-                return self._measure("student")
-        wanted, _ = self._teacher_answers()
-        if side == "teacher":
-            answers, texts = self._teacher_answers()
-            pairs = distributions(self.model, self.questions, self.held_out, self.teacher)
-            same = [{**p, "kl": np.zeros_like(p["kl"]), "agrees": np.ones_like(p["agrees"])} for p in pairs]
-            return [self._measured(i, len(answers[i]), texts[i], same[i], "teacher_ce") for i in range(len(answers))]
-        with toggled(self.model, on=True):
-            answers, texts = greedy_answers(self.model, self.questions, self.processor, self.held_out)
-        pairs = distributions(self.model, self.questions, self.held_out, self.teacher)
-        agreed = [common_prefix(mine, its) for mine, its in zip(answers, wanted, strict=True)]
-        return [self._measured(i, agreed[i], texts[i], pairs[i], "student_ce") for i in range(len(answers))]
+                return self._measure("student", questions)
+        agreed: Sequence[int | None]
+        if side == "sft_model":
+            answers, texts = greedy_answers(self.model, questions, self.processor, self.held_out)
+            pairs = distributions(self.model, questions, self.held_out, alone=True)
+            agreed = [None] * len(questions)
+        elif side == "teacher":
+            answers, texts = self._teacher_answers(questions)
+            pairs = distributions(self.model, questions, self.held_out, self.teacher)
+            pairs = [{**p, "kl": np.zeros_like(p["kl"]), "agrees": np.ones_like(p["agrees"])} for p in pairs]
+            agreed = [len(ids) for ids in answers]
+        else:
+            wanted, _ = self._teacher_answers(questions)
+            with toggled(self.model, on=True):
+                answers, texts = greedy_answers(self.model, questions, self.processor, self.held_out)
+            pairs = distributions(self.model, questions, self.held_out, self.teacher)
+            agreed = [common_prefix(mine, its) for mine, its in zip(answers, wanted, strict=True)]
+        cross_entropy = "student_ce" if side == "student" else "teacher_ce"
+        references = [as_text(self.processor, question.answer_ids) for question in questions]
+        return [
+            Measured(text, text == reference, prefix, pair[cross_entropy], pair.get("kl"), pair.get("agrees"))
+            for text, reference, prefix, pair in zip(texts, references, agreed, pairs, strict=True)
+        ]
 
-    def _teacher_answers(self) -> tuple[list[list[int]], list[str]]:
-        if self._of_teacher is None:
+    def _teacher_answers(self, questions: Sequence[Question]) -> tuple[list[list[int]], list[str]]:
+        if any(question.id not in self._of_teacher for question in questions):
             model = self.teacher or self.model
             with as_teacher(model):
-                self._of_teacher = greedy_answers(model, self.questions, self.processor, self.held_out)
-        return self._of_teacher
-
-    def _measured(
-        self, i: int, agreed: int | None, text: str, pair: dict[str, NDArray[Any]], cross_entropy: str
-    ) -> Measured:
-        reference = as_text(self.processor, self.questions[i].answer_ids)
-        return Measured(text, text == reference, agreed, pair[cross_entropy], pair.get("kl"), pair.get("agrees"))
+                answers, texts = greedy_answers(model, questions, self.processor, self.held_out)
+            for question, ids, text in zip(questions, answers, texts, strict=True):
+                self._of_teacher[question.id] = (ids, text)
+        known = [self._of_teacher[question.id] for question in questions]
+        return [ids for ids, _ in known], [text for _, text in known]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -489,16 +492,16 @@ def _finite(value: Any) -> float | None:
 
 
 def examples_of(results: Sequence[Result], held_out: HeldOut) -> list[dict[str, Any]]:
-    """Questions to show, of as many kinds as there are, those about images first, with their pictures as data URIs."""
+    """Questions to show, of as many kinds as fit, most of them about images, with their pictures as data URIs."""
     chosen: list[Result] = []
-    by_kind: dict[tuple[bool, str], list[Result]] = {}
-    for result in results:
-        by_kind.setdefault((not result.has_image, result.kind), []).append(result)
-    groups = [by_kind[key] for key in sorted(by_kind)]
-    for nth in range(max(map(len, groups), default=0)):
-        chosen += [group[nth] for group in groups if nth < len(group)]
-        if len(chosen) >= NUM_EXAMPLES:
-            break
+    for with_image, count in ((False, NUM_EXAMPLES // 4), (True, NUM_EXAMPLES)):
+        by_kind: dict[str, list[Result]] = {}
+        for result in results:
+            if result.has_image == with_image:
+                by_kind.setdefault(result.kind, []).append(result)
+        groups = [by_kind[kind] for kind in sorted(by_kind)]
+        in_turn = [group[nth] for nth in range(count) for group in groups if nth < len(group)]
+        chosen = [*in_turn[: count - len(chosen)], *chosen]
     return [
         {
             "id": result.id,
@@ -508,7 +511,7 @@ def examples_of(results: Sequence[Result], held_out: HeldOut) -> list[dict[str, 
             **{side: measured.answer for side, measured in result.by.items()},
             "images": _pictures(held_out.sources[result.place[0]].read(result.place[1])) if result.has_image else [],
         }
-        for result in chosen[:NUM_EXAMPLES]
+        for result in chosen
     ]
 
 

@@ -1,6 +1,7 @@
 """The data graph: rows of the plan in, micro-batches out. The one module of the data that knows Ray."""
 
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,7 @@ class DataWorker:
     Ray ends processes of plain tasks whenever the training does not keep up with them, and starts new ones."""
 
     def __init__(self, loader: Loader) -> None:
+        os.nice(10)  # it works ahead: where CPUs are shared, the step that is being made comes first
         self.loader = loader
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

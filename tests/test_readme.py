@@ -3,10 +3,11 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vlskv_ray import train
+from vlskv_ray import evaluate, generate, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,14 +47,19 @@ def test_its_make_targets_exist() -> None:
         assert f"\n{target}: " in makefile
 
 
-def commands() -> list[str]:
+def commands(module: str) -> list[str]:
     text = "\n".join(blocks("bash")).replace("\\\n", " ") + "\n" + "\n".join(re.findall(r"`(python -m [^`]+)`", README))
-    return [
-        line.partition("#")[0].strip() for line in text.splitlines() if line.startswith("python -m vlskv_ray.train")
-    ]
+    return [line.partition("#")[0].strip() for line in text.splitlines() if line.startswith(f"python -m {module} ")]
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("module", [generate, evaluate])
+def test_its_other_commands_are_understood(module: Any) -> None:
+    """By the parser; what they do is tested where they are."""
+    (command,) = commands(module.__name__)
+    assert module.parse(shlex.split(command)[3:]).model == "runs/quickstart/final"
+
+
+@pytest.mark.parametrize("command", commands("vlskv_ray.train"))
 def test_its_commands_are_understood(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,7 +61,7 @@ def finished(folder: Path) -> RunFiles:
 
 def comparison(runs: Sequence[RunFiles]) -> str:
     """A Markdown table, a line for each run."""
-    return table(["run", *COLUMNS], [(run.name, row(run)) for run in runs])
+    return table(COLUMNS, [(run.name, row(run)) for run in runs], corner="run")
 
 
 def row(run: RunFiles) -> list[str]:

@@ -172,6 +172,10 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     limits = Limits(max_length, data.max_images_per_sample, data.image_processing_batch_size)
     run = replace(run, held_out=held_out_of(config, limits))
     say(config, start_block(run, plan, text_config))
+    trained_on = {(source.name, source.fingerprint) for source in sources}
+    for source in run.held_out.sources if run.held_out else ():
+        if (source.name, source.fingerprint) in trained_on:
+            say(config, f"warning: {source.name} of evaluation.sources is trained on, so it measures nothing held out")
     return run, Loader(sources, plan, model.name_or_path, model.revision, limits)
 
 
@@ -226,6 +230,7 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
     model = config.model
     revision = f" at {model.revision}" if model.revision else ""
     rows = " + ".join(str(len(table)) for table in plan.tables)
+    held_out = f", {len(run.held_out.rows())} held out to measure on" if run.held_out else ""
     what = "all weights train on the answers"
     if config.objective == "distill":
         what = f"SwiftKV from layer {text.num_key_value_layers} in groups of {text.key_value_group_size}"
@@ -233,7 +238,7 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
         f"vlskv_ray {vlskv_ray.__version__}  {versions}  python {platform.python_version()}\n"
         f"model         {model.name_or_path}{revision}: {text.num_hidden_layers} text layers, {what}, "
         f"weights {model.dtype}\n"
-        f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows\n"
+        f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows{held_out}\n"
         f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
         f"{accumulation} accumulation x {workers} worker{'s' * (workers > 1)}\n"
         f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {shown(run.folder)}"
@@ -320,7 +325,8 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
 def is_finished(folder: Path) -> bool:
     """Whether a run came to its end and what it left is there and whole."""
     try:
-        return "steps" in json.loads((folder / "summary.json").read_text()) and any(folder.glob("final/*.safetensors"))
+        written = (folder / "report.html").exists() and any(folder.glob("final/*.safetensors"))
+        return written and "steps" in json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError, TypeError):
         return False
 

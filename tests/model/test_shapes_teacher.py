@@ -1,0 +1,41 @@
+"""The teacher that ships with the package answers as well as is said of it."""
+
+import json
+
+import pytest
+import torch
+
+from vlskv_ray.data.chat import Limits
+from vlskv_ray.data.shapes import ShapesSource
+from vlskv_ray.evaluation import Evaluator, HeldOut, figures_of
+from vlskv_ray.model.build import build_whole, find_model, load_processor
+from vlskv_ray.model.presets import SHIPPED
+
+FOLDER = SHIPPED["shapes-teacher"]
+
+
+def test_it_reaches_what_is_stated() -> None:
+    """2,000 held-out samples: 95 % of all answers, 90 % of every kind, and the figures that ship with it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        files = find_model("shapes-teacher")
+        held_out = HeldOut((ShapesSource("test", 2000),), 2000, Limits(), batch_size=100)
+        results = Evaluator(build_whole(files), load_processor(files), held_out).results("sft_model")
+    finally:
+        torch.set_num_threads(threads)
+    figures, stated = figures_of(results, "sft_model"), json.loads((FOLDER / "evaluation.json").read_text())
+    assert figures["accuracy"] >= 0.95
+    assert min(figures["by_kind"].values()) >= 0.9, figures["by_kind"]
+    assert stated["samples"] == 2000 and stated["questions"] == len(results)
+    assert figures["accuracy"] == pytest.approx(stated["sft_model"]["accuracy"], abs=0.003)
+
+
+def test_it_is_small_and_whole() -> None:
+    """At most 8 MB with all of its processor; at least 6 text layers, so that N means something."""
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8e6
+    assert {"model.safetensors", "tokenizer.json", "processor_config.json", "chat_template.jinja"} <= {
+        path.name for path in FOLDER.iterdir()
+    }
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] >= 6

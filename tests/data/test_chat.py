@@ -211,6 +211,8 @@ def test_a_conversation_that_the_template_refuses_is_left_out() -> None:
     system = [{"role": "system", "content": [{"type": "text", "text": "x"}]}, *conversation("a", "b")]
     reason = rejection(Sample("x", system, []), processor=processor)
     assert reason.code == "chat_template" and "no system" in reason.detail
+    processor.chat_template = "{{ 'a' + 1 if messages[0]['role'] == 'system' }}" + CHATML
+    assert rejection(Sample("x", system, []), processor=processor).code == "chat_template"
     processor.chat_template = CHATML.replace(
         "{{ part['text'] }}",
         "{{ part['text'].split('</think>')[-1] if not loop.last or message != messages[-1] else part['text'] }}",

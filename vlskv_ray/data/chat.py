@@ -42,7 +42,7 @@ def render(processor: Any, messages: list[dict[str, Any]]) -> tuple[str, list[tu
     def text_of(count: int, **options: Any) -> str:
         try:
             return processor.apply_chat_template(messages[:count], tokenize=False, **options) if count else ""
-        except TemplateError as error:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:  # what templates do
             raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
 
     full, spans = text_of(len(messages)), []

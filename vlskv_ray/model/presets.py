@@ -190,8 +190,9 @@ class Preset:
 
 PRESETS = {
     "small-llava-next": Preset(small_llava_next),
-    # the world's pictures are bright: this brings their background near 0 and its shapes far from it
-    "shapes-llava-next": Preset(shapes_llava_next, {"image_mean": [0.94] * 3, "image_std": [0.25] * 3}),
+    # the world's pictures are bright: this brings their background to 0, and its shapes to a size at which the tower,
+    # newly drawn, sees a patch's place beside what it shows
+    "shapes-llava-next": Preset(shapes_llava_next, {"image_mean": [0.94] * 3, "image_std": [3.0] * 3}),
 }
 """Names that `model.name_or_path` takes beside a folder and a hub id: architectures with random weights."""
 

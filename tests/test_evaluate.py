@@ -124,7 +124,7 @@ PROBLEMS = {
     "damaged weights": (["--model", "damaged"], "--model: damaged: weights cannot be loaded"),
     "another's template": (
         ["--model", "text-template"],
-        "--model: text-template: its chat template cannot be used: can",
+        "--model: text-template: its chat template cannot be used: the model's chat template does",
     ),
     "no file": (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
     "empty file": (["--data", "empty.jsonl"], "empty.jsonl: the file is empty"),

@@ -21,11 +21,15 @@ import torch
 import yaml
 from conftest import conversation, picture
 from safetensors.torch import load_file, save_file
+from test_report_page import PLOTS, SECTIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlskv_ray.train
+from vlskv_ray import evaluate
 from vlskv_ray.cluster import ray_cluster
 from vlskv_ray.data.images import load_image
+from vlskv_ray.evaluate import SIDES
+from vlskv_ray.figures import decimal, percent
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 
 
@@ -83,6 +87,7 @@ def write_config(folder: Path, model: Path, **options: Any) -> Path:
         "optimizer": {"lr": 3e-3},
         "cluster": {"num_workers": 2, "threads_per_worker": 1},
         "checkpoint": {"every_steps": 4},
+        "evaluation": {"sources": [{"path": str(folder / "more.parquet")}], "max_new_tokens": 4, "every_steps": 10},
         "output": {"dir": str(folder / "runs"), "name": "run", "order": True},
     }
     (folder / "run.yaml").write_text(yaml.dump(config | options))
@@ -127,6 +132,13 @@ def test_a_run_in_one_process(files: Path, capsys: pytest.CaptureFixture[str]) -
         assert weights.stat().st_mode & 0o777 == (run / "summary.json").stat().st_mode & 0o777
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 7 and summary["last"]["loss"] < summary["first"]["loss"]
+    assert "12 questions of 12 held-out samples" in printed and "warning: more.parquet of evaluation.sources" in printed
+    page, card = (run / "report.html").read_text(), (run / "final" / "README.md").read_text()
+    assert all(f'id="{section}"' in page for section in (*SECTIONS, *PLOTS)) and page.count("data:image/png") == 8
+    teacher, before, after = (json.loads((run / "evaluation.json").read_text())[side] for side in SIDES)
+    assert teacher["kl_mean"] == 0 < after["kl_mean"] < before["kl_mean"]
+    for figure in (decimal(before["kl_mean"]), decimal(after["kl_mean"]), percent(after["top1_agreement"])):
+        assert figure in printed and figure in page and figure in card
 
     assert main(files / "run.yaml", "output.name=here", "epochs=1") == 0
     assert "already finished" in capsys.readouterr().out
@@ -411,6 +423,26 @@ def test_two_workers_on_real_files(left_alone: Path, teacher_folder: Callable[..
 
 
 @pytest.mark.ray
+def test_two_workers_measure_what_one_process_does(left_alone: Path, tmp_path: Path) -> None:
+    """Each its share of the held-out samples, together all of them; on the way too."""
+    assert [m["step"] for m in lines(left_alone / "metrics.jsonl") if "eval_accuracy" in m] == [10, 20]
+    arguments = [
+        "--model",
+        str(left_alone / "final"),
+        "--max-new-tokens",
+        "4",
+        "--output",
+        str(tmp_path / "again.json"),
+    ]
+    assert evaluate.main(arguments) == 0
+    ours, again = (json.loads(path.read_text()) for path in (left_alone / "evaluation.json", tmp_path / "again.json"))
+    assert ours["questions"] == again["questions"] == 12
+    for side in SIDES:
+        for name in ("accuracy", "kl_mean", "kl_p95", "top1_agreement", "agreed_prefix", "cross_entropy"):
+            assert ours[side][name] == pytest.approx(again[side][name], rel=1e-4, abs=1e-7), (side, name)
+
+
+@pytest.mark.ray
 def test_the_student_answers_about_a_new_image(left_alone: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(left_alone / "final")
     processor = AutoProcessor.from_pretrained(left_alone / "final")
@@ -429,8 +461,8 @@ def test_the_readmes_snippet_runs(left_alone: Path, capsys: pytest.CaptureFixtur
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(snippet.replace("runs/quickstart/final", str(left_alone / "final")), {})
-    question, _, answer = capsys.readouterr().out.partition("ASSISTANT: ")
-    assert "What colour is it?" in question and answer.strip()
+    question, _, answer = capsys.readouterr().out.partition("ASSISTANT:\n")
+    assert "What is in the picture?" in question and answer.strip()
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> list[str]:
 
     def table(columns: list[str], rows: Rows) -> None:
         lines.append(" " * 36 + "".join(f"{title:>18}" for title in columns))
-        lines.extend(f"{label:36}" + "".join(f"{value:>18}" for value in values) for label, values in rows)
+        lines.extend((f"{label:36}" + "".join(f"{value:>18}" for value in values)).rstrip() for label, values in rows)
 
     if evaluation.get("questions"):
         lines.append(f"{evaluation['questions']} questions of {evaluation['samples']} held-out samples")

@@ -30,7 +30,7 @@ SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cr
 """Name and plural."""
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "lessons")
 FORMATS = ("PNG", "JPEG", "WEBP")
 IN_A_SENTENCE = "Answer in a sentence."
 HELD_OUT = 8
@@ -42,7 +42,9 @@ PATTERN = (
     *(("scan", 1), ("one picture", 4), ("two pictures", 2), ("text", 4), ("one picture", 2)),
 )
 """What rows are, in turn, and how many questions each asks: so a plan knows them without drawing them."""
-NUM_IMAGES = {"scan": 1, "one picture": 1, "two pictures": 2, "text": 0}
+LESSONS = (("scan", 1), ("look up", 5), ("look up", 5), ("look up", 5))
+"""Likewise, of the split `lessons`: pictures of `train`, and only what teaches a new model to see and to look up."""
+NUM_IMAGES = {"scan": 1, "look up": 1, "one picture": 1, "two pictures": 2, "text": 0}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Turn:
 
 
 class ShapesSource:
-    """Row i of a split is a pure function of the split and i. Of 16 rows two have two pictures and three none."""
+    """Row i of a split is a pure function of the split and i. Of 16 rows two have two pictures and three none; those
+    of `lessons` have one each."""
 
     def __init__(self, split: str = "train", num_samples: int = 1024, weight: float = 1.0) -> None:
         """ValueError for a split that does not exist."""
@@ -85,15 +88,16 @@ class ShapesSource:
             raise ValueError(f"data.sources: shapes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
         self.num_rows, self.fingerprint = num_samples, "shapes-3"  # the version of what is drawn
-        of_row = np.arange(num_samples) % len(PATTERN)
-        self.num_images = np.array([NUM_IMAGES[what] for what, _ in PATTERN], dtype=np.int32)[of_row]
-        self.text_bytes = np.array([200 if what == "scan" else 60 * turns for what, turns in PATTERN])[of_row]
+        self.pattern = LESSONS if split == "lessons" else PATTERN
+        of_row = np.arange(num_samples) % len(self.pattern)
+        self.num_images = np.array([NUM_IMAGES[what] for what, _ in self.pattern], dtype=np.int32)[of_row]
+        self.text_bytes = np.array([200 if what == "scan" else 60 * turns for what, turns in self.pattern])[of_row]
 
     def read(self, row: int) -> Sample:
         """Sample `row`, drawn afresh."""
         rng = np.random.default_rng([SPLITS.index(self.split), row])
-        what, num_turns = PATTERN[row % len(PATTERN)]
-        turns, scenes = SAMPLERS[what](rng, self.split, num_turns)
+        what, num_turns = self.pattern[row % len(self.pattern)]
+        turns, scenes = SAMPLERS[what](rng, "test" if self.split == "test" else "train", num_turns)
         messages: list[dict[str, Any]] = []
         for turn in turns:
             messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
@@ -112,9 +116,16 @@ def split_of(what: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- what is seen
-def one_picture(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
+def look_up(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
+    """A picture and `count` questions that one look at one thing answers."""
+    return one_picture(rng, split, count, (colour, shape, where, what_is_at))
+
+
+def one_picture(
+    rng: np.random.Generator, split: str, count: int, kinds: Sequence["Ask"] | None = None
+) -> tuple[list[Turn], list[Scene]]:
     """A picture and `count` questions about it."""
-    asks = [ABOUT_ONE[int(rng.integers(len(ABOUT_ONE)))] for _ in range(count)]
+    asks = [choice(rng, kinds or ABOUT_ONE) for _ in range(count)]
     while True:  # until the picture has an answer to all of them
         scene = draw_scene(rng, split)
         turns: list[Turn] = []
@@ -238,7 +249,8 @@ def what_is_there(rng: np.random.Generator, scene: Scene) -> Turn:
     return Turn("list", "What is in the picture?", ", ".join(f"a {thing}" for thing in scene))
 
 
-ABOUT_ONE: tuple[Callable[[np.random.Generator, Scene], Turn | None], ...] = (
+Ask = Callable[[np.random.Generator, Scene], Turn | None]
+ABOUT_ONE: tuple[Ask, ...] = (
     *(colour, shape, where, what_is_at, count, is_there, left_of, next_to, as_many, what_is_there),
 )
 
@@ -320,6 +332,7 @@ ABOUT_TEXT: tuple[Callable[[np.random.Generator], Turn], ...] = (add, reverse, s
 
 SAMPLERS: dict[str, Callable[[np.random.Generator, str, int], tuple[list[Turn], list[Scene]]]] = {
     "scan": scan,
+    "look up": look_up,
     "one picture": one_picture,
     "two pictures": two_pictures,
     "text": text_only,

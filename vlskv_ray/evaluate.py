@@ -15,18 +15,17 @@ from vlskv_ray.checkpoint import write_json
 from vlskv_ray.config import SourceConfig, load_config, source_from_text
 from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.evaluation import Evaluator, HeldOut, evaluation_of
-from vlskv_ray.generate import up_to
+from vlskv_ray.evaluation import SIDES, Evaluator, HeldOut, evaluation_of
+from vlskv_ray.generate import told_of, up_to
 from vlskv_ray.model.build import LIBRARY_ERRORS, build_student, build_whole, find_model, load_processor, one_line
 from vlskv_ray.model.build import load_config as load_model_config
-from vlskv_ray.model.swiftkv import swiftkv_backbone
+from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
 from vlskv_ray.model_card import write_model_card
 from vlskv_ray.report import evaluation_table, shown
 from vlskv_ray.report_page import write_report
 from vlskv_ray.savings import layers_of, measure_savings
 
 DONE, WRONG_INPUT = 0, 2
-SIDES = ("teacher", "student_before", "student")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,9 +115,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def student(name_or_path: str) -> tuple[Any, Any]:
     """A student and its processor. ValueError if there is no such model, or it has no SwiftKV weights."""
-    try:
+    with told_of("--model"):
         files = find_model(name_or_path)
-        if not load_model_config(files).text_config.model_type.endswith("_swiftkv"):
+        if not has_swiftkv(load_model_config(files)):
             raise ValueError(
                 f"{name_or_path} holds no SwiftKV weights; wanted a student, such as the folder final/ of a run"
             )
@@ -128,13 +127,11 @@ def student(name_or_path: str) -> tuple[Any, Any]:
         except LIBRARY_ERRORS as error:  # a template may compute anything
             raise ValueError(f"{name_or_path}: its chat template cannot be used: {one_line(error)}") from error
         return build_student(files), processor
-    except ValueError as error:
-        raise ValueError(f"--model: {str(error).removeprefix('model.name_or_path: ')}") from error
 
 
 def other_teacher(name_or_path: str, student_config: Any, student_processor: Any) -> Any:
     """Another teacher. ValueError if there is no such model, or it reads other tokens or pixels than the student."""
-    try:
+    with told_of("--teacher"):
         files = find_model(name_or_path)
         config = load_model_config(files)
         mine, its = what_is_read(student_config, student_processor), what_is_read(config, load_processor(files))
@@ -143,10 +140,8 @@ def other_teacher(name_or_path: str, student_config: Any, student_processor: Any
                 f"{name_or_path} has another {', another '.join(different)} than the student, so that they cannot be "
                 f"compared token by token"
             )
-        is_student = config.text_config.model_type.endswith("_swiftkv")
+        is_student = has_swiftkv(config)
         return build_student(files) if is_student else build_whole(files)
-    except ValueError as error:
-        raise ValueError(f"--teacher: {str(error).removeprefix('model.name_or_path: ')}") from error
 
 
 def what_is_read(config: Any, processor: Any) -> dict[str, Any]:

@@ -29,8 +29,10 @@ from vlskv_ray.data.plan import Table, first_of_mixture
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.data.sources import Source
 from vlskv_ray.distill import kl_divergence, rows_per_chunk, shared_pass, supervised_positions
-from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
+from vlskv_ray.model.swiftkv import SwiftKVPass, has_swiftkv, swiftkv_backbone
 
+SIDES = ("teacher", "student_before", "student")
+"""Who answers where there is a student."""
 NUM_EXAMPLES = 8
 SAMPLES_HELD = 8
 """Batches of samples that are held prepared at a time: enough to sort by length, few enough for memory."""
@@ -172,8 +174,7 @@ def toggled(model: Any, on: bool) -> Iterator[None]:
 
 def as_teacher(model: Any) -> AbstractContextManager[None]:
     """A model as it answers without SwiftKV, whether it has it or not."""
-    is_student = model.config.text_config.model_type.endswith("_swiftkv")
-    return toggled(model, on=False) if is_student else nullcontext()
+    return toggled(model, on=False) if has_swiftkv(model.config) else nullcontext()
 
 
 @contextmanager
@@ -361,9 +362,9 @@ class Evaluator:
         size = SAMPLES_HELD * self.held_out.batch_size
         for start in range(0, len(self.places), size):
             questions = self._read(self.places[start : start + size])
-            measured = {side: self._measure(side, questions) for side in sides}
-            for i, question in enumerate(questions):
-                reference = as_text(self.processor, question.answer_ids)
+            references = [as_text(self.processor, question.answer_ids) for question in questions]
+            measured = {side: self._measure(side, questions, references) for side in sides}
+            for i, (question, reference) in enumerate(zip(questions, references, strict=True)):
                 by_side = {side: measured[side][i] for side in sides}
                 has_image = question.num_images > 0
                 results.append(
@@ -378,10 +379,10 @@ class Evaluator:
         self.left_out += left_out
         return questions
 
-    def _measure(self, side: str, questions: Sequence[Question]) -> list[Measured]:
+    def _measure(self, side: str, questions: Sequence[Question], references: Sequence[str]) -> list[Measured]:
         if side == "student_before":
             with before_distillation(self.model):
-                return self._measure("student", questions)
+                return self._measure("student", questions, references)
         agreed: Sequence[int | None]
         if side == "sft_model":
             answers, texts = greedy_answers(self.model, questions, self.processor, self.held_out)
@@ -399,7 +400,6 @@ class Evaluator:
             pairs = distributions(self.model, questions, self.held_out, self.teacher)
             agreed = [common_prefix(mine, its) for mine, its in zip(answers, wanted, strict=True)]
         cross_entropy = "student_ce" if side == "student" else "teacher_ce"
-        references = [as_text(self.processor, question.answer_ids) for question in questions]
         return [
             Measured(text, text == reference, prefix, pair[cross_entropy], pair.get("kl"), pair.get("agrees"))
             for text, reference, prefix, pair in zip(texts, references, agreed, pairs, strict=True)

@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from vlskv_ray.model.build import (
     load_processor,
     one_line,
 )
-from vlskv_ray.model.swiftkv import swiftkv_backbone
+from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
 
 DONE, WRONG_INPUT = 0, 2
 
@@ -115,15 +116,24 @@ def up_to(largest: int) -> Callable[[str], int]:
 
 
 # ------------------------------------------------------------------------------------------------------ what is asked
+@contextmanager
+def told_of(option: str) -> Iterator[None]:
+    """What is wrong with a model names the option it was given by, not the key of a run's config."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {str(error).removeprefix('model.name_or_path: ')}") from error
+
+
 def load(name_or_path: str, *, teacher: bool = False) -> tuple[Any, Any]:
     """A checkpoint's model and processor; SwiftKV on, or off for the teacher.
 
     Raises:
         ValueError: there is no such model, it cannot be loaded, or it has no SwiftKV weights to answer with.
     """
-    try:
+    with told_of("--model"):
         files = find_model(name_or_path)
-        is_student = load_config(files).text_config.model_type.endswith("_swiftkv")
+        is_student = has_swiftkv(load_config(files))
         if not is_student and not teacher:
             raise ValueError(
                 f"{name_or_path} holds no SwiftKV weights; --teacher shows what it answers, a distilled student is in "
@@ -131,8 +141,6 @@ def load(name_or_path: str, *, teacher: bool = False) -> tuple[Any, Any]:
             )
         processor = load_processor(files)
         model = build_student(files) if is_student else build_whole(files)
-    except ValueError as error:  # those of the model name the key of a run's config
-        raise ValueError(f"--model: {str(error).removeprefix('model.name_or_path: ')}") from error
     if is_student:
         swiftkv_backbone(model).config.swiftkv = not teacher
     return model, processor

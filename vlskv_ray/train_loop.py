@@ -21,7 +21,7 @@ from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share, writ
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.distill import LossSums, Objective
-from vlskv_ray.evaluation import Evaluator, HeldOut, evaluation_of, figures_of
+from vlskv_ray.evaluation import SIDES, Evaluator, HeldOut, evaluation_of, figures_of
 from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor, trainable_parameters
 from vlskv_ray.run_log import RunLog
 from vlskv_ray.savings import layers_of, measure_savings
@@ -450,7 +450,7 @@ def measured_on_the_way(run: Run, step: int, model: Any, evaluator: Evaluator | 
 def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None) -> None:
     """Writes evaluation.json: what the model answers to held-out questions, and what a student saves."""
     is_sft = run.config.objective == "sft"
-    sides = ("sft_model",) if is_sft else ("teacher", "student_before", "student")
+    sides = ("sft_model",) if is_sft else SIDES
     evaluation: dict[str, Any] = {}
     if evaluator:
         everyone = gather_objects((evaluator.results(*sides), evaluator.left_out))

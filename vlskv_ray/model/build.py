@@ -27,7 +27,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.model import presets
-from vlskv_ray.model.swiftkv import BACKBONES, check_layers, swiftkv_backbone
+from vlskv_ray.model.swiftkv import BACKBONES, check_layers, has_swiftkv, swiftkv_backbone
 
 WRAPPERS = ("llava_next",)
 """Vision-language model types whose images `vlskv_ray.data` prepares and checks; no other is accepted."""
@@ -158,7 +158,7 @@ def swiftkv_config(
         ValueError: no layers are left to the student, or no whole groups; or `config` is that of a student with others.
     """
     text = config.text_config
-    if text.model_type.endswith("_swiftkv"):
+    if has_swiftkv(config):
         for name, wanted in (
             ("num_key_value_layers", num_key_value_layers),
             ("key_value_group_size", key_value_group_size),
@@ -210,7 +210,7 @@ def build_student(
         ValueError: the checkpoint cannot be converted, or does not hold what its config says.
     """
     config = load_config(files)
-    is_teacher = not config.text_config.model_type.endswith("_swiftkv")
+    is_teacher = not has_swiftkv(config)
     student_config = swiftkv_config(config, num_key_value_layers, key_value_group_size)
     if files.preset:
         model = AutoModelForImageTextToText.from_config(student_config, attn_implementation=attn_implementation)
@@ -247,7 +247,7 @@ def build_whole(files: ModelFiles, *, attn_implementation: str = "sdpa", seed: i
 
 def refuse_student(files: ModelFiles, config: PreTrainedConfig) -> None:
     """ValueError where a model for `objective: sft` is a SwiftKV one already."""
-    if config.text_config.model_type.endswith("_swiftkv"):
+    if has_swiftkv(config):
         raise ValueError(
             f"model.name_or_path: {files.name_or_path} holds SwiftKV weights; objective=sft trains a plain model, "
             f"which is distilled afterwards"

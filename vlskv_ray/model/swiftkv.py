@@ -372,6 +372,11 @@ def _add_fast_prefill(parent: nn.Module, name: str, child: nn.Module | None) -> 
             parent.register_forward_pre_hook(_keep_what_generate_needs, with_kwargs=True)
 
 
+def has_swiftkv(config: Any) -> bool:
+    """Whether the text model of a vision-language config is a SwiftKV backbone, switched on or off."""
+    return str(config.text_config.model_type).endswith("_swiftkv")
+
+
 def swiftkv_backbone(model: nn.Module) -> Any:
     """The SwiftKV text backbone of a model. ValueError if it has none."""
     for module in model.modules():

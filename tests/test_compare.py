@@ -1,5 +1,6 @@
 """Runs side by side: figures come from their files, and a page is changed only where it says so."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from test_report_page import SUMMARY, evaluation, run_folder
 
 from vlskv_ray import compare
 
+PAGE = "<!-- x: end -->\n<!-- x: begin -->\n<!-- y: begin -->\nkept\n<!-- y: begin -->\n<!-- y: end -->\n"
 LOSSES = {"first": {"loss": 0.2}, "last": {"loss": 0.01}}
 
 
@@ -36,6 +38,8 @@ def test_a_line_holds_the_figures_of_its_run(run: Path, capsys: pytest.CaptureFi
         "accuracy before": "31.0%",
         "accuracy after": "92.0%",
         "kept": "97.9%",
+        "kept with images": "97.9%",
+        "kept text only": "97.8%",
         "KL": "0.01234",
         "top-1": "98.1%",
         "prefill operations": "0.53",
@@ -58,6 +62,34 @@ def test_a_page_is_changed_between_its_marks_alone(run: Path, tmp_path: Path) ->
         assert "92.0%" in table and "old" not in table
 
 
+def test_a_page_stays_the_kind_of_file_it_is(run: Path, tmp_path: Path) -> None:
+    """A link stays one, line ends and permissions are kept."""
+    page, link = tmp_path / "page.md", tmp_path / "link.md"
+    page.write_bytes(b"one\r\n<!-- figures: begin -->\r\nold\r\n<!-- figures: end -->\r\n")
+    page.chmod(0o640)
+    link.symlink_to(page)
+    assert compare.main([str(run), "--into", str(link)]) == 0
+    assert link.is_symlink() and page.stat().st_mode & 0o777 == 0o640
+    text = page.read_bytes()
+    assert b"92.0%" in text and text.count(b"\n") == text.count(b"\r\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("evaluation.json", '{"teacher": {}, "savings": 3, "student": {"by_kind": 3}}'), ("summary.json", '{"a": 1}')],
+)
+@pytest.mark.parametrize("flags", [[], ["--result"]])
+def test_files_that_no_run_wrote(
+    run: Path, file: str, content: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each gives a table with dashes, or one line."""
+    (run / file).write_text(content)
+    status = compare.main([str(run), *flags])
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) in ((0, 0), (2, 1))
+    assert status == 0 or "holds something else than a run writes" in error
+
+
 def test_the_closing_table_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([str(run), "--result"]) == 0
     text = capsys.readouterr().out
@@ -70,9 +102,11 @@ def test_the_closing_table_of_a_run(run: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "line"),
     [
         (["nothing"], "nothing: holds no finished run"),
-        (["{run}", "--into", "missing.md"], "--into: missing.md cannot be read: No such file"),
+        (["{run}", "--into", "missing.md"], "missing.md cannot be read: [Errno 2] No such file"),
         (["{run}", "--into", "{page}"], "has no place for it; wanted the lines <!-- figures: begin --> and"),
         (["{run}", "--into", "{page}", "--block", "x"], "has no place for it; wanted the lines <!-- x: begin --> and"),
+        (["{run}", "--into", "{page}", "--block", "y"], "has no place for it; wanted the lines <!-- y: begin --> and"),
+        (["{sft}"], "distils nothing, so it has no student to compare"),
     ],
 )
 def test_wrong_input(
@@ -84,9 +118,10 @@ def test_wrong_input(
     line: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = tmp_path / "page.md"
-    page.write_text("<!-- x: end -->\n<!-- x: begin -->\n")
-    assert compare.main([a.format(run=run, page=page) for a in arguments]) == 2
+    page, sft = tmp_path / "page.md", shutil.copytree(run, tmp_path / "sft")
+    page.write_text(PAGE)
+    (sft / "config.yaml").write_text("objective: sft\n")
+    assert compare.main([a.format(run=run, page=page, sft=sft) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert line in error and len(error.splitlines()) == 1
-    assert page.read_text() == "<!-- x: end -->\n<!-- x: begin -->\n"
+    assert page.read_text() == PAGE

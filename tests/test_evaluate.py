@@ -149,7 +149,10 @@ PROBLEMS = {
         "has another vocabulary, another image size, another grid of image tiles, another scale of pixels than",
     ),
     "no output folder": (["--output", "there/is/none.json"], "--output: there is no folder"),
-    "output is a folder": (["--output", "empty"], "--output: empty is a folder; wanted a file"),
+    "output is a folder": (["--output", "empty"], "--output: empty is no regular file; wanted a file"),
+    "output is a pipe": (["--output", "pipe"], "--output: pipe is no regular file; wanted a file"),
+    "a run instead of its model": (["--model", "run"], "; did you mean run/final?"),
+    "a path, not a hub data set": (["--data", "./missing.txt"], "missing.txt: no such file"),
 }
 
 
@@ -157,6 +160,7 @@ PROBLEMS = {
 def odds_and_ends(run: Path, teacher_folder: Callable[..., Path]) -> None:
     """Models and data that cannot be used, by the names that PROBLEMS has for them."""
     os.mkdir("empty")
+    os.mkfifo("pipe")
     shutil.copytree(teacher_folder(), "plain")
     save_teacher(Path("words"), tiny_config(vocab_size=310))
     for name, file, content in (

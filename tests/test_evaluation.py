@@ -20,6 +20,7 @@ from vlskv_ray.config import SourceConfig
 from vlskv_ray.data.chat import Limits, encode, num_image_features
 from vlskv_ray.data.collate import collate
 from vlskv_ray.data.images import load_image
+from vlskv_ray.data.questions import HeldOut, Question, questions_of, read_questions
 from vlskv_ray.data.sample import Sample
 from vlskv_ray.data.shapes import ShapesSource
 from vlskv_ray.data.sources import Source, open_sources
@@ -27,9 +28,7 @@ from vlskv_ray.evaluation import (
     EXAMPLE_SIDE,
     NUM_EXAMPLES,
     Evaluator,
-    HeldOut,
     Measured,
-    Question,
     Result,
     before_distillation,
     distributions,
@@ -37,8 +36,6 @@ from vlskv_ray.evaluation import (
     examples_of,
     figures_of,
     greedy_answers,
-    questions_of,
-    read_questions,
     toggled,
 )
 from vlskv_ray.model.build import build_whole, find_model, load_config, load_processor

@@ -15,7 +15,10 @@ from transformers import AutoModelForImageTextToText
 
 from vlskv_ray.checkpoint import newest_checkpoint
 from vlskv_ray.config import Config
+from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import Batch, Encoded
+from vlskv_ray.data.questions import HeldOut
+from vlskv_ray.data.shapes import ShapesSource
 from vlskv_ray.model.build import build_student, find_model, trainable_parameters
 from vlskv_ray.train_loop import (
     GradientBuffer,
@@ -165,6 +168,23 @@ def test_asked_to_stop_it_saves_first(run: Run, encoded: list[Encoded]) -> None:
     assert saved is not None and saved.step == 3
     run.stop_file.unlink()
     assert train_worker(run, Worker(), batches(encoded))["status"] == "done"
+
+
+def test_asked_to_stop_while_answers_are_measured(run: Run, encoded: list[Encoded]) -> None:
+    """Training is done and saved; the next start measures."""
+    run = replace(run, held_out=HeldOut((ShapesSource("test", 3),), 3, Limits(), batch_size=1, max_new_tokens=2))
+
+    def asking(start: int) -> Iterator[Batch]:
+        for batch in batches(encoded)(start):
+            if batch.step == 5:
+                run.stop_file.touch()
+            yield batch
+
+    assert train_worker(run, Worker(), asking) == {"status": "stopped", "step": 6}
+    assert not (run.folder / "evaluation.json").exists()
+    run.stop_file.unlink()
+    assert train_worker(run, Worker(), batches(encoded))["status"] == "done"
+    assert json.loads((run.folder / "evaluation.json").read_text())["samples"] == 3
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(run: Run, encoded: list[Encoded]) -> None:

@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file whole or not at all."""
     aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    _flush(aside)
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8", newline="")
+        _flush(aside)
+        aside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
 def _committed(root: Path) -> list[int]:

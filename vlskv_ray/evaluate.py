@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,42 +11,26 @@ import torch
 from pydantic import ValidationError
 
 from vlskv_ray.checkpoint import write_json
+from vlskv_ray.command import DONE, exit_status, shown, told_of, up_to
 from vlskv_ray.config import SourceConfig, load_config, source_from_text
 from vlskv_ray.data.chat import Limits, check_template
+from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.evaluation import SIDES, Evaluator, HeldOut, evaluation_of
-from vlskv_ray.generate import told_of, up_to
+from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of
+from vlskv_ray.figures import read_run
 from vlskv_ray.model.build import LIBRARY_ERRORS, build_student, build_whole, find_model, load_processor, one_line
 from vlskv_ray.model.build import load_config as load_model_config
 from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
 from vlskv_ray.model_card import write_model_card
-from vlskv_ray.report import evaluation_table, shown
+from vlskv_ray.report import evaluation_table
 from vlskv_ray.report_page import write_report
 from vlskv_ray.savings import layers_of, measure_savings
-
-DONE, WRONG_INPUT = 0, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = parse(arguments)
-    try:
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        target, run = output_of(options)  # first: what takes long must not end in a file that cannot be written
-        evaluation = evaluate(options)
-        write_json(target, evaluation)
-        print("\n".join(evaluation_table(evaluation)))
-        written = [target]
-        if run:
-            written += [write_report(run), write_model_card(run)]
-        print(f"written: {', '.join(str(shown(path)) for path in written)}")
-        return DONE
-    except ValueError as error:  # each names the option, what was wanted and the remedy
-        print(error, file=sys.stderr)
-        return WRONG_INPUT
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return exit_status(lambda: evaluate(options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -66,10 +49,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a file, a pattern, a hub data set or `shapes`; may be repeated (default: the run's evaluation.sources, "
         "else shapes)",
     )
-    parser.add_argument("--split", default="test", help="of a named data set (default %(default)s)")
+    parser.add_argument("--split", help="of a named data set (default test)")
     parser.add_argument("--image-root", metavar="DIR", help="what image paths in files are relative to")
     parser.add_argument(
-        "--num-samples", type=up_to(10**9), default=2000, metavar="N", help="the first N samples (default %(default)s)"
+        "--num-samples", type=up_to(10**7), default=2000, metavar="N", help="the first N samples (default %(default)s)"
     )
     parser.add_argument(
         "--batch-size", type=up_to(10**6), default=32, metavar="N", help="samples at once (default %(default)s)"
@@ -82,14 +65,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output",
         metavar="FILE",
         help="where the figures go (default: evaluation.json of the run that the model lies in, whose report and model "
-        "card are written anew; else of the current folder)",
+        "card are written anew; with --teacher and elsewhere, of the current folder)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.image_root and not options.data:
+        parser.error("--image-root goes with --data")
+    if options.split and not any("name" in source_from_text(text) for text in options.data or ["shapes"]):
+        parser.error("--split goes with a named data set of --data, files have none")
+    return options
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """What evaluation.json holds. ValueError for what the user can mend."""
-    sources = tuple(open_sources(sources_of(options)))
+def evaluate(options: argparse.Namespace) -> int:
+    """Measures, writes and shows. ValueError for what the user can mend."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    target, run = output_of(options)  # first: what takes long must not end in a file that cannot be written
+    evaluation = measured(options)
+    write_json(target, evaluation)
+    print("\n".join(evaluation_table(evaluation)))
+    written = [target]
+    if run:
+        written += [write_report(run), write_model_card(run)]
+    print(f"written: {', '.join(str(shown(path)) for path in written)}")
+    return DONE
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """What evaluation.json holds."""
+    with told_of("--data", "data.sources"):
+        sources = tuple(open_sources(sources_of(options)))
     model, processor = student(options.model)
     teacher = other_teacher(options.teacher, model.config, processor) if options.teacher else None
     limits = Limits(swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30)
@@ -159,7 +163,7 @@ def what_is_read(config: Any, processor: Any) -> dict[str, Any]:
 def sources_of(options: argparse.Namespace) -> Sequence[SourceConfig]:
     """What to measure on: as asked, else as the run says, else the built-in world."""
     run = run_of(options.model)
-    if options.data is None and run is not None:
+    if options.data is None and options.split is None and run is not None:
         sources = load_config(run / "config.yaml").evaluation.sources
         if sources:
             return sources
@@ -167,7 +171,7 @@ def sources_of(options: argparse.Namespace) -> Sequence[SourceConfig]:
     for text in options.data or ["shapes"]:
         fields: dict[str, Any] = source_from_text(text)
         if "name" in fields:
-            fields["split"] = options.split
+            fields["split"] = options.split or "test"
         if fields.get("name") == "shapes":
             fields["num_samples"] = options.num_samples
         if "path" in fields and options.image_root:
@@ -175,13 +179,13 @@ def sources_of(options: argparse.Namespace) -> Sequence[SourceConfig]:
         try:
             specs.append(SourceConfig(**fields))
         except ValidationError as error:
-            raise ValueError(f"--data {text}: {error.errors()[0]['msg']}") from error
+            raise ValueError(f"{text}: {error.errors()[0]['msg']}") from error
     return specs
 
 
 def run_of(name_or_path: str) -> Path | None:
     """The run folder that a model lies in, if it does."""
-    folder = Path(name_or_path).absolute().parent
+    folder = Path(name_or_path).resolve().parent
     return folder if (folder / "config.yaml").is_file() and (folder / "summary.json").is_file() else None
 
 
@@ -189,16 +193,20 @@ def output_of(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """The file for the figures, and the run whose report and card they belong to. ValueError if there can be no such
     file."""
     run = run_of(options.model)
-    if options.output or run is None or Path(options.model).absolute() != run / "final":
+    if options.output or options.teacher or run is None or Path(options.model).resolve() != run / "final":
         target, run = Path(options.output or "evaluation.json"), None
     else:
         target = run / "evaluation.json"
+        read_run(run)  # its report is made of all its files
     folder = target.absolute().parent
-    if target.is_dir():
-        raise ValueError(f"--output: {target} is a folder; wanted a file")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problem = "nothing may be written into" if folder.is_dir() else "there is no folder"
-        raise ValueError(f"--output: {problem} {folder}; wanted a file in a folder that can be written to")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"--output: {target} is no regular file; wanted a file")
+    for written in [folder, *([run / "final"] if run else [])]:
+        if not written.is_dir() or not os.access(written, os.W_OK):
+            problem = "nothing may be written into" if written.is_dir() else "there is no folder"
+            raise ValueError(f"--output: {problem} {written}; wanted a file in a folder that can be written to")
+    if not options.output and run is None and (folder / "summary.json").exists():
+        raise ValueError(f"--output: {target} here is another run's; say which file is to be written")
     return target, run
 
 

@@ -7,7 +7,6 @@ Shapes: T tokens, D hidden, V vocabulary, n supervised positions of a batch.
 """
 
 import base64
-import functools
 import io
 import math
 from collections import Counter
@@ -22,12 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlskv_ray.data.chat import Limits, encode, num_image_features
-from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate
+from vlskv_ray.data.collate import Encoded, collate
 from vlskv_ray.data.images import load_image
-from vlskv_ray.data.plan import Table, first_of_mixture
-from vlskv_ray.data.sample import Rejected, Sample
-from vlskv_ray.data.sources import Source
+from vlskv_ray.data.questions import HeldOut, Question, read_questions
+from vlskv_ray.data.sample import Sample
 from vlskv_ray.distill import kl_divergence, rows_per_chunk, shared_pass, supervised_positions
 from vlskv_ray.model.swiftkv import SwiftKVPass, has_swiftkv, swiftkv_backbone
 
@@ -38,48 +35,6 @@ SAMPLES_HELD = 8
 """Batches of samples that are held prepared at a time: enough to sort by length, few enough for memory."""
 EXAMPLE_SIDE = 192
 """Pixels of the longer side of an example's picture."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The first samples of a mixture, and how they are prepared and answered. Small: it travels to the workers."""
-
-    sources: tuple[Source, ...]
-    num_samples: int | None
-    limits: Limits
-    batch_size: int = 32
-    max_new_tokens: int = 64
-
-    def rows(self) -> list[tuple[int, int]]:
-        """Source and row of each sample."""
-        tables = [Table(source.num_images, source.text_bytes, source.weight) for source in self.sources]
-        count = sum(map(len, tables)) if self.num_samples is None else self.num_samples
-        return [(k, row) for k, table in enumerate(first_of_mixture(tables, count)) for row in range(len(table))]
-
-
-@dataclass(frozen=True)
-class Question:
-    """An assistant's turn to be answered: what comes before it in the conversation is the prompt."""
-
-    id: str
-    place: tuple[int, int]
-    """Source and row of its sample."""
-    kind: str
-    """As the data have it; empty where they do not say."""
-    text: str
-    """What the user asked."""
-    sample: Encoded
-    """The whole conversation."""
-    start: int
-    stop: int
-    """The answer among the sample's tokens, the token that ends it included."""
-    num_images: int
-    """How many of the sample's images come before the answer."""
-
-    @property
-    def answer_ids(self) -> list[int]:
-        ids: list[int] = self.sample.input_ids[self.start : self.stop].tolist()
-        return ids
 
 
 @dataclass(frozen=True)
@@ -108,56 +63,6 @@ class Result:
     question: str
     reference: str
     by: dict[str, Measured]
-
-
-# ---------------------------------------------------------------------------------------------------------- the samples
-def read_questions(
-    held_out: HeldOut, places: Sequence[tuple[int, int]], processor: Any, config: Any
-) -> tuple[list[Question], Counter[str]]:
-    """The questions of these samples, and how many samples cannot be used, by reason."""
-    questions: list[Question] = []
-    left_out: Counter[str] = Counter()
-    num_features = functools.partial(num_image_features, config)
-    for k, row in places:
-        try:
-            sample = held_out.sources[k].read(row)
-            encoded = encode(sample, processor, num_features, held_out.limits)
-        except Rejected as reason:
-            left_out[reason.code] += 1
-            continue
-        questions += questions_of(sample, encoded, (k, row), num_features, processor.image_token_id)
-    return questions, left_out
-
-
-def questions_of(
-    sample: Sample, encoded: Encoded, place: tuple[int, int], num_features: Any, image_token_id: int
-) -> list[Question]:
-    """One for each assistant turn; turns show in the labels as runs of tokens that count."""
-    counts = np.pad(encoded.labels != IGNORE_INDEX, 1)
-    edges = np.flatnonzero(counts[1:] != counts[:-1])
-    texts = [
-        _text(before) for before, turn in zip(sample.messages, sample.messages[1:], strict=False) if _answers(turn)
-    ]
-    spans = edges.reshape(-1, 2).tolist()
-    if len(spans) != len(texts):  # turns side by side, or one without a token: then what was asked cannot be told
-        texts = [""] * len(spans)
-    kinds = sample.kinds if len(sample.kinds) == len(spans) else ("",) * len(spans)
-    through = np.cumsum([num_features(size) for size in encoded.image_sizes])  # image tokens up to each image's end
-    questions = []
-    for i, ((start, stop), text, kind) in enumerate(zip(spans, texts, kinds, strict=True)):
-        image_tokens = int((encoded.input_ids[:start] == image_token_id).sum())
-        name = sample.uid if len(spans) == 1 else f"{sample.uid}#{i + 1}"
-        num_images = int((through <= image_tokens).sum())
-        questions.append(Question(name, place, kind, text, encoded, start, stop, num_images))
-    return questions
-
-
-def _answers(message: dict[str, Any]) -> bool:
-    return bool(message["role"] == "assistant")
-
-
-def _text(message: dict[str, Any]) -> str:
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 # ----------------------------------------------------------------------------------------------------------- the models
@@ -232,6 +137,7 @@ def greedy_answers(
             max_new_tokens=held_out.max_new_tokens,
             do_sample=False,
             num_beams=1,
+            num_return_sequences=1,
             eos_token_id=ends,
             pad_token_id=pad,
         )
@@ -336,7 +242,10 @@ class Evaluator:
             teacher: another model that is the teacher; None: the model itself with SwiftKV off.
         """
         self.model, self.processor, self.held_out, self.teacher = model, processor, held_out, teacher
-        self.places = held_out.rows()[rank::world_size]
+        rows = held_out.rows()
+        self.places = rows[rank::world_size]
+        self.largest_share = -(-len(rows) // world_size)
+        """Of any worker: as many parts as these are `results` measured in, on every worker."""
         self.left_out: Counter[str] = Counter()
         """Samples that could not be used when they were last read, by reason."""
         self._of_teacher: dict[str, tuple[list[int], str]] = {}  # kept: it does not change as the student does
@@ -355,12 +264,12 @@ class Evaluator:
 
         Args:
             sides: of "teacher", "student_before" and "student", or "sft_model" for a plain model.
-            on_progress: told how many of how many samples are done.
+            on_progress: told how many of how many samples are done, as often on every worker; what it raises ends it.
         """
         self.left_out = Counter()
         results: list[Result] = []
         size = SAMPLES_HELD * self.held_out.batch_size
-        for start in range(0, len(self.places), size):
+        for start in range(0, self.largest_share, size):
             questions = self._read(self.places[start : start + size])
             references = [as_text(self.processor, question.answer_ids) for question in questions]
             measured = {side: self._measure(side, questions, references) for side in sides}
@@ -390,8 +299,9 @@ class Evaluator:
             agreed = [None] * len(questions)
         elif side == "teacher":
             answers, texts = self._teacher_answers(questions)
-            pairs = distributions(self.model, questions, self.held_out, self.teacher)
-            pairs = [{**p, "kl": np.zeros_like(p["kl"]), "agrees": np.ones_like(p["agrees"])} for p in pairs]
+            pairs = distributions(self.teacher or self.model, questions, self.held_out, alone=True)
+            of_itself = [np.zeros_like(pair["teacher_ce"]) for pair in pairs]
+            pairs = [{**pair, "kl": zero, "agrees": zero == 0} for pair, zero in zip(pairs, of_itself, strict=True)]
             agreed = [len(ids) for ids in answers]
         else:
             wanted, _ = self._teacher_answers(questions)

@@ -6,7 +6,8 @@ missing or not a finite number shows as a dash. Texts are as the files have them
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,25 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
+@contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+    """ValueError where what is made of a run's files shows that they hold something else than a run writes."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: evaluation.json or summary.json holds something else than a run writes ({error!r}); "
+            f"`python -m vlskv_ray.evaluate` writes the first anew, the training command both"
+        ) from error
+
+
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    if not path.exists():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); remove it to go without it") from error
 
 
 def _mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
@@ -76,8 +94,9 @@ def _mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, 
 def _parsed(path: Path, text: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     try:
         value = parse(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); remove the file to go without it") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({problem}); remove the file to go without it") from error
     if not isinstance(value, dict):
         problem = f"wanted a mapping of names to values, got {text[:40]!r}"
         raise ValueError(f"{path}: {problem}; remove the file to go without it")
@@ -173,6 +192,12 @@ def kind_rows(evaluation: dict[str, Any]) -> Rows:
     ]
 
 
+def kept(evaluation: dict[str, Any], measure: str) -> str:
+    """The student's accuracy, of all questions or of those of a modality, over the teacher's."""
+    mine, its = (at(evaluation, side, measure) for side in ("student", "teacher"))
+    return percent(mine / its) if is_number(mine) and is_number(its) and its else DASH
+
+
 def held_out(run: RunFiles) -> str:
     """What was measured on, or why no answers were: one sentence."""
     evaluation = run.evaluation
@@ -235,9 +260,8 @@ def headline(run: RunFiles) -> Rows:
             ("cross-entropy", decimal(at(evaluation, "sft_model", "cross_entropy"))),
         ]
     else:
-        mine, its = (at(evaluation, side, "accuracy") for side in ("student", "teacher"))
         rows = [
-            ("accuracy kept", percent(mine / its) if is_number(mine) and is_number(its) and its else DASH),
+            ("accuracy kept", kept(evaluation, "accuracy")),
             ("mean KL", decimal(at(evaluation, "student", "kl_mean"))),
             ("top-1 agreement", percent(at(evaluation, "student", "top1_agreement"))),
             ("prefill operations saved", percent(1 - saved) if is_number(saved) else DASH),

@@ -2,11 +2,9 @@
 
 import argparse
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from PIL import Image
 from transformers import TextStreamer
 from transformers.generation import BaseStreamer
 
+from vlskv_ray.command import DONE, exit_status, told_of, up_to
 from vlskv_ray.data.chat import num_image_features
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import ImageFile, Rejected
@@ -30,8 +29,6 @@ from vlskv_ray.model.build import (
     one_line,
 )
 from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
-
-DONE, WRONG_INPUT = 0, 2
 
 
 @dataclass(frozen=True)
@@ -50,30 +47,28 @@ class Answer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = parse(arguments)
-    try:
-        try:
-            if options.threads:
-                torch.set_num_threads(options.threads)
-            images = [open_image(path) for path in options.image]
-            model, processor = load(options.model, teacher=options.teacher)
-            inputs, room = read_question(model.config, processor, options.prompt, images)
-        except ValueError as error:  # each names the option, what was wanted and the remedy
-            print(error, file=sys.stderr)
-            return WRONG_INPUT
-        max_new_tokens = min(options.max_new_tokens, room)
-        if options.compare:
-            print(comparison(*compare(model, processor, inputs, max_new_tokens=max_new_tokens)))
-            print(prompt_tokens(model.config, inputs))
-            return DONE
-        stream = sys.stdout.isatty()
-        answered = answer(model, processor, inputs, max_new_tokens=max_new_tokens, stream=stream)
-        if not stream:
-            print(answered.text)
-        rate = "" if answered.tokens_per_second is None else f"{answered.tokens_per_second:.1f} tokens/s after it, "
-        print(f"first token after {answered.first_token_seconds:.3f} s, {rate}{prompt_tokens(model.config, inputs)}")
+    return exit_status(lambda: generate(options))
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Answers the question and says how fast. ValueError for what the user can mend."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    images = [open_image(path) for path in options.image]
+    model, processor = load(options.model, teacher=options.teacher)
+    inputs, room = read_question(model.config, processor, options.prompt, images)
+    max_new_tokens = min(options.max_new_tokens, room)
+    if options.compare:
+        print(comparison(*compare(model, processor, inputs, max_new_tokens=max_new_tokens)))
+        print(prompt_tokens(model.config, inputs))
         return DONE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    stream = sys.stdout.isatty()
+    answered = answer(model, processor, inputs, max_new_tokens=max_new_tokens, stream=stream)
+    if not stream:
+        print(answered.text)
+    rate = "" if answered.tokens_per_second is None else f"{answered.tokens_per_second:.1f} tokens/s after it, "
+    print(f"first token after {answered.first_token_seconds:.3f} s, {rate}{prompt_tokens(model.config, inputs)}")
+    return DONE
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -104,27 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def up_to(largest: int) -> Callable[[str], int]:
-    """Reads a number from 1 to `largest`, for argparse."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= largest:
-            raise argparse.ArgumentTypeError(f"wanted a number from 1 to {largest}, got {text!r}")
-        return int(text)
-
-    return number
-
-
 # ------------------------------------------------------------------------------------------------------ what is asked
-@contextmanager
-def told_of(option: str) -> Iterator[None]:
-    """What is wrong with a model names the option it was given by, not the key of a run's config."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{option}: {str(error).removeprefix('model.name_or_path: ')}") from error
-
-
 def load(name_or_path: str, *, teacher: bool = False) -> tuple[Any, Any]:
     """A checkpoint's model and processor; SwiftKV on, or off for the teacher.
 
@@ -250,7 +225,8 @@ def answer(
     printer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     arrivals = Arrivals(printer)
     began = time.perf_counter()
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=arrivals)
+    greedily = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=arrivals, **greedily)
     _, first, *others = arrivals.times  # `generate` puts the prompt, then each token
     return Answer(
         text=processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),

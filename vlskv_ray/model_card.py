@@ -13,6 +13,7 @@ from vlskv_ray.figures import (
     SAVINGS_COLUMNS,
     Rows,
     RunFiles,
+    as_written,
     at,
     columns,
     environment_rows,
@@ -33,7 +34,9 @@ def write_model_card(folder: Path) -> Path:
     """Writes `final/README.md` of a run folder and returns its path; ValueError where a file there cannot be read."""
     run = read_run(folder)
     path = run.folder / "final" / "README.md"
-    write_text(path, card(run).encode("utf-8", "replace").decode())  # a lone surrogate, which JSON can hold, as "?"
+    with as_written(folder):
+        text = card(run)
+    write_text(path, text.encode("utf-8", "replace").decode())  # a lone surrogate, which JSON can hold, as "?"
     return path
 
 

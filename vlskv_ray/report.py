@@ -9,6 +9,7 @@ from typing import Any
 
 from vlskv_ray.checkpoint import write_json
 from vlskv_ray.cluster import duration
+from vlskv_ray.command import shown
 from vlskv_ray.figures import (
     SAVINGS_COLUMNS,
     Rows,
@@ -32,12 +33,6 @@ AVERAGED = {
     "token_accuracy": "likeliest token is right",
 }
 PACKAGES = ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow", "matplotlib")
-
-
-def shown(path: Path) -> Path:
-    """A path as a person here would write it."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
@@ -106,6 +101,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> list[str]:
     if evaluation.get("questions"):
         lines.append(f"{evaluation['questions']} questions of {evaluation['samples']} held-out samples")
         table(columns(evaluation), [*result_rows(evaluation), *kind_rows(evaluation)])
+    if left_out := evaluation.get("left_out"):
+        lines.append(f"held-out samples left out: {', '.join(f'{n} x {reason}' for reason, n in left_out.items())}")
     if "savings" in evaluation:
         lines += [""] if lines else []
         table(list(SAVINGS_COLUMNS), savings_rows(evaluation))

@@ -23,6 +23,7 @@ from vlskv_ray.figures import (
     SAVINGS_COLUMNS,
     SIDES,
     RunFiles,
+    as_written,
     at,
     columns,
     environment_rows,
@@ -51,7 +52,9 @@ def write_report(folder: Path) -> Path:
     """Writes `report.html` of a run folder and returns its path; ValueError where a file there cannot be read."""
     run = read_run(folder)
     path = run.folder / "report.html"
-    write_text(path, page(run).encode("utf-8", "replace").decode())  # a lone surrogate, which JSON can hold, as "?"
+    with as_written(folder):
+        text = page(run)
+    write_text(path, text.encode("utf-8", "replace").decode())  # a lone surrogate, which JSON can hold, as "?"
     return path
 
 

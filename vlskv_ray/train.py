@@ -24,14 +24,15 @@ from pydantic import ValidationError
 import vlskv_ray
 from vlskv_ray.checkpoint import SavedState, has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
 from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, reserve
+from vlskv_ray.command import DONE, FAILED, exit_status, shown, up_to
 from vlskv_ray.config import Config, changed_keys, dump_config, load_config_and_notices
 from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
+from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
-from vlskv_ray.evaluation import HeldOut
 from vlskv_ray.model.build import (
     find_model,
     fingerprint_of,
@@ -41,12 +42,11 @@ from vlskv_ray.model.build import (
     swiftkv_config,
 )
 from vlskv_ray.model_card import write_model_card
-from vlskv_ray.report import closing, shown, write_summary
+from vlskv_ray.report import closing, write_summary
 from vlskv_ray.report_page import write_report
 from vlskv_ray.run_log import take_back
 from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
 
-DONE, FAILED, WRONG_INPUT = 0, 1, 2
 REMEDY = "use --resume never to start anew, or another output.name"
 
 
@@ -57,26 +57,25 @@ class RunFailed(RuntimeError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options, overrides = parse(arguments)
-    try:
-        config, notices = load_config_and_notices(options.config, overrides)
-        if options.print_config:
-            print(dump_config(config), end="")
-            return DONE
-        if config.output.level in ("debug", "info"):
-            print("\n".join(notices), end="\n" if notices else "")
-        if options.dry_run:
-            try:
-                dry_run(*prepare(config, num_samples=options.num_samples))
-            except StoppedRun as error:
-                print(f"error: {error}", file=sys.stderr)
-                return FAILED
-            return DONE
+    return exit_status(lambda: run_command(options, overrides))
+
+
+def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what the options say. ValueError for what the user can mend."""
+    config, notices = load_config_and_notices(options.config, overrides)
+    if options.print_config:
+        print(dump_config(config), end="")
+        return DONE
+    if config.output.level in ("debug", "info"):
+        print("\n".join(notices), end="\n" if notices else "")
+    if not options.dry_run:
         return train(config, num_samples=options.num_samples, resume=options.resume)
-    except ValueError as error:  # each of ours names the key or file, what was wanted and the remedy
-        print(error, file=sys.stderr)
-        return WRONG_INPUT
-    except KeyboardInterrupt:  # before the run began; later it is asked to save first
-        return 128 + signal.SIGINT
+    try:
+        dry_run(*prepare(config, num_samples=options.num_samples))
+    except StoppedRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return DONE
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -89,7 +88,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument("--dry-run", action="store_true", help="check everything up to one step of one micro-batch")
-    parser.add_argument("--num-samples", type=positive, metavar="N", help="use the first N samples of the mixture")
+    parser.add_argument("--num-samples", type=up_to(10**9), metavar="N", help="use the first N samples of the mixture")
     parser.add_argument(
         "--resume",
         choices=("auto", "never", "must"),
@@ -99,13 +98,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
     return parser.parse_known_args(arguments)
-
-
-def positive(text: str) -> int:
-    """A number of samples, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a positive number, got {text!r}")
-    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------- before the workers
@@ -437,7 +429,7 @@ def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[di
             os._exit(128 + signum)
         run.stop_file.touch()
         if progress.latest or not apart:
-            print("\nstopping: saving at the end of this step (once more to end at once)", flush=True)
+            print("\nstopping, with all that is done saved (once more to end at once)", flush=True)
 
     run.checkpoints.mkdir(exist_ok=True)
     run.stop_file.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share, write_json
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch
+from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.distill import LossSums, Objective
-from vlskv_ray.evaluation import SIDES, Evaluator, HeldOut, evaluation_of, figures_of
+from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of, figures_of
 from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor, trainable_parameters
 from vlskv_ray.run_log import RunLog
 from vlskv_ray.savings import layers_of, measure_savings
@@ -64,6 +66,10 @@ class Worker:
     world_size: int = 1
 
 
+class AskedToStop(Exception):  # noqa: N818 - nothing went wrong
+    """Raised on every worker alike, while answers are measured: training is done and saved, and measured next time."""
+
+
 class StoppedRun(RuntimeError):
     """Raised on every worker alike: this run cannot go on, and starting it again would end the same way."""
 
@@ -102,6 +108,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     if run.held_out:
         processor = load_processor(find_model(config.model.name_or_path, config.model.revision))
         evaluator = Evaluator(model, processor, run.held_out, rank=worker.rank, world_size=worker.world_size)
+    patient = patient_group()
     stopped, failure = False, None
 
     while step < run.total_steps and not stopped:
@@ -122,7 +129,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
             counts.add(micro_batches, result.sums, gather(micro_batches, result.sums, always=output.order))
             seconds = time.perf_counter() - began
             counts.seconds += seconds
-            measured = measured_on_the_way(run, step, model, evaluator)
+            measured = measured_on_the_way(run, step, model, evaluator, patient)
             if log:
                 metrics = metrics_of(run, step, result, optimizer, data_wait, seconds) | measured
                 due = step % output.log_every_steps == 0 or step == run.total_steps or bool(measured)
@@ -147,7 +154,10 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     model.to(getattr(torch, config.model.dtype))  # measured as it is exported
     if worker.rank == 0:
         export(run, model)
-    measure(run, worker, model, evaluator)
+    try:
+        measure(run, worker, model, evaluator, patient)
+    except AskedToStop:
+        return {"status": "stopped", "step": step}
     return {"status": "done", "step": step, **counts.to_json()}
 
 
@@ -314,13 +324,19 @@ def take(batches: Iterator[Batch], step: int, count: int) -> tuple[list[Batch], 
     return taken, time.perf_counter() - began
 
 
-def gather_objects(mine: Any) -> list[Any]:
+def gather_objects(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """What every worker has, by rank."""
     if not dist.is_initialized():
         return [mine]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=group)
     return everyone
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """All workers, who wait for each other for as long as answers take: longer than a step may. Of one that ends, the
+    others hear at once."""
+    return dist.new_group(timeout=timedelta(days=30)) if dist.is_initialized() else None
 
 
 def gather(micro_batches: Sequence[Batch], sums: LossSums, always: bool) -> list[tuple[int, list[str], list[Any]]]:
@@ -434,26 +450,37 @@ def export(run: Run, model: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- how good it is
-def measured_on_the_way(run: Run, step: int, model: Any, evaluator: Evaluator | None) -> dict[str, float]:
+def measured_on_the_way(
+    run: Run, step: int, model: Any, evaluator: Evaluator | None, patient: dist.ProcessGroup | None
+) -> dict[str, float]:
     """What metrics.jsonl gets of a measurement of the model as it is, where one is due. All workers take part."""
     every = run.config.evaluation.every_steps
     if evaluator is None or every is None or step % every or step == run.total_steps:
         return {}
     side = "sft_model" if run.config.objective == "sft" else "student"
     with autocast(model):
-        results = [result for mine in gather_objects(evaluator.results(side)) for result in mine]
+        shares = gather_objects(evaluator.results(side), patient)
+        results = [result for mine in shares for result in mine]
     figures = figures_of(results, side)
     names = ("accuracy", "accuracy_vision", "accuracy_text", "kl_mean", "top1_agreement")
     return {f"eval_{name}": figures[name] for name in names if figures[name] is not None}
 
 
-def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None) -> None:
+def measure(
+    run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, patient: dist.ProcessGroup | None
+) -> None:
     """Writes evaluation.json: what the model answers to held-out questions, and what a student saves."""
     is_sft = run.config.objective == "sft"
     sides = ("sft_model",) if is_sft else SIDES
     evaluation: dict[str, Any] = {}
     if evaluator:
-        everyone = gather_objects((evaluator.results(*sides), evaluator.left_out))
+
+        def stop_if_asked(done: int, of: int) -> None:
+            if any(gather_objects(worker.rank == 0 and run.stop_file.exists(), patient)):
+                raise AskedToStop
+
+        results = evaluator.results(*sides, on_progress=stop_if_asked)
+        everyone = gather_objects((results, evaluator.left_out), patient)
         if worker.rank == 0:
             evaluation = evaluation_of(everyone, sides, evaluator.held_out)
     if worker.rank == 0:

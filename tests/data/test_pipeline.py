@@ -1,6 +1,7 @@
 """From plan rows to micro-batches: rows that cannot be used are listed, their neighbours are unharmed."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from conftest import batch_of, picture
 from vlskv_ray.config import SourceConfig
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import IGNORE_INDEX, TENSORS, Batch, Encoded, from_row, to_row
-from vlskv_ray.data.pipeline import Loader, local_batches
+from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table
 from vlskv_ray.data.sources import open_sources
 
@@ -94,3 +95,24 @@ def test_a_micro_batch_does_not_depend_on_its_neighbours(teacher_folder: Callabl
     rows = list(loader.plan.rows(0, loader.plan.steps_per_epoch))
     forward, backward = [loader(row) for row in rows], [loader(row) for row in reversed(rows)][::-1]
     assert all(same(a, b) for a, b in zip(forward, backward, strict=True))
+
+
+@pytest.mark.ray
+def test_data_want_no_cpu_but_their_own(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Where training holds all other CPUs, every micro-batch still comes, in the order of the plan."""
+    import ray
+
+    loader = loader_of(rows_of(tmp_path), teacher_folder())
+    wanted = list(local_batches(loader, 0, 12))
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    come: list[Batch] = []
+    try:
+        data = ray_dataset(loader, 0, 12, cpus_per_task=1.0, num_tasks=1)
+        data.context.execution_options.preserve_order = True  # as `vlskv_ray.train` has it
+        [shard] = data.streaming_split(1)
+        thread = threading.Thread(target=lambda: come.extend(ray_batches(shard)), daemon=True)
+        thread.start()
+        thread.join(120)  # seconds: what waits for a CPU waits forever
+    finally:
+        ray.shutdown()
+    assert len(come) == len(wanted) and all(same(a, b) for a, b in zip(come, wanted, strict=True))

@@ -391,7 +391,13 @@ def is_section(annotation: Any) -> bool:
 
 
 def source_from_text(text: str) -> dict[str, str]:
-    is_path = text.endswith((".jsonl", ".json", ".parquet")) or "*" in text or os.path.exists(os.path.expanduser(text))
+    is_path = (
+        text.endswith((".jsonl", ".json", ".parquet"))
+        or text.startswith((".", "/", "~"))
+        or "*" in text
+        or text.count("/") > 1
+        or os.path.exists(os.path.expanduser(text))
+    )
     return {"path": text} if is_path and text != "shapes" else {"name": text}
 
 

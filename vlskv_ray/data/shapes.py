@@ -42,9 +42,9 @@ PATTERN = (
     *(("scan", 1), ("one picture", 4), ("two pictures", 2), ("text", 4), ("one picture", 2)),
 )
 """What rows are, in turn, and how many questions each asks: so a plan knows them without drawing them."""
-LESSONS = (("scan", 1), ("look up", 5), ("look up", 5), ("look up", 5))
-"""Likewise, of the split `lessons`: pictures of `train`, and only what teaches a new model to see and to look up."""
-NUM_IMAGES = {"scan": 1, "look up": 1, "one picture": 1, "two pictures": 2, "text": 0}
+LESSONS = (("scan", 1), ("tell", 1), ("look up", 5), ("tell", 1), ("look up", 5))
+"""Likewise, of the split `lessons`: layouts of `train`, and only what teaches a new model to see and to look up."""
+NUM_IMAGES = {"scan": 1, "tell": 1, "look up": 1, "one picture": 1, "two pictures": 2, "text": 0}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Thing:
         """Column and row."""
         return self.place % 2, self.place // 2
 
+
+NAMES: tuple[Callable[[Thing], str], ...] = (str, lambda thing: thing.shape, lambda thing: f"{thing.colour} shape")
+"""What a thing may be called: by both, by its shape or by its colour. To find it by one of them is learnt first."""
 
 T = TypeVar("T")
 Scene = tuple[Thing, ...]
@@ -87,11 +90,12 @@ class ShapesSource:
         if split not in SPLITS:
             raise ValueError(f"data.sources: shapes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
-        self.num_rows, self.fingerprint = num_samples, "shapes-3"  # the version of what is drawn
+        self.num_rows, self.fingerprint = num_samples, "shapes-4"  # the version of what is drawn
         self.pattern = LESSONS if split == "lessons" else PATTERN
         of_row = np.arange(num_samples) % len(self.pattern)
         self.num_images = np.array([NUM_IMAGES[what] for what, _ in self.pattern], dtype=np.int32)[of_row]
-        self.text_bytes = np.array([200 if what == "scan" else 60 * turns for what, turns in self.pattern])[of_row]
+        text_bytes = np.array([200 if what in ("scan", "tell") else 60 * turns for what, turns in self.pattern])
+        self.text_bytes = text_bytes[of_row]
 
     def read(self, row: int) -> Sample:
         """Sample `row`, drawn afresh."""
@@ -118,7 +122,7 @@ def split_of(what: str) -> str:
 # --------------------------------------------------------------------------------------------------------- what is seen
 def look_up(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
     """A picture and `count` questions that one look at one thing answers."""
-    return one_picture(rng, split, count, (colour, shape, where, what_is_at))
+    return one_picture(rng, split, count, (colour, shape, where, where, what_is_at))  # where is the hardest to learn
 
 
 def one_picture(
@@ -145,6 +149,16 @@ def scan(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], 
     there = {thing.place: f"{thing}" for thing in scene}
     told = ", ".join(there.get(place, "nothing") for place in range(len(PLACES)))
     return [Turn("scan", "What is at each place?", told)] * count, [scene]
+
+
+def tell(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
+    """A picture to be told in an order that nobody can guess. A colour, shape or place just said is all that tells
+    what comes next: the shortest way to learn to find a thing by one of them."""
+    scene = draw_scene(rng, split)
+    order = rng.permutation(3)
+    things = [scene[i] for i in rng.permutation(len(scene))]
+    told = ", ".join(" ".join((t.colour, t.shape, PLACES[t.place])[i] for i in order) for t in things)
+    return [Turn("tell", "What has the picture?", told)] * count, [scene]
 
 
 def two_pictures(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
@@ -179,11 +193,12 @@ def shape(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 
 def where(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    thing = only(rng, scene, str)
+    name = choice(rng, NAMES)
+    thing = only(rng, scene, name)
     if thing is None:
         return None
-    place = PLACES[thing.place]
-    return either_form(rng, "where", f"Where is the {thing}?", place, f"The {thing} is at the {place}.")
+    what, place = name(thing), PLACES[thing.place]
+    return either_form(rng, "where", f"Where is the {what}?", place, f"The {what} is at the {place}.")
 
 
 def where_is_it(scene: Scene, before: Turn) -> Turn | None:
@@ -332,6 +347,7 @@ ABOUT_TEXT: tuple[Callable[[np.random.Generator], Turn], ...] = (add, reverse, s
 
 SAMPLERS: dict[str, Callable[[np.random.Generator, str, int], tuple[list[Turn], list[Scene]]]] = {
     "scan": scan,
+    "tell": tell,
     "look up": look_up,
     "one picture": one_picture,
     "two pictures": two_pictures,

@@ -68,7 +68,10 @@ def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
     folder = presets.SHIPPED.get(name_or_path) or Path(name_or_path)
     if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
-            raise ValueError(f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint")
+            meant = f"; did you mean {folder}/final?" if (folder / "final" / "config.json").is_file() else ""
+            raise ValueError(
+                f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint{meant}"
+            )
         return ModelFiles(name_or_path, preset=False, folder=folder, revision=None)
     names = ", ".join([*presets.PRESETS, *presets.SHIPPED])
     wanted = f"a preset ({names}), a folder, or a hub id such as llava-hf/llava-v1.6-mistral-7b-hf"
@@ -124,7 +127,7 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
     try:
         declared = json.loads((files.folder / "config.json").read_text())
         model_type = declared["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: config.json cannot be read, or names no model_type ({error})") from error
     if model_type not in WRAPPERS:
         raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(WRAPPERS)}")
@@ -133,7 +136,9 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         raise ValueError(f"{where}: config.json is not a config of this model type: {one_line(error)}") from error
     pinpoints = config.image_grid_pinpoints
-    if not pinpoints or not all(isinstance(point, list | tuple) and len(point) == 2 for point in pinpoints):
+    if not pinpoints or not all(
+        isinstance(point, list | tuple) and [type(side) for side in point] == [int, int] for point in pinpoints
+    ):
         raise ValueError(f"{where}: image_grid_pinpoints of config.json are {pinpoints}; wanted [height, width] pairs")
     backbone = config.text_config.model_type.removesuffix("_swiftkv")
     if backbone not in BACKBONES:

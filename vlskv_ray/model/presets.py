@@ -171,13 +171,14 @@ def shapes_llava_next() -> LlavaNextConfig:
             "hidden_size": 96,
             "intermediate_size": 256,
             "num_hidden_layers": 8,
-            # few wide heads that turn slowly: what a question names is found by content, at whatever distance
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
+            # wide heads that turn slowly: what a question names is found by content, at whatever distance
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 48,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
             "vocab_size": 528,
             "max_position_embeddings": 2048,
-            "initializer_range": 0.05,  # a narrow model that starts near 0 takes long to start learning
+            "initializer_range": 0.1,  # 1 / sqrt(hidden_size): nearer to 0 a narrow model takes long to start learning
         },
     )
 

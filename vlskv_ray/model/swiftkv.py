@@ -146,8 +146,11 @@ class SwiftKVPass:
         assert self.source is not None and self.keep is not None
         if mask is None:  # only ever with an empty cache, or with a single query, which sees everything
             length, device = self.source.shape[1], self.source.device
-            if length == 1 and isinstance(self.keep, int):
-                return None
+            if isinstance(self.keep, int):
+                if self.keep == 1:
+                    return None  # the last token sees everything
+                rows = torch.ones(self.keep, num_keys, dtype=torch.bool, device=device)
+                return rows.tril(num_keys - self.keep)[None, None]
             mask = torch.ones(length, num_keys, dtype=torch.bool, device=device).tril()[None, None]
         if isinstance(self.keep, int):
             return mask[:, :, -self.keep :]

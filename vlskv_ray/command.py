@@ -1,0 +1,50 @@
+"""What the commands share: exit statuses, errors on one line, options that are numbers."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Runs a command's work, which returns a status; an error that the user can do something about is one line."""
+    try:
+        return command()
+    except ValueError as error:  # each of ours names the option, key or file, what was wanted and the remedy
+        print(error, file=sys.stderr)
+        return WRONG_INPUT
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def up_to(largest: int) -> Callable[[str], int]:
+    """Reads a number from 1 to `largest`, for argparse."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= largest:
+            raise argparse.ArgumentTypeError(f"wanted a number from 1 to {largest}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+@contextmanager
+def told_of(option: str, key: str = "model.name_or_path") -> Iterator[None]:
+    """What is wrong with a model or data names the option they were given by, not the key of a run's config."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {str(error).removeprefix(f'{key}: ')}") from error
+
+
+def shown(path: Path) -> Path:
+    """A path as a person here would write it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

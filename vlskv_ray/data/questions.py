@@ -1,0 +1,106 @@
+"""Held-out samples as questions: each turn of the assistant is one, and what comes before it is the prompt."""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.collate import IGNORE_INDEX, Encoded
+from vlskv_ray.data.plan import Table, first_of_mixture
+from vlskv_ray.data.sample import Rejected, Sample
+from vlskv_ray.data.sources import Source
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The first samples of a mixture, and how they are prepared and answered. Small: it travels to the workers."""
+
+    sources: tuple[Source, ...]
+    num_samples: int | None
+    limits: Limits
+    batch_size: int = 32
+    max_new_tokens: int = 64
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Source and row of each sample."""
+        tables = [Table(source.num_images, source.text_bytes, source.weight) for source in self.sources]
+        count = sum(map(len, tables)) if self.num_samples is None else self.num_samples
+        return [(k, row) for k, table in enumerate(first_of_mixture(tables, count)) for row in range(len(table))]
+
+
+@dataclass(frozen=True)
+class Question:
+    """An assistant's turn to be answered: what comes before it in the conversation is the prompt."""
+
+    id: str
+    place: tuple[int, int]
+    """Source and row of its sample."""
+    kind: str
+    """As the data have it; empty where they do not say."""
+    text: str
+    """What the user asked."""
+    sample: Encoded
+    """The whole conversation."""
+    start: int
+    stop: int
+    """The answer among the sample's tokens, the token that ends it included."""
+    num_images: int
+    """How many of the sample's images come before the answer."""
+
+    @property
+    def answer_ids(self) -> list[int]:
+        ids: list[int] = self.sample.input_ids[self.start : self.stop].tolist()
+        return ids
+
+
+def read_questions(
+    held_out: HeldOut, places: Sequence[tuple[int, int]], processor: Any, config: Any
+) -> tuple[list[Question], Counter[str]]:
+    """The questions of these samples, and how many samples cannot be used, by reason."""
+    questions: list[Question] = []
+    left_out: Counter[str] = Counter()
+    num_features = functools.partial(num_image_features, config)
+    for k, row in places:
+        try:
+            sample = held_out.sources[k].read(row)
+            encoded = encode(sample, processor, num_features, held_out.limits)
+        except Rejected as reason:
+            left_out[reason.code] += 1
+            continue
+        questions += questions_of(sample, encoded, (k, row), num_features, processor.image_token_id)
+    return questions, left_out
+
+
+def questions_of(
+    sample: Sample, encoded: Encoded, place: tuple[int, int], num_features: Any, image_token_id: int
+) -> list[Question]:
+    """One for each assistant turn; turns show in the labels as runs of tokens that count."""
+    counts = np.pad(encoded.labels != IGNORE_INDEX, 1)
+    edges = np.flatnonzero(counts[1:] != counts[:-1])
+    texts = [
+        _text(before) for before, turn in zip(sample.messages, sample.messages[1:], strict=False) if _answers(turn)
+    ]
+    spans = edges.reshape(-1, 2).tolist()
+    if len(spans) != len(texts):  # turns side by side, or one without a token: then what was asked cannot be told
+        texts = [""] * len(spans)
+    kinds = sample.kinds if len(sample.kinds) == len(spans) else ("",) * len(spans)
+    through = np.cumsum([num_features(size) for size in encoded.image_sizes])  # image tokens up to each image's end
+    questions = []
+    for i, ((start, stop), text, kind) in enumerate(zip(spans, texts, kinds, strict=True)):
+        image_tokens = int((encoded.input_ids[:start] == image_token_id).sum())
+        name = sample.uid if len(spans) == 1 else f"{sample.uid}#{i + 1}"
+        num_images = int((through <= image_tokens).sum())
+        questions.append(Question(name, place, kind, text, encoded, start, stop, num_images))
+    return questions
+
+
+def _answers(message: dict[str, Any]) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _text(message: dict[str, Any]) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")

@@ -34,6 +34,7 @@ from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.dry_run import dry_run
 from vlskv_ray.model.build import (
+    check_growth,
     find_model,
     fingerprint_of,
     load_config,
@@ -116,6 +117,7 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     model, text_config = config.model.model_copy(update={"revision": files.revision}), load_config(files).text_config
     if config.objective == "sft":
         refuse_student(files, load_config(files))
+        check_growth(files, text_config.num_hidden_layers, model.num_hidden_layers)
     else:
         layers = (model.num_key_value_layers, model.key_value_group_size)
         text_config = swiftkv_config(load_config(files), *layers).text_config

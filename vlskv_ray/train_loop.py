@@ -261,7 +261,9 @@ def model_of(run: Run) -> Any:
     options = run.config.model
     files = find_model(options.name_or_path, options.revision)  # here: each machine has its own copy of a hub model
     if run.config.objective == "sft":
-        return build_whole(files, attn_implementation=options.attn_implementation, seed=run.config.seed)
+        return build_whole(
+            files, options.num_hidden_layers, attn_implementation=options.attn_implementation, seed=run.config.seed
+        )
     return build_student(
         files,
         options.num_key_value_layers,

@@ -81,7 +81,8 @@ def expected(kind: str, question: str, scenes: list[shapes.Scene], before: str) 
         return f"a {at[2 * row + column]}" if inside and 2 * row + column in at else "nothing"
     if kind == "as many":
         ((one, other),) = re.findall(r"as many (.*) as (.*)\?", question)
-        return "yes" if len(members(one)) == len(members(other)) else "no"
+        first, second = len(members(one)), len(members(other))
+        return f"{first} and {second}, {'yes' if first == second else 'no'}"
     if kind == "two pictures" and "more" in words:
         first, second = map(len, scenes)
         return "the first" if first > second else "the second" if second > first else "both"

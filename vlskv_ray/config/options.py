@@ -70,6 +70,10 @@ class ModelConfig(_Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub id. None: the hub's default branch."""
 
+    num_hidden_layers: PositiveInt | None = None
+    """With objective=sft: text layers. A preset is drawn with so many; a checkpoint that has fewer is given further ones
+    on top, which change nothing until they have learnt to. None: as many as there are."""
+
     num_key_value_layers: PositiveInt | None = None
     """N: layers that keep their own keys and values; those above share one trunk. None: what the checkpoint says, else
     half of the text layers, the split that SwiftKV (arXiv 2410.03960) recommends."""
@@ -364,6 +368,8 @@ class Config(_Section):
             problems["model.revision"] = f"the folder {self.model.name_or_path} has no revisions; remove it"
         if self.objective == "sft":
             problems |= self._of_distillation_alone()
+        elif self.model.num_hidden_layers is not None:
+            problems["model.num_hidden_layers"] = "only objective=sft can add layers; remove it"
         _raise_contradictions(problems)
         return self
 

@@ -90,7 +90,7 @@ class ShapesSource:
         if split not in SPLITS:
             raise ValueError(f"data.sources: shapes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
-        self.num_rows, self.fingerprint = num_samples, "shapes-4"  # the version of what is drawn
+        self.num_rows, self.fingerprint = num_samples, "shapes-5"  # the version of what is drawn
         self.pattern = LESSONS if split == "lessons" else PATTERN
         of_row = np.arange(num_samples) % len(self.pattern)
         self.num_images = np.array([NUM_IMAGES[what] for what, _ in self.pattern], dtype=np.int32)[of_row]
@@ -257,7 +257,8 @@ def as_many(rng: np.random.Generator, scene: Scene) -> Turn | None:
     (one, first), (other, second) = some_group(rng, scene), some_group(rng, scene)
     if one == other or not (first or second) or (first != second and rng.random() < 0.4):
         return None
-    return Turn("as many", f"Are there as many {one} as {other}?", "yes" if first == second else "no")
+    answer = f"{first} and {second}, {'yes' if first == second else 'no'}"  # both must be counted, and said
+    return Turn("as many", f"Are there as many {one} as {other}?", answer)
 
 
 def what_is_there(rng: np.random.Generator, scene: Scene) -> Turn:

@@ -223,7 +223,8 @@ def build_student(
         swiftkv_backbone(model).start_from_teacher()
         model.to(dtype)
     else:
-        model = _load_weights(files, student_config, is_teacher, attn_implementation, dtype)
+        may_lack = ["_swiftkv"] if is_teacher else []
+        model = _load_weights(files, student_config, attn_implementation, dtype, may_lack)
     swiftkv_backbone(model).config.swiftkv = True
     model.eval()  # no dropout anywhere: teacher and student share what is frozen
     for name, parameter in model.named_parameters():
@@ -233,21 +234,57 @@ def build_student(
     return model
 
 
-def build_whole(files: ModelFiles, *, attn_implementation: str = "sdpa", seed: int = 0) -> Any:
-    """A stock vision-language model, all of whose weights train, in float32; those of a preset are drawn from `seed`.
+def build_whole(
+    files: ModelFiles, num_hidden_layers: int | None = None, *, attn_implementation: str = "sdpa", seed: int = 0
+) -> Any:
+    """A stock vision-language model, all of whose weights train, in float32; new ones are drawn from `seed`.
+
+    Args:
+        files: of a plain model.
+        num_hidden_layers: text layers; None for as many as it has. A preset is drawn with so many; a checkpoint of
+            fewer gets the others on top, whose output projections are 0, so that they change nothing at first.
 
     Raises:
-        ValueError: the checkpoint has SwiftKV weights, or does not hold what its config says.
+        ValueError: the checkpoint has SwiftKV weights, more layers, or does not hold what its config says.
     """
     config = load_config(files)
     refuse_student(files, config)
+    old = config.text_config.num_hidden_layers
+    config = with_layers(config, num_hidden_layers or old)
     if files.preset:
         model = presets.build_teacher(config, seed)
         model.set_attn_implementation(attn_implementation)
     else:
-        model = _load_weights(files, config, False, attn_implementation, torch.float32)
+        check_growth(files, old, num_hidden_layers)
+        new = [f"layers.{i}." for i in range(old, config.text_config.num_hidden_layers)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _load_weights(files, config, attn_implementation, torch.float32, may_lack=new)
+        for layer in model.base_model.language_model.layers[old:]:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                for parameter in projection.parameters():
+                    nn.init.zeros_(parameter)
     model.eval()  # no dropout: what is learnt does not depend on where a run was interrupted
     return model.requires_grad_(True)
+
+
+def with_layers(config: PreTrainedConfig, num_hidden_layers: int) -> PreTrainedConfig:
+    """A copy of a model's config with so many text layers, any further ones of the last one's kind."""
+    config = copy.deepcopy(config)
+    text = config.text_config
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = [*kinds, *kinds[-1:] * (num_hidden_layers - len(kinds))][:num_hidden_layers]
+    text.num_hidden_layers = num_hidden_layers
+    return config
+
+
+def check_growth(files: ModelFiles, has: int, wanted: int | None) -> None:
+    """ValueError where a checkpoint would have to lose layers."""
+    if wanted is not None and wanted < has and not files.preset:
+        raise ValueError(
+            f"model.num_hidden_layers: {wanted}, but {files.name_or_path} has {has} text layers; a checkpoint can only "
+            f"be given more"
+        )
 
 
 def refuse_student(files: ModelFiles, config: PreTrainedConfig) -> None:
@@ -260,8 +297,9 @@ def refuse_student(files: ModelFiles, config: PreTrainedConfig) -> None:
 
 
 def _load_weights(
-    files: ModelFiles, config: PreTrainedConfig, is_teacher: bool, attn_implementation: str, dtype: torch.dtype
+    files: ModelFiles, config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype, may_lack: list[str]
 ) -> Any:
+    """`may_lack`: parts of names of weights that the checkpoint need not hold."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report lists the SwiftKV weights as missing: they are meant to be
     transformers_logging.disable_progress_bar()
@@ -279,7 +317,7 @@ def _load_weights(
         raise ValueError(f"{where}: weights cannot be loaded: {one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    missing = [key for key in report["missing_keys"] if not (is_teacher and "_swiftkv" in key)]
+    missing = [key for key in report["missing_keys"] if not any(part in key for part in may_lack)]
     problems = {
         "missing": missing,
         "of another shape": [str(key) for key in report["mismatched_keys"]],

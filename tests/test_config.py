@@ -365,6 +365,13 @@ def test_flash_attention_is_told_to_need_a_gpu() -> None:
     ]
 
 
+def test_only_a_teacher_in_the_making_grows() -> None:
+    assert problems(SMALL, "model.num_hidden_layers=8") == [
+        "command line: model.num_hidden_layers: only objective=sft can add layers; remove it"
+    ]
+    assert load(SMALL, "model.num_hidden_layers=8", "objective=sft").model.num_hidden_layers == 8
+
+
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     assert problems(SMALL, "model.name_or_path=./x", "model.revision=main") == [
         f"command line: model.revision: the folder {tmp_path}/x has no revisions; remove it"

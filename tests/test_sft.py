@@ -15,8 +15,11 @@ from transformers import AutoModelForImageTextToText
 
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded
 from vlskv_ray.model.build import build_whole, find_model
+from vlskv_ray.model.swiftkv import BACKBONES
 from vlskv_ray.sft import cross_entropy_loss
 from vlskv_ray.train_loop import Run, Worker, train_worker
+
+QUERIES_OF_NEW_LAYER = "model.language_model.layers.7.self_attn.q_proj.weight"
 
 
 @pytest.fixture
@@ -48,6 +51,44 @@ def test_the_loss_is_transformers_own(encoded: list[Encoded], teacher_folder: Ca
     assert sums.ce_vision + sums.ce_text == pytest.approx(sums.loss)
     alone = cross_entropy_loss(model, batch_of([sample for sample in encoded if not sample.pixel_values]))[1]
     assert alone.ce_text == pytest.approx(sums.ce_text, rel=1e-5) and alone.ce_vision == 0
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_layers_on_top_change_nothing_at_first(
+    backbone: str, encoded: list[Encoded], teacher_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Six layers become nine: the same logits, new weights by seed alone, and all of them learn within two steps."""
+    files = find_model(str(teacher_folder(backbone)))
+    old, model, again = build_whole(files), build_whole(files, 9, seed=5), build_whole(files, 9, seed=5)
+    batch = batch_of(encoded)
+    with torch.no_grad():
+        assert torch.equal(model(**batch.model_inputs()).logits, old(**batch.model_inputs()).logits)
+    held = model.state_dict()
+    assert all(torch.equal(held[name], weight) for name, weight in again.state_dict().items())
+    other = build_whole(files, 9, seed=6).state_dict()
+    assert not torch.equal(other[QUERIES_OF_NEW_LAYER], held[QUERIES_OF_NEW_LAYER])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss, _ = cross_entropy_loss(model, batch)
+        assert loss is not None
+        loss.backward()
+        optimizer.step()
+    new = [(name, p) for name, p in model.named_parameters() if any(f".layers.{i}." in name for i in (6, 7, 8))]
+    assert new and all(p.grad is not None and p.grad.abs().max() > 0 for _, p in new)
+    model.save_pretrained(tmp_path)
+    loaded = build_whole(find_model(str(tmp_path))).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_preset_is_drawn_with_so_many_layers() -> None:
+    files = find_model("small-llava-next")
+    assert [len(build_whole(files, count).model.language_model.layers) for count in (2, 4, 5)] == [2, 4, 5]
+
+
+def test_a_checkpoint_loses_no_layer(teacher_folder: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="model.num_hidden_layers: 5, but .* has 6 text layers; .* only be given more"):
+        build_whole(find_model(str(teacher_folder())), 5)
 
 
 def test_all_weights_train_and_the_result_is_a_stock_model(

@@ -82,7 +82,7 @@ def expected(kind: str, question: str, scenes: list[shapes.Scene], before: str) 
     if kind == "as many":
         ((one, other),) = re.findall(r"as many (.*) as (.*)\?", question)
         first, second = len(members(one)), len(members(other))
-        return f"{first} and {second}, {'yes' if first == second else 'no'}"
+        return f"{first} {one}, {second} {other}: {'yes' if first == second else 'no'}"
     if kind == "two pictures" and "more" in words:
         first, second = map(len, scenes)
         return "the first" if first > second else "the second" if second > first else "both"

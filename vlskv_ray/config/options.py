@@ -71,8 +71,8 @@ class ModelConfig(_Section):
     """Branch, tag or commit of a hub id. None: the hub's default branch."""
 
     num_hidden_layers: PositiveInt | None = None
-    """With objective=sft: text layers. A preset is drawn with so many; a checkpoint that has fewer is given further ones
-    on top, which change nothing until they have learnt to. None: as many as there are."""
+    """With objective=sft: text layers. A preset is drawn with so many; a checkpoint of fewer is given further ones on
+    top, which change nothing until they have learnt to. None: as many as there are."""
 
     num_key_value_layers: PositiveInt | None = None
     """N: layers that keep their own keys and values; those above share one trunk. None: what the checkpoint says, else

@@ -257,7 +257,7 @@ def as_many(rng: np.random.Generator, scene: Scene) -> Turn | None:
     (one, first), (other, second) = some_group(rng, scene), some_group(rng, scene)
     if one == other or not (first or second) or (first != second and rng.random() < 0.4):
         return None
-    answer = f"{first} and {second}, {'yes' if first == second else 'no'}"  # both must be counted, and said
+    answer = f"{first} {one}, {second} {other}: {'yes' if first == second else 'no'}"  # counted first, then told
     return Turn("as many", f"Are there as many {one} as {other}?", answer)
 
 

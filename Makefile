@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test figures clean
+.PHONY: train test teacher figures clean
 
 train: .venv/installed
 	$(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml
@@ -13,16 +13,24 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The figures in README.md and docs/: about 25 minutes on 2 cores; runs that are finished are not made again.
-# Those of the teacher need its run first, which takes longer: see configs/shapes-teacher.yaml.
+# The teacher that ships with the package, from random weights: see docs/teacher.md. Runs that are finished are not made
+# again, one that was stopped goes on.
+teacher: .venv/installed
+	for run in lessons questions teacher; do \
+		$(BIN)/python -m vlskv_ray.train --config configs/shapes-$$run.yaml || exit; done
+
+# The figures in README.md and docs/: about 25 minutes on 2 cores; runs that are finished are not made again. Those of
+# the teacher are left as they are unless `make teacher` has run.
 figures: .venv/installed
 	$(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml
 	$(BIN)/python -m vlskv_ray.compare runs/quickstart --result --into README.md --block quickstart
 	for n in 2 4 6; do for g in 1 2; do $(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml \
 		model.num_key_value_layers=$$n model.key_value_group_size=$$g output.name=depth-$$n-group-$$g || exit; done; done
 	$(BIN)/python -m vlskv_ray.compare runs/depth-*-group-* --into docs/depths.md
-	[ ! -f runs/shapes-teacher/summary.json ] || \
-		$(BIN)/python -m vlskv_ray.compare runs/shapes-teacher --result --into README.md --block teacher
+	[ ! -f runs/shapes-teacher/summary.json ] || { \
+		$(BIN)/python -m vlskv_ray.compare runs/shapes-teacher --result --into README.md --block teacher; \
+		for run in lessons questions teacher; do $(BIN)/python -m vlskv_ray.compare runs/shapes-$$run --result \
+			--into docs/teacher.md --block $$run || exit; done; }
 
 .venv/installed: pyproject.toml
 	@echo 'installing into .venv: about 2 GB, some minutes'

@@ -146,8 +146,11 @@ def _three_digits(value: float) -> str:
 
 
 def base_name(name_or_path: str) -> str:
-    """A hub id or preset as it is, a path without the folders that only one machine has."""
-    return Path(name_or_path).name or name_or_path if name_or_path.startswith("/") else name_or_path
+    """A hub id or preset as it is, a path without the folders that only one machine has; a run's model keeps its run."""
+    if not name_or_path.startswith("/"):
+        return name_or_path
+    path = Path(name_or_path)
+    return "/".join(path.parts[-2:]) if path.name == "final" else path.name or name_or_path
 
 
 # ------------------------------------------------------------------------------------------------------ the evaluation

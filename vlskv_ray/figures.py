@@ -146,7 +146,7 @@ def _three_digits(value: float) -> str:
 
 
 def base_name(name_or_path: str) -> str:
-    """A hub id or preset as it is, a path without the folders that only one machine has; a run's model keeps its run."""
+    """A hub id or preset as it is, a path without the folders that only one machine has; RUN/final keeps its run."""
     if not name_or_path.startswith("/"):
         return name_or_path
     path = Path(name_or_path)

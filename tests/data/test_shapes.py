@@ -10,7 +10,7 @@ import pytest
 from vlskv_ray.data import shapes
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import Sample
-from vlskv_ray.data.shapes import COLOURS, LESSONS, PATTERN, PLACES, SHAPES, ShapesSource, Thing
+from vlskv_ray.data.shapes import COLOURS, DRILLS, LESSONS, PATTERN, PLACES, SHAPES, ShapesSource, Thing
 from vlskv_ray.model.build import find_model, load_processor
 
 ROWS = 320
@@ -121,7 +121,7 @@ def test_every_answer_is_right(split: str, monkeypatch: pytest.MonkeyPatch) -> N
             else:
                 assert answer == short, (row, question, answer, short)
             before = f"{question} {answer}"
-    assert len(kinds) == (6 if split == "lessons" else 16) and min(kinds.values()) >= 8, kinds
+    assert len(kinds) == {"lessons": 6, "drills": 5}.get(split, 16) and min(kinds.values()) >= 8, kinds
 
 
 def test_the_splits_share_no_layout_and_no_text_question(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_the_splits_share_no_layout_and_no_text_question(monkeypatch: pytest.Mon
             sample, scenes = drawn(source, row, monkeypatch)
             seen[split] |= {tuple(map(str, scene)) + tuple(t.place for t in scene) for scene in scenes}
             seen[split] |= {question for kind, question, _ in turns(sample) if not scenes}
-    assert not (seen["train"] | seen["lessons"]) & seen["test"]
+    assert not (seen["train"] | seen["lessons"] | seen["drills"]) & seen["test"]
     assert min(map(len, seen.values())) > 500
 
 
@@ -142,7 +142,9 @@ def test_a_row_is_a_function_of_its_number() -> None:
     assert one.read(0) != ShapesSource("test", 64).read(0)
 
 
-@pytest.mark.parametrize(("split", "pattern"), [("train", PATTERN), ("test", PATTERN), ("lessons", LESSONS)])
+@pytest.mark.parametrize(
+    ("split", "pattern"), [("train", PATTERN), ("test", PATTERN), ("lessons", LESSONS), ("drills", DRILLS)]
+)
 def test_what_the_plan_is_told_is_so(split: str, pattern: tuple[tuple[str, int], ...]) -> None:
     source = ShapesSource(split, 48)
     for row in range(48):
@@ -179,5 +181,5 @@ def test_its_words_are_tokens() -> None:
 
 
 def test_a_split_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="shapes has no split 'validation'; wanted one of train, test, lessons"):
+    with pytest.raises(ValueError, match="no split 'validation'; wanted one of train, test, lessons, drills"):
         ShapesSource("validation")

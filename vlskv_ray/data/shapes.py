@@ -30,7 +30,7 @@ SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cr
 """Name and plural."""
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-SPLITS = ("train", "test", "lessons")
+SPLITS = ("train", "test", "lessons", "drills")
 FORMATS = ("PNG", "JPEG", "WEBP")
 IN_A_SENTENCE = "Answer in a sentence."
 HELD_OUT = 8
@@ -44,7 +44,10 @@ PATTERN = (
 """What rows are, in turn, and how many questions each asks: so a plan knows them without drawing them."""
 LESSONS = (("scan", 1), ("tell", 1), ("look up", 5), ("tell", 1), ("look up", 5))
 """Likewise, of the split `lessons`: layouts of `train`, and only what teaches a new model to see and to look up."""
-NUM_IMAGES = {"scan": 1, "tell": 1, "look up": 1, "one picture": 1, "two pictures": 2, "text": 0}
+DRILLS = (("drill", 5), ("tell", 1), ("drill", 5))
+"""Likewise, of the split `drills`: layouts of `train`, and only what is learnt last."""
+PATTERNS = {"lessons": LESSONS, "drills": DRILLS}
+NUM_IMAGES = {"scan": 1, "tell": 1, "look up": 1, "drill": 1, "one picture": 1, "two pictures": 2, "text": 0}
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Turn:
 
 class ShapesSource:
     """Row i of a split is a pure function of the split and i. Of 16 rows two have two pictures and three none; those
-    of `lessons` have one each."""
+    of `lessons` and `drills` have one each."""
 
     def __init__(self, split: str = "train", num_samples: int = 1024, weight: float = 1.0) -> None:
         """ValueError for a split that does not exist."""
@@ -91,7 +94,7 @@ class ShapesSource:
             raise ValueError(f"data.sources: shapes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
         self.num_rows, self.fingerprint = num_samples, "shapes-5"  # the version of what is drawn
-        self.pattern = LESSONS if split == "lessons" else PATTERN
+        self.pattern = PATTERNS.get(split, PATTERN)
         of_row = np.arange(num_samples) % len(self.pattern)
         self.num_images = np.array([NUM_IMAGES[what] for what, _ in self.pattern], dtype=np.int32)[of_row]
         text_bytes = np.array([200 if what in ("scan", "tell") else 60 * turns for what, turns in self.pattern])
@@ -123,6 +126,11 @@ def split_of(what: str) -> str:
 def look_up(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
     """A picture and `count` questions that one look at one thing answers."""
     return one_picture(rng, split, count, (colour, shape, where, where, what_is_at))  # where is the hardest to learn
+
+
+def drill(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
+    """A picture and `count` questions whose answer needs more than one look."""
+    return one_picture(rng, split, count, (where, where, next_to, count_things, as_many))
 
 
 def one_picture(
@@ -214,7 +222,7 @@ def what_is_at(rng: np.random.Generator, scene: Scene) -> Turn:
     return Turn("at", f"What is at the {PLACES[place]}?", there.get(place, "nothing"))
 
 
-def count(rng: np.random.Generator, scene: Scene) -> Turn:
+def count_things(rng: np.random.Generator, scene: Scene) -> Turn:
     group = int(rng.integers(3))
     if group == 0:
         return either_form(rng, "count", "How many shapes are there?", f"{len(scene)}", f"I see {len(scene)} shapes.")
@@ -267,7 +275,7 @@ def what_is_there(rng: np.random.Generator, scene: Scene) -> Turn:
 
 Ask = Callable[[np.random.Generator, Scene], Turn | None]
 ABOUT_ONE: tuple[Ask, ...] = (
-    *(colour, shape, where, what_is_at, count, is_there, left_of, next_to, as_many, what_is_there),
+    *(colour, shape, where, what_is_at, count_things, is_there, left_of, next_to, as_many, what_is_there),
 )
 
 
@@ -350,6 +358,7 @@ SAMPLERS: dict[str, Callable[[np.random.Generator, str, int], tuple[list[Turn], 
     "scan": scan,
     "tell": tell,
     "look up": look_up,
+    "drill": drill,
     "one picture": one_picture,
     "two pictures": two_pictures,
     "text": text_only,

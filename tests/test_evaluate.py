@@ -151,6 +151,12 @@ PROBLEMS = {
     "no output folder": (["--output", "there/is/none.json"], "--output: there is no folder"),
     "output is a folder": (["--output", "empty"], "--output: empty is no regular file; wanted a file"),
     "output is a pipe": (["--output", "pipe"], "--output: pipe is no regular file; wanted a file"),
+    "output is the data": (["--output", "text.jsonl"], "--output: text.jsonl holds something else than figures, which"),
+    "output is nothing": (["--output", ""], "--output: . is no regular file; wanted a file"),
+    "settings of generate": (
+        ["--model", "odd-settings"],
+        "--model: odd-settings: generation_config.json cannot be used: ",
+    ),
     "a run instead of its model": (["--model", "run"], "; did you mean run/final?"),
     "a path, not a hub data set": (["--data", "./missing.txt"], "missing.txt: no such file"),
 }
@@ -165,6 +171,7 @@ def odds_and_ends(run: Path, teacher_folder: Callable[..., Path]) -> None:
     save_teacher(Path("words"), tiny_config(vocab_size=310))
     for name, file, content in (
         ("damaged", "model.safetensors", "damaged"),
+        ("odd-settings", "generation_config.json", '{"eos_token_id": "x"}'),
         ("text-template", "chat_template.jinja", "{{ 'USER: ' + messages[0]['content'] }}"),
     ):
         shutil.copytree("run/final", name)

@@ -1,5 +1,8 @@
 """Supervised fine-tuning: the loss is the plain one, all weights move, and a run of it goes on as if never stopped."""
 
+import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import batch_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train_loop import MICRO_BATCHES, batches, lines, run_of
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
@@ -91,6 +94,22 @@ def test_a_checkpoint_loses_no_layer(teacher_folder: Callable[..., Path]) -> Non
         build_whole(find_model(str(teacher_folder())), 5)
 
 
+def test_a_damaged_checkpoint_does_not_grow(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """New layers excuse no other weight that is missing, and weights that are there are not made new."""
+    folder = Path(shutil.copytree(teacher_folder(), tmp_path / "damaged"))
+    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="18 weights are too many, such as .*layers.4"):
+        build_whole(find_model(str(folder)), 6)
+    config["text_config"]["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = {name: weight for name, weight in weights.items() if not re.search(r"\.layers\.[1-9]", name)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="16 weights are missing, such as .*vision_tower"):
+        build_whole(find_model(str(folder)), 3)
+
+
 def test_all_weights_train_and_the_result_is_a_stock_model(
     run: Run, encoded: list[Encoded], teacher_folder: Callable[..., Path]
 ) -> None:
@@ -145,6 +164,6 @@ def test_a_student_is_refused(run: Run, encoded: list[Encoded], student: Any, tm
     )
     outcome = train_worker(replace(run, config=config), Worker(), batches(encoded))
     assert (
-        outcome["status"] == "failed"
+        outcome["status"] == "refused"
         and "holds SwiftKV weights; objective=sft trains a plain model" in (outcome["message"])
     )

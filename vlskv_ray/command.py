@@ -1,6 +1,7 @@
 """What the commands share: exit statuses, errors on one line, options that are numbers."""
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ def exit_status(command: Callable[[], int]) -> int:
         return WRONG_INPUT
     except OSError as error:  # a full disk, a folder that went away
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return WRONG_INPUT if error.errno == errno.ENAMETOOLONG else FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

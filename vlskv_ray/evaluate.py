@@ -17,11 +17,12 @@ from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of
-from vlskv_ray.figures import read_run
+from vlskv_ray.figures import as_written, read_run
+from vlskv_ray.generate import check_generation
 from vlskv_ray.model.build import LIBRARY_ERRORS, build_student, build_whole, find_model, load_processor, one_line
 from vlskv_ray.model.build import load_config as load_model_config
 from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
-from vlskv_ray.model_card import write_model_card
+from vlskv_ray.model_card import card, write_model_card
 from vlskv_ray.report import evaluation_table
 from vlskv_ray.report_page import write_report
 from vlskv_ray.savings import layers_of, measure_savings
@@ -92,8 +93,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """What evaluation.json holds."""
+    specs = sources_of(options)
     with told_of("--data", "data.sources"):
-        sources = tuple(open_sources(sources_of(options)))
+        sources = tuple(open_sources(specs))
     model, processor = student(options.model)
     teacher = other_teacher(options.teacher, model.config, processor) if options.teacher else None
     limits = Limits(swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30)
@@ -130,7 +132,9 @@ def student(name_or_path: str) -> tuple[Any, Any]:
             check_template(processor)
         except LIBRARY_ERRORS as error:  # a template may compute anything
             raise ValueError(f"{name_or_path}: its chat template cannot be used: {one_line(error)}") from error
-        return build_student(files), processor
+        model = build_student(files)
+        check_generation(model, name_or_path)
+        return model, processor
 
 
 def other_teacher(name_or_path: str, student_config: Any, student_processor: Any) -> Any:
@@ -179,7 +183,7 @@ def sources_of(options: argparse.Namespace) -> Sequence[SourceConfig]:
         try:
             specs.append(SourceConfig(**fields))
         except ValidationError as error:
-            raise ValueError(f"{text}: {error.errors()[0]['msg']}") from error
+            raise ValueError(f"--data: {text}: {error.errors()[0]['msg']}") from error
     return specs
 
 
@@ -193,19 +197,24 @@ def output_of(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """The file for the figures, and the run whose report and card they belong to. ValueError if there can be no such
     file."""
     run = run_of(options.model)
-    if options.output or options.teacher or run is None or Path(options.model).resolve() != run / "final":
-        target, run = Path(options.output or "evaluation.json"), None
+    if options.output is not None or options.teacher or run is None or Path(options.model).resolve() != run / "final":
+        target, run = Path("evaluation.json" if options.output is None else options.output), None
     else:
         target = run / "evaluation.json"
-        read_run(run)  # its report is made of all its files
+        with as_written(run):
+            card(read_run(run))  # it and the report are made of all of the run's files
     folder = target.absolute().parent
     if target.exists() and not target.is_file():
         raise ValueError(f"--output: {target} is no regular file; wanted a file")
+    if target.exists() and not run and '"savings"' not in target.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(
+            f"--output: {target} holds something else than figures, which would be lost; name another file"
+        )
     for written in [folder, *([run / "final"] if run else [])]:
         if not written.is_dir() or not os.access(written, os.W_OK):
             problem = "nothing may be written into" if written.is_dir() else "there is no folder"
             raise ValueError(f"--output: {problem} {written}; wanted a file in a folder that can be written to")
-    if not options.output and run is None and (folder / "summary.json").exists():
+    if options.output is None and run is None and (folder / "summary.json").exists():
         raise ValueError(f"--output: {target} here is another run's; say which file is to be written")
     return target, run
 

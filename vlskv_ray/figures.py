@@ -84,7 +84,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); remove it to go without it") from error
+        raise ValueError(f"{path}: cannot be read ({error}); {_remedy(path)}") from error
 
 
 def _mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
@@ -96,11 +96,17 @@ def _parsed(path: Path, text: str, parse: Callable[[str], Any] = json.loads) -> 
         value = parse(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read ({problem}); remove the file to go without it") from error
+        raise ValueError(f"{path}: cannot be read ({problem}); {_remedy(path)}") from error
     if not isinstance(value, dict):
         problem = f"wanted a mapping of names to values, got {text[:40]!r}"
-        raise ValueError(f"{path}: {problem}; remove the file to go without it")
+        raise ValueError(f"{path}: {problem}; {_remedy(path)}")
     return value
+
+
+def _remedy(path: Path) -> str:
+    """A run without its config or summary is none; without its other files it has less to show."""
+    needed = path.name in ("config.yaml", "summary.json")
+    return "restore it, or train again" if needed else "remove the file to go without it"
 
 
 def at(values: Any, *keys: str) -> Any:

@@ -116,9 +116,21 @@ def load(name_or_path: str, *, teacher: bool = False) -> tuple[Any, Any]:
             )
         processor = load_processor(files)
         model = build_student(files) if is_student else build_whole(files)
+        check_generation(model, name_or_path)
     if is_student:
         swiftkv_backbone(model).config.swiftkv = not teacher
     return model, processor
+
+
+@torch.inference_mode()
+def check_generation(model: Any, name_or_path: str) -> None:
+    """ValueError where the checkpoint's own settings for `generate` let it answer nothing."""
+    try:
+        model.generate(input_ids=torch.zeros(1, 1, dtype=torch.long), max_new_tokens=1)
+    except LIBRARY_ERRORS as error:
+        raise ValueError(
+            f"{name_or_path}: generation_config.json cannot be used: {one_line(error)}; mend it, or remove the file"
+        ) from error
 
 
 def open_image(path: str) -> Image.Image:

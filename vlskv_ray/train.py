@@ -41,6 +41,7 @@ from vlskv_ray.model.build import (
     load_processor,
     refuse_student,
     swiftkv_config,
+    with_layers,
 )
 from vlskv_ray.model_card import write_model_card
 from vlskv_ray.report import closing, write_summary
@@ -118,9 +119,11 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     if config.objective == "sft":
         refuse_student(files, load_config(files))
         check_growth(files, text_config.num_hidden_layers, model.num_hidden_layers)
+        layers = model.num_hidden_layers or text_config.num_hidden_layers
+        text_config = with_layers(load_config(files), layers).text_config
     else:
-        layers = (model.num_key_value_layers, model.key_value_group_size)
-        text_config = swiftkv_config(load_config(files), *layers).text_config
+        wanted = (model.num_key_value_layers, model.key_value_group_size)
+        text_config = swiftkv_config(load_config(files), *wanted).text_config
         resolved = {name: getattr(text_config, name) for name in ("num_key_value_layers", "key_value_group_size")}
         model = model.model_copy(update=resolved)
     check_template(load_processor(files))
@@ -300,6 +303,8 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
             reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
             print(f"error: {reason}; all of it is in {shown(folder / 'error.log')}", file=sys.stderr)
             return FAILED
+        if outcome["status"] == "refused":
+            raise ValueError(outcome["message"])
         if outcome["status"] == "failed":
             print(f"error: {outcome['message']}", file=sys.stderr)
             return FAILED

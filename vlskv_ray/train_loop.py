@@ -84,14 +84,15 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
 
     Returns:
         `status` and `step`: "done", with the samples left out by reason and the seconds that all steps took; "stopped",
-        saved and left as asked; or "failed", with a `message`. What was measured is in evaluation.json.
+        saved and left as asked; "refused", where the model cannot be used, or "failed", each with a `message`. What was
+        measured is in evaluation.json.
     """
     config = run.config
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
     try:
         model = model_of(run)
     except ValueError as error:  # the same on every worker, and the next time
-        return {"status": "failed", "message": str(error), "step": 0}
+        return {"status": "refused", "message": str(error), "step": 0}
     trained = trainable_parameters(model)
     optimizer = build_optimizer(config, trained)
     gradients = GradientBuffer(trained.values())

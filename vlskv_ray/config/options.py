@@ -70,7 +70,7 @@ class ModelConfig(_Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub id. None: the hub's default branch."""
 
-    num_hidden_layers: PositiveInt | None = None
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1000)] | None = None
     """With objective=sft: text layers. A preset is drawn with so many; a checkpoint of fewer is given further ones on
     top, which change nothing until they have learnt to. None: as many as there are."""
 

@@ -223,8 +223,8 @@ def build_student(
         swiftkv_backbone(model).start_from_teacher()
         model.to(dtype)
     else:
-        may_lack = ["_swiftkv"] if is_teacher else []
-        model = _load_weights(files, student_config, attn_implementation, dtype, may_lack)
+        lacks = ("_swiftkv",) if is_teacher else ()
+        model = _load_weights(files, student_config, attn_implementation, dtype, lacks)
     swiftkv_backbone(model).config.swiftkv = True
     model.eval()  # no dropout anywhere: teacher and student share what is frozen
     for name, parameter in model.named_parameters():
@@ -256,10 +256,10 @@ def build_whole(
         model.set_attn_implementation(attn_implementation)
     else:
         check_growth(files, old, num_hidden_layers)
-        new = [f"layers.{i}." for i in range(old, config.text_config.num_hidden_layers)]
+        new = tuple(f"language_model.layers.{i}." for i in range(old, config.text_config.num_hidden_layers))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _load_weights(files, config, attn_implementation, torch.float32, may_lack=new)
+            model = _load_weights(files, config, attn_implementation, torch.float32, lacks=new)
         for layer in model.base_model.language_model.layers[old:]:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 for parameter in projection.parameters():
@@ -297,9 +297,9 @@ def refuse_student(files: ModelFiles, config: PreTrainedConfig) -> None:
 
 
 def _load_weights(
-    files: ModelFiles, config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype, may_lack: list[str]
+    files: ModelFiles, config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype, lacks: tuple[str, ...]
 ) -> Any:
-    """`may_lack`: parts of names of weights that the checkpoint need not hold."""
+    """`lacks`: parts of the names of weights that are new to the checkpoint, which must not hold any of them."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report lists the SwiftKV weights as missing: they are meant to be
     transformers_logging.disable_progress_bar()
@@ -317,11 +317,12 @@ def _load_weights(
         raise ValueError(f"{where}: weights cannot be loaded: {one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    missing = [key for key in report["missing_keys"] if not any(part in key for part in may_lack)]
+    missing = set(report["missing_keys"])
+    new = {key for key in model.state_dict() if any(part in key for part in lacks)}
     problems = {
-        "missing": missing,
+        "missing": missing - new,
         "of another shape": [str(key) for key in report["mismatched_keys"]],
-        "too many": [key for key in report["unexpected_keys"] if key.endswith((".weight", ".bias"))],
+        "too many": {key for key in report["unexpected_keys"] if key.endswith((".weight", ".bias"))} | (new - missing),
     }
     for what, keys in problems.items():
         if keys:

@@ -423,11 +423,31 @@ def test_damaged_and_dangerous_parquet_files_are_named(folder: Path) -> None:
     with pytest.raises(SourceError, match=r"\*\.parquet: .*damaged"):
         open_source(pattern, cache_dir=cache_dir)
     tensor = pa.field("t", pa.binary(), metadata={"ARROW:extension:name": "ray.data.arrow_tensor_v2"})
-    messages = pa.Table.from_pylist([chat("x", "y")])
-    pq.write_table(messages.append_column(tensor, pa.array([b"x"])), folder / "b.parquet")
+    pq.write_table(pa.Table.from_pylist([chat("x", "y")]).append_column(tensor, pa.array([b"x"])), folder / "b.parquet")
     with pytest.raises(SourceError, match=r"b\.parquet: holds Ray tensor columns"):
         open_source(pattern, cache_dir=cache_dir)
     assert open_source(good, cache_dir=cache_dir).num_rows == 99
+
+
+@pytest.mark.parametrize("padding", range(6))
+def test_ray_tensor_columns_are_refused_before_arrow_builds_their_type(
+    folder: Path, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the process has imported ray.data, whose types Arrow builds as soon as it opens a file."""
+    import ray.data.extensions
+
+    built = []
+    monkeypatch.setattr(
+        ray.data.extensions.ArrowTensorTypeV2, "__arrow_ext_deserialize__", lambda *args: built.append(args)
+    )
+    name = {b"ARROW:extension:name": b"ray.data.arrow_tensor_v2", b"padding": b"x" * padding}
+    table = pa.Table.from_pylist([chat("x", "y")])
+    pq.write_table(
+        table.append_column(pa.field("t", pa.binary(), metadata=name), pa.array([b"x"])), folder / "a.parquet"
+    )
+    with pytest.raises(SourceError, match=r"a\.parquet: holds Ray tensor columns"):
+        open_source(Spec(path=str(folder / "a.parquet")), cache_dir=str(folder / "cache"))
+    assert not built
 
 
 def test_hub_data_set_out_of_reach_is_an_error_that_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 import base64
 import glob
 import hashlib
-import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,21 +94,37 @@ def _checked_footer(file: Path) -> bytes:
 
     if file.stat().st_size == 0:
         raise SourceError(f"{file}: the file is empty (0 bytes); wanted Parquet")
+    footer = _footer(file)
+    # Ray's extension types were a way to run code from a file (CVE-2026-41486): refused before Arrow builds any type,
+    # as it does on opening a file once the process has imported ray.data.
+    if any(b"ray.data." in schema for schema in _base64_runs(footer)):
+        raise SourceError(f"{file}: holds Ray tensor columns, which are not opened; wanted images as encoded bytes")
     try:
         metadata = pyarrow.parquet.read_metadata(file)
     except (OSError, ValueError) as error:
         raise SourceError(f"{file}: cannot be read as Parquet: {error}; is the file complete?") from error
-    # Ray's extension types were a way to run code from a file (CVE-2026-41486); refused before Arrow builds any type.
-    if b"ray.data." in base64.b64decode((metadata.metadata or {}).get(b"ARROW:schema", b"")):
-        raise SourceError(f"{file}: holds Ray tensor columns, which are not opened; wanted images as encoded bytes")
     check_columns(metadata.schema.to_arrow_schema().names, str(file))
     if not metadata.num_rows:
         raise SourceError(f"{file}: no rows; wanted at least one")
+    return footer
+
+
+def _footer(file: Path) -> bytes:
+    """The end of a file, where Parquet says how long its footer is; whole if it is too short for that."""
+    content_length = file.stat().st_size
     with file.open("rb") as stream:
-        stream.seek(-8, os.SEEK_END)  # the footer's length, and the closing mark
+        stream.seek(max(0, content_length - 8))  # the footer's length, and the closing mark
         length = int.from_bytes(stream.read(4), "little")
-        stream.seek(-8 - length, os.SEEK_END)
+        stream.seek(max(0, content_length - 8 - length))
         return stream.read()
+
+
+def _base64_runs(content: bytes) -> Iterator[bytes]:
+    """All that may be base64 in `content`, decoded: so Arrow's schema stands in a Parquet footer. A character before it
+    may belong to the length that Parquet puts there, so each run is read from all four places it may start at."""
+    for run in re.findall(rb"[A-Za-z0-9+/]{16,}", content):
+        for start in range(4):
+            yield base64.b64decode(run[start : start + (len(run) - start) // 4 * 4])
 
 
 def _load(place: str, remedy: str, *args: Any, **kwargs: Any) -> Any:

@@ -102,12 +102,14 @@ def test_padding_changes_nothing(student: Callable[..., Any], encoded: list[Enco
     assert error(padded_gradient, gradient) < 1e-6
 
 
-def test_chunks_of_logits_change_nothing() -> None:
-    """However few rows of logits exist at once: KL, its gradient and the metrics are those of all rows together."""
+def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows of logits exist at once, and are gone over at once: KL, its gradient and the metrics are those
+    of all rows together."""
     head = torch.nn.Linear(16, 500, bias=False, dtype=torch.float64).requires_grad_(False)
     teacher, targets = torch.randn(10, 16, dtype=torch.float64), torch.randint(0, 500, (10,))
     results = []
-    for rows in (100, 3, 1):
+    for rows, few in ((100, 100), (100, 4), (3, 2), (1, 1)):
+        monkeypatch.setattr("vlskv_ray.distill.ELEMENTS_IN_CACHE", 500 * few)
         student = torch.ones(10, 16, dtype=torch.float64, requires_grad=True)
         columns = DivergenceAtHead.apply(student, teacher, head, targets, 2.0, rows)
         (columns[0] * torch.arange(10)).sum().backward()
@@ -151,7 +153,8 @@ def test_nothing_supervised_adds_exactly_nothing(student: Callable[..., Any], en
 
 
 def test_only_needed_work_is_done(student: Callable[..., Any], encoded: list[Encoded]) -> None:
-    """Counted: tower and trunk once, student MLPs, the teacher's last MLP and the head at supervised positions only."""
+    """Counted: tower and trunk once, student MLPs, the teacher's last MLP and the head at supervised positions only,
+    and no padding anywhere."""
     model = student()
     batch = batch_of(encoded)
     backbone, rows = swiftkv_backbone(model), {}
@@ -168,7 +171,8 @@ def test_only_needed_work_is_done(student: Callable[..., Any], encoded: list[Enc
     _, sums = distillation_loss(model, batch, OBJECTIVE)
     for hook in hooks:
         hook.remove()
-    every, kept = batch.input_ids.numel(), int(sums.supervised_tokens)
+    every, kept = int(batch.attention_mask.sum()), int(sums.supervised_tokens)
+    assert every < batch.input_ids.numel() * 0.6
     assert rows["tower"] == [1]
     assert rows["mlp0"] == rows["mlp1"] == [every]
     assert [sorted(rows[f"mlp{i}"]) for i in (2, 3, 4)] == [[kept, every]] * 3

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate
+from vlskv_ray.flops import flop_counter
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
@@ -158,19 +158,10 @@ def prefill(model: Any, inputs: dict[str, Tensor], swiftkv: bool) -> Any:
 
 
 def count_prefill(model: Any, inputs: dict[str, Tensor], swiftkv: bool) -> tuple[int, int]:
-    """Floating-point operations of a prefill, and the bytes of the cache it leaves.
-
-    Operations are those of matrix products, convolutions and attention, a multiplication and an addition each. As
-    everywhere in torch's counter, attention counts every query with every key, those that a causal mask hides too.
-    """
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's own table leaves out
-    with FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops}) as counter:
+    """Floating-point operations of a prefill, and the bytes of the cache it leaves."""
+    with flop_counter() as counter:
         cache = prefill(model, inputs, swiftkv)
     return counter.get_total_flops(), cache_bytes(cache)
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -85,7 +85,7 @@ def test_kept_tokens_are_those_of_the_whole_pass(
     with torch.no_grad():
         student_states = model.model(**inputs).last_hidden_state
         last = model.model(**inputs, swiftkv=SwiftKVPass(keep=3)).last_hidden_state
-        keep = torch.rand(batch.input_ids.shape) < 0.2
+        keep = (torch.rand(batch.input_ids.shape) < 0.2) & batch.attention_mask.bool()
         keep[1] = False
         flat = model.model(**inputs, swiftkv=SwiftKVPass(keep=keep)).last_hidden_state
         both = SwiftKVPass(keep=keep, distill=True)
@@ -110,14 +110,20 @@ def test_any_number_of_kept_tokens(student: Callable[..., Any]) -> None:
     assert none.shape == (1, 0, whole.shape[-1])
 
 
+def test_kept_tokens_need_padding_on_the_right(student: Callable[..., Any]) -> None:
+    ids, mask = torch.tensor([[7, 8, 9], [7, 8, 9]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    with pytest.raises(ValueError, match="padded on the right"):
+        student().model(ids, attention_mask=mask, use_cache=False, swiftkv=SwiftKVPass(keep=ids > 7))
+
+
 def test_sliding_windows_stay(teacher_folder: Callable[..., Path], encoded: list[Encoded]) -> None:
     """A mistral whose window is shorter than the prompt: kept tokens see the window that whole passes see."""
     from vlskv_ray.model.build import build_student, find_model
 
     model = build_student(find_model(str(teacher_folder("mistral", sliding_window=16))))
-    batch = batch_of(encoded[2:3])
+    batch = batch_of([encoded[2], encoded[1], encoded[4]])
     keep = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-    keep[0, 60:70] = True
+    keep[0, 60:70] = keep[1, 3:5] = keep[2, 30:40] = True
     whole = logits(model, batch)
     with torch.no_grad():
         kept = model.model(**batch.model_inputs(), use_cache=False, swiftkv=SwiftKVPass(keep=keep)).last_hidden_state

@@ -12,13 +12,15 @@ n kept tokens of all samples together.
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -96,7 +98,8 @@ class SwiftKVPass:
 
     Args:
         keep: the tokens that need an output, None for all. int: the last so many of each sequence, as [B, keep, D].
-            bool[B, T]: those marked, of all sequences in one row [1, n, D] without padding; needs an empty cache.
+            bool[B, T]: those marked, of all sequences in one row [1, n, D]. Then the whole text model runs without
+            padding, which must be on the right, on all sequences in one row; and with an empty cache.
         distill: run the teacher's layers as well, without gradient. The forward then returns the teacher's hidden
             states, and the student's are in `student`.
 
@@ -106,6 +109,7 @@ class SwiftKVPass:
 
     def __init__(self, keep: int | Tensor | None = None, distill: bool = False) -> None:
         self.keep, self.distill = keep, distill
+        self.lengths: list[int] | None = None  # of the sequences that stand in one row, where they do
         self.source: Tensor | None = (
             None  # [B, T, D] norm_swiftkv of what enters layer N: all keys and values come of it
         )
@@ -113,8 +117,19 @@ class SwiftKVPass:
         self.student: Tensor | None = None  # [B, T, D], [B, keep, D] or [1, n, D]
         self.position_embeddings: tuple[Tensor, Tensor] | None = None  # of the kept tokens
         self.last_inputs: tuple[Tensor, Tensor] | None = None
-        self._masks: dict[int, tuple[Tensor | None, Any]] = {}  # by identity: all layers of one kind share a mask
         self.norm: nn.Module | None = None
+        self._masks: dict[Any, Any] = {}  # what `of_each` gave
+
+    def pack(self, there: Tensor) -> Tensor:
+        """Makes one row of all sequences. `there` bool[B, T] marks their tokens; int64[1, sum of lengths], positions.
+
+        ValueError where padding is not on the right.
+        """
+        assert isinstance(self.keep, Tensor)
+        if (there[:, 1:] > there[:, :-1]).any():
+            raise ValueError("kept tokens are chosen in sequences padded on the right only")
+        self.lengths, self.keep = there.sum(1).tolist(), self.keep[there][None]
+        return torch.cat([torch.arange(length, device=there.device) for length in self.lengths])[None]
 
     def enter(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
         """Called by layer N with its input float[B, T, D]."""
@@ -129,33 +144,69 @@ class SwiftKVPass:
             return x
         if isinstance(self.keep, int):
             return x[:, -self.keep :]
-        return x.expand(len(self.keep), *x.shape[1:])[self.keep][None]  # [1, n, ...]
+        return x[self.keep][None]  # [1, n, ...]
 
-    def select_mask(self, mask: Tensor | None, num_keys: int) -> Any:
-        """The kept rows of an attention mask [B or 1, 1, T, S], or of the causal one that None stands for.
-
-        Returns a list with one mask a sample where `keep` is bool[B, T].
-        """
-        if self.keep is None:
-            return mask
-        if id(mask) not in self._masks:
-            self._masks[id(mask)] = (mask, self._rows(mask, num_keys))  # the mask is kept so that its id stays taken
-        return self._masks[id(mask)][1]
-
-    def _rows(self, mask: Tensor | None, num_keys: int) -> Any:
-        assert self.source is not None and self.keep is not None
-        if mask is None:  # only ever with an empty cache, or with a single query, which sees everything
-            length, device = self.source.shape[1], self.source.device
-            if isinstance(self.keep, int):
-                if self.keep == 1:
-                    return None  # the last token sees everything
-                rows = torch.ones(self.keep, num_keys, dtype=torch.bool, device=device)
-                return rows.tril(num_keys - self.keep)[None, None]
-            mask = torch.ones(length, num_keys, dtype=torch.bool, device=device).tril()[None, None]
-        if isinstance(self.keep, int):
+    def select_mask(self, mask: Tensor | None, num_keys: int) -> Tensor | None:
+        """The kept rows of an attention mask [B or 1, 1, T, S], or of the causal one that None stands for."""
+        if not isinstance(self.keep, int) or (mask is None and self.keep == 1):
+            return mask  # one row needs none, and the last token sees everything
+        if mask is not None:
             return mask[:, :, -self.keep :]
-        masks = mask.expand(len(self.keep), *mask.shape[1:]).split(1)
-        return [m[:, :, k] for m, k in zip(masks, self.keep, strict=True)]
+        assert self.source is not None  # None only ever with an empty cache, or with a single query
+        rows = torch.ones(self.keep, num_keys, dtype=torch.bool, device=self.source.device)
+        return rows.tril(num_keys - self.keep)[None, None]
+
+    def of_each(self, num_queries: int, sliding_window: int | None) -> tuple[list[int], list[Tensor | None]]:
+        """How many queries each sequence of the row has, all or the kept ones, and what they see of its keys.
+
+        A mask is bool[queries, keys]; None stands for the causal one of a whole sequence.
+        """
+        assert self.lengths is not None and isinstance(self.keep, Tensor)
+        whole = num_queries == sum(self.lengths)
+        if (whole, sliding_window) not in self._masks:
+            counts: list[int] = []
+            masks: list[Tensor | None] = []
+            for length, kept in zip(self.lengths, self.keep[0].split(self.lengths), strict=True):
+                keys = torch.arange(length, device=kept.device)
+                queries = keys if whole else kept.nonzero()  # [n, 1]
+                counts.append(len(queries))
+                if whole and (sliding_window is None or length <= sliding_window):
+                    masks.append(None)
+                    continue
+                behind = queries.view(-1, 1) - keys  # how far
+                masks.append((behind >= 0) & (behind < (sliding_window or length)))
+            self._masks[whole, sliding_window] = counts, masks
+        of_each: tuple[list[int], list[Tensor | None]] = self._masks[whole, sliding_window]
+        return of_each
+
+
+def attend_by_sequence(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    swiftkv: SwiftKVPass,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of sequences that stand in one row: float[1, H, n, E] by keys and values [1, K, S, E] to [1, n, H, E].
+
+    One call for each, so that no token is padding and nothing that a mask hides is computed for whole sequences.
+    """
+    counts, masks = swiftkv.of_each(query.shape[2], sliding_window)
+    states = (query.split(counts, 2), key.split(swiftkv.lengths, 2), value.split(swiftkv.lengths, 2))
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        for q, k, v, mask in zip(*states, masks, strict=True)
+        if q.shape[2]
+    ]
+    return (torch.cat(outputs, dim=2) if outputs else query).transpose(1, 2), None
+
+
+BY_SEQUENCE = "swiftkv_by_sequence"
+ALL_ATTENTION_FUNCTIONS.register(BY_SEQUENCE, attend_by_sequence)  # without a mask function: transformers makes none
 
 
 # ----------------------------------------------------------------------------------------------- attention and layer
@@ -198,22 +249,17 @@ class SwiftKVAttention(Stock):
         queries = self._rotate(self._heads(q_proj(hidden_states), getattr(self, "q_norm", None)), position_embeddings)
         kwargs.pop("past_key_values", None)  # `key_value` holds what the cache gave
         eager = sys.modules[self.stock.__module__].eager_attention_forward
-        attend = functools.partial(
-            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager),
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        output, weights = attend(
             self,
+            queries,
+            *key_value,
+            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             **kwargs,
         )
-        weights = None
-        if isinstance(attention_mask, list):  # the kept tokens of several samples stand in one row
-            parts = queries.split([mask.shape[2] for mask in attention_mask], dim=2)
-            samples = zip(parts, *(x.split(1) for x in key_value), attention_mask, strict=True)
-            outputs = [attend(*sample)[0] for sample in samples if sample[0].shape[2]]
-            output = torch.cat(outputs, dim=1) if outputs else queries.transpose(1, 2)
-        else:
-            output, weights = attend(queries, *key_value, attention_mask)
         return self.o_proj(output.flatten(-2)), weights  # [B, T, H, E] -> [B, T, D]
 
     def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
@@ -250,6 +296,8 @@ class SwiftKVLayer(Stock):
         whole = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
         if swiftkv is None:
             return stock(hidden_states, past_key_values=past_key_values, **whole)
+        if swiftkv.lengths is not None:
+            stock = functools.partial(stock, swiftkv=swiftkv)  # all the way to `attend_by_sequence`
 
         if swiftkv.source is None:
             assert position_embeddings is not None
@@ -297,6 +345,16 @@ def _over(mixin: Any, stock: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------------------- model
+@contextmanager
+def _attention(config: Any, implementation: str) -> Iterator[None]:
+    """Has a model's attention done by another function; as before, afterwards."""
+    before, config._attn_implementation = config._attn_implementation, implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 class SwiftKVModel(Stock):
     """Over a backbone: the layers from N on take keys and values from the input of layer N, through `norm_swiftkv`."""
 
@@ -308,13 +366,32 @@ class SwiftKVModel(Stock):
         self._is_hf_initialized = False  # the stock __init__ ended in post_init, before there was anything to do here
         self.post_init()
 
-    def forward(self, *args: Any, swiftkv: SwiftKVPass | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        swiftkv: SwiftKVPass | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The stock forward, through `swiftkv` where one is given or the config's toggle is on."""
+        stock = functools.partial(super().forward, past_key_values=past_key_values, **kwargs)
+        padded = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        padded |= {"attention_mask": attention_mask, "position_ids": position_ids}
         if swiftkv is None and not self.config.swiftkv:
-            return super().forward(*args, **kwargs)
+            return stock(**padded)
         swiftkv = swiftkv or SwiftKVPass()
         swiftkv.norm = self.norm_swiftkv
-        output = super().forward(*args, swiftkv=swiftkv, **kwargs)
+        if isinstance(swiftkv.keep, Tensor):
+            there = torch.ones_like(swiftkv.keep) if attention_mask is None else attention_mask.bool()
+            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            positions = swiftkv.pack(there)
+            with _attention(self.config, BY_SEQUENCE):
+                output = stock(inputs_embeds=embeds[there][None], position_ids=positions, swiftkv=swiftkv)
+        else:
+            output = stock(**padded, swiftkv=swiftkv)
         if swiftkv.distill:
             swiftkv.student = self.norm(swiftkv.student)
         return output

@@ -1,0 +1,267 @@
+"""One optimizer step of a distillation, measured side by side: `python -m benchmarks.step --help`.
+
+In one process, on the same weights and micro-batches, in turn:
+
+    reference   teacher and student as two whole passes with all logits (benchmarks/reference.py)
+    ours        vlskv_ray's step
+    forward     the teacher's forward pass alone, as anyone calls it: with all logits
+    floor       the same with the logits of the supervised tokens only: what cannot be saved
+    trl         TRL's loss step, where TRL is installed (benchmarks/trl_step.py)
+
+The learning rate is 0, so that every step finds the same weights; the optimizer computes all the same.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import trl_step
+from benchmarks.reference import reference_loss
+from benchmarks.workloads import CONFIGS, WORKLOADS, build, micro_batch
+from vlskv_ray.data.collate import Batch
+from vlskv_ray.distill import Objective, supervised_positions
+from vlskv_ray.evaluation import toggled
+from vlskv_ray.flops import flop_counter
+from vlskv_ray.model import presets
+from vlskv_ray.train_loop import GradientBuffer, train_step
+
+TEMPERATURE = 2.0
+
+
+@dataclass
+class Side:
+    """One of what is compared."""
+
+    step: Callable[[], float]
+    """Runs it once; the loss, 0 where there is none."""
+    seconds: list[float] = field(default_factory=list)
+    flops: int = 0
+    peak_bytes: int = 0
+    """Of memory beyond what was there before the step: weights, gradients and optimizer."""
+    loss: float = 0.0
+    gradient: Tensor | None = None
+
+    def measure_once(self, gradients: GradientBuffer) -> None:
+        """What needs no clock; also warms up."""
+        gradients.flat.zero_()
+        with flop_counter() as counter:
+            self.loss = self.step()
+        self.flops, self.gradient = counter.get_total_flops(), gradients.flat.clone()
+        self.peak_bytes = peak_bytes(self.step)
+
+    def time_once(self) -> None:
+        gc.collect()
+        began = time.perf_counter()
+        self.step()
+        self.seconds.append(time.perf_counter() - began)
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most that torch had allocated at any time of a step, beyond what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    now = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def sides_of(model: Any, batch: Batch, trl_trainer: Any = None) -> tuple[dict[str, Side], GradientBuffer]:
+    """All that is compared, on one model, one micro-batch and one optimizer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = GradientBuffer(trained)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    objective = Objective(temperature=TEMPERATURE)
+    keep = supervised_positions(batch.labels)
+
+    def reference() -> float:
+        gradients.flat.zero_()
+        loss = reference_loss(model, batch, TEMPERATURE)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def ours() -> float:
+        result = train_step(model, optimizer, gradients, [batch], objective)
+        return result.sums.loss / result.sums.supervised_tokens
+
+    @torch.no_grad()
+    def forward() -> float:
+        with toggled(model, on=False):
+            model(**batch.model_inputs(), use_cache=False)
+        return 0.0
+
+    @torch.no_grad()
+    def floor() -> float:
+        with toggled(model, on=False):
+            hidden = model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
+        model.get_output_embeddings()(hidden[keep])
+        return 0.0
+
+    sides = {"reference": Side(reference), "ours": Side(ours), "forward": Side(forward), "floor": Side(floor)}
+    if trl_trainer is not None:
+        inputs = trl_step.trainer_inputs(batch, presets.SPECIAL_TOKENS.index("<pad>"))
+
+        def trl() -> float:
+            gradients.flat.zero_()
+            loss = trl_trainer.compute_loss(model, dict(inputs))
+            loss.backward()
+            optimizer.step()
+            return float(loss)
+
+        sides["trl"] = Side(trl)
+    return sides, gradients
+
+
+def measure(model: Any, batch: Batch, repeats: int, trl_trainer: Any = None) -> dict[str, Any]:
+    """The figures of one cell: a model, a workload and a size of micro-batch."""
+    sides, gradients = sides_of(model, batch, trl_trainer)
+    for side in sides.values():
+        side.measure_once(gradients)
+    for _ in range(repeats):
+        for side in sides.values():
+            side.time_once()
+    reference, ours, forward, floor = (sides[name] for name in ("reference", "ours", "forward", "floor"))
+    seconds = {name: median(side.seconds) for name, side in sides.items()}
+    assert reference.gradient is not None and ours.gradient is not None
+    figures = {
+        "tokens": batch.attention_mask.sum(1).tolist(),
+        "supervised_tokens": int(supervised_positions(batch.labels).sum()),
+        "seconds": seconds,
+        "gflop": {name: side.flops / 1e9 for name, side in sides.items()},
+        "gflop_per_second": {name: side.flops / 1e9 / seconds[name] for name, side in sides.items()},
+        "peak_mib": {name: side.peak_bytes / 2**20 for name, side in sides.items()},
+        "reference_over_ours": _ratio(reference, ours),
+        "ours_over_teacher_forward": _ratio(ours, forward),
+        "ours_over_floor": _ratio(ours, floor),
+        "flops_reference_over_ours": reference.flops / ours.flops,
+        "flops_ours_over_teacher_forward": ours.flops / forward.flops,
+        "flops_ours_over_floor": ours.flops / floor.flops,
+        "memory_ours_over_reference": ours.peak_bytes / reference.peak_bytes,
+        "loss_difference": abs(ours.loss - reference.loss) / abs(reference.loss),
+        "gradient_difference": _difference(ours.gradient, reference.gradient),
+    }
+    if "trl" in sides:
+        gradient = sides["trl"].gradient
+        assert gradient is not None
+        figures["trl_over_ours"] = _ratio(sides["trl"], ours)
+        # its loss lacks the factor temperature^2
+        figures["trl_gradient_difference"] = _difference(gradient * TEMPERATURE**2, reference.gradient)
+    return figures
+
+
+def _ratio(one: Side, other: Side) -> float:
+    """The median of the ratios of neighbours in time, which saw the same machine."""
+    return median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).double().norm() / wanted.double().norm())
+
+
+def peak_gflop_per_second(size: int = 2048, repeats: int = 7) -> float:
+    """The best that this machine makes of a large float32 matrix product, with the threads that are set."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = 0.0
+    for _ in range(repeats):
+        began = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+COLUMNS = (
+    *(("reference / ours", "reference_over_ours"), ("operations", "flops_reference_over_ours")),
+    *(("ours / forward", "ours_over_teacher_forward"), ("operations", "flops_ours_over_teacher_forward")),
+    *(("ours / floor", "ours_over_floor"), ("operations", "flops_ours_over_floor")),
+    *(("memory", "memory_ours_over_reference"), ("TRL / ours", "trl_over_ours")),
+)
+
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a line for each cell."""
+    names = ["model, workload, micro-batch", *(name for name, _ in COLUMNS), "ours, s", "of peak", "gradient differs"]
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
+    for name, cell in cells.items():
+        ratios = [f"{cell[key]:.2f}" if key in cell else "-" for _, key in COLUMNS]
+        rest = [f"{cell['seconds']['ours']:.2f}", f"{cell['ours_of_peak']:.0%}", f"{cell['gradient_difference']:.0e}"]
+        lines.append("| " + " | ".join([name, *ratios, *rest]) + " |")
+    return "\n".join(lines)
+
+
+def worst_of(cells: dict[str, dict[str, Any]], workload: str) -> dict[str, float]:
+    """The figures of a workload on the mid-size model (or what was measured), the worse of its micro-batches each."""
+    of_workload = {name: cell for name, cell in cells.items() if name.split(", ")[1] == workload}
+    mid = [cell for name, cell in of_workload.items() if name.startswith("mid")] or list(of_workload.values())
+    higher_is_better = ("reference_over_ours", "trl_over_ours", "ours_of_peak")
+    lower_is_better = (
+        *("ours_over_teacher_forward", "ours_over_floor", "memory_ours_over_reference"),
+        *("loss_difference", "gradient_difference"),
+    )
+    worse = dict.fromkeys(higher_is_better, min) | dict.fromkeys(lower_is_better, max)
+    return {key: pick(cell[key] for cell in mid) for key, pick in worse.items() if all(key in cell for cell in mid)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--micro-batch", nargs="+", type=int, choices=range(1, 5), default=[1, 4])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if not trl_step.available():
+        print(f"skipped: TRL {trl_step.VERSION} is not installed here. For its row, run this in an environment made by")
+        print(f"    {trl_step.SET_UP}")
+
+    peak = peak_gflop_per_second()
+    cells: dict[str, dict[str, Any]] = {}
+    for model_name in options.model:
+        model = build(CONFIGS[model_name]())
+        trl_trainer = None
+        if trl_step.available():
+            teacher = copy.deepcopy(model)
+            teacher.config.text_config.swiftkv = False
+            trl_trainer = trl_step.trainer(model, teacher, presets.llava_next_processor(model.config), TEMPERATURE)
+        for workload in options.workload:
+            for size in options.micro_batch:
+                name = f"{model_name}, {workload}, {size}"
+                print(f"{name} ...", file=sys.stderr, flush=True)
+                cell = measure(model, micro_batch(model.config, workload, size), options.repeats, trl_trainer)
+                peak = max(peak, peak_gflop_per_second(repeats=3))
+                cells[name] = cell
+    for cell in cells.values():
+        cell["ours_of_peak"] = cell["gflop_per_second"]["ours"] / peak
+    print(table(cells))
+    processor = platform.processor() or platform.machine()
+    print(f"\n{date.today()}, {processor}, {options.threads} threads, torch {torch.__version__}, ", end="")
+    print(f"peak {peak:.0f} GFLOP/s (float32 matrix product)")
+    if options.json:
+        figures: dict[str, Any] = {workload: worst_of(cells, workload) for workload in options.workload}
+        about = {"threads": options.threads, "torch": torch.__version__, "peak_gflop_per_second": peak}
+        options.json.write_text(json.dumps(figures | {"cells": cells, "about": about}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

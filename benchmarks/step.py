@@ -4,6 +4,7 @@ In one process, on the same weights and micro-batches, in turn:
 
     reference   teacher and student as two whole passes with all logits (benchmarks/reference.py)
     ours        vlskv_ray's step
+    cached      the same from a teacher cache on disk, read and verified within the step: every epoch after the first
     forward     the teacher's forward pass alone, as anyone calls it: with all logits
     floor       the same with the logits of the supervised tokens only: what cannot be saved
     trl         TRL's loss step, where TRL is installed (benchmarks/trl_step.py)
@@ -18,9 +19,10 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -33,11 +35,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import trl_step
 from benchmarks.reference import reference_loss
 from benchmarks.workloads import CONFIGS, WORKLOADS, build, micro_batch
-from vlskv_ray.data.collate import Batch
-from vlskv_ray.distill import Objective, supervised_positions
+from vlskv_ray.data.collate import Batch, collate, supervised_positions
+from vlskv_ray.distill import Objective, distillation_loss
 from vlskv_ray.evaluation import toggled
 from vlskv_ray.flops import flop_counter
 from vlskv_ray.model import presets
+from vlskv_ray.teacher_cache import TeacherCache
 from vlskv_ray.train_loop import GradientBuffer, train_step
 
 TEMPERATURE = 2.0
@@ -83,13 +86,16 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     return peak
 
 
-def sides_of(model: Any, batch: Batch, trl_trainer: Any = None) -> tuple[dict[str, Side], GradientBuffer]:
-    """All that is compared, on one model, one micro-batch and one optimizer."""
+def sides_of(
+    model: Any, batch: Batch, cache: TeacherCache, trl_trainer: Any = None
+) -> tuple[dict[str, Side], GradientBuffer]:
+    """All that is compared, on one model, one micro-batch and one optimizer; the cache is filled."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = GradientBuffer(trained)
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     objective = Objective(temperature=TEMPERATURE)
     keep = supervised_positions(batch.labels)
+    pad_token_id = presets.SPECIAL_TOKENS.index("<pad>")
 
     def reference() -> float:
         gradients.flat.zero_()
@@ -100,6 +106,15 @@ def sides_of(model: Any, batch: Batch, trl_trainer: Any = None) -> tuple[dict[st
 
     def ours() -> float:
         result = train_step(model, optimizer, gradients, [batch], objective)
+        return result.sums.loss / result.sums.supervised_tokens
+
+    distillation_loss(model, batch, replace(objective, cache=cache))
+
+    def cached() -> float:
+        samples = [sample for sample in map(cache.get, batch.sample_ids) if sample]
+        known = collate(samples, pad_token_id)
+        assert known.trunk is not None
+        result = train_step(model, optimizer, gradients, [known], objective)
         return result.sums.loss / result.sums.supervised_tokens
 
     @torch.no_grad()
@@ -115,9 +130,10 @@ def sides_of(model: Any, batch: Batch, trl_trainer: Any = None) -> tuple[dict[st
         model.get_output_embeddings()(hidden[keep])
         return 0.0
 
-    sides = {"reference": Side(reference), "ours": Side(ours), "forward": Side(forward), "floor": Side(floor)}
+    sides = {"reference": Side(reference), "ours": Side(ours), "cached": Side(cached)}
+    sides |= {"forward": Side(forward), "floor": Side(floor)}
     if trl_trainer is not None:
-        inputs = trl_step.trainer_inputs(batch, presets.SPECIAL_TOKENS.index("<pad>"))
+        inputs = trl_step.trainer_inputs(batch, pad_token_id)
 
         def trl() -> float:
             gradients.flat.zero_()
@@ -132,7 +148,12 @@ def sides_of(model: Any, batch: Batch, trl_trainer: Any = None) -> tuple[dict[st
 
 def measure(model: Any, batch: Batch, repeats: int, trl_trainer: Any = None) -> dict[str, Any]:
     """The figures of one cell: a model, a workload and a size of micro-batch."""
-    sides, gradients = sides_of(model, batch, trl_trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(model, batch, repeats, TeacherCache(Path(folder), {}), trl_trainer)
+
+
+def _measure(model: Any, batch: Batch, repeats: int, cache: TeacherCache, trl_trainer: Any) -> dict[str, Any]:
+    sides, gradients = sides_of(model, batch, cache, trl_trainer)
     gradients.flat.zero_()
     exact = reference_loss(model, batch, TEMPERATURE, torch.float64)
     exact.backward()
@@ -144,7 +165,6 @@ def measure(model: Any, batch: Batch, repeats: int, trl_trainer: Any = None) -> 
             side.time_once()
     reference, ours, forward, floor = (sides[name] for name in ("reference", "ours", "forward", "floor"))
     seconds = {name: median(side.seconds) for name, side in sides.items()}
-    assert ours.gradient is not None
     figures = {
         "tokens": batch.attention_mask.sum(1).tolist(),
         "supervised_tokens": int(supervised_positions(batch.labels).sum()),
@@ -153,16 +173,20 @@ def measure(model: Any, batch: Batch, repeats: int, trl_trainer: Any = None) -> 
         "gflop_per_second": {name: side.flops / 1e9 / seconds[name] for name, side in sides.items()},
         "peak_mib": {name: side.peak_bytes / 2**20 for name, side in sides.items()},
         "reference_over_ours": _ratio(reference, ours),
+        "cached_epoch_speedup": _ratio(reference, sides["cached"]),
         "ours_over_teacher_forward": _ratio(ours, forward),
         "ours_over_floor": _ratio(ours, floor),
         "flops_reference_over_ours": reference.flops / ours.flops,
+        "flops_cached_epoch_speedup": reference.flops / sides["cached"].flops,
         "flops_ours_over_teacher_forward": ours.flops / forward.flops,
         "flops_ours_over_floor": ours.flops / floor.flops,
         "memory_ours_over_reference": ours.peak_bytes / reference.peak_bytes,
         # to the reference recipe with its divergence in float64
         "loss": exact_loss,
         "loss_difference": abs(ours.loss - exact_loss) / exact_loss,
-        "gradient_difference": _difference(ours.gradient, exact_gradient),
+        "gradient_difference": max(
+            _difference(side.gradient, exact_gradient) for side in (ours, sides["cached"]) if side.gradient is not None
+        ),
     }
     if "trl" in sides:
         gradient = sides["trl"].gradient
@@ -196,6 +220,7 @@ def peak_gflop_per_second(size: int = 2048, repeats: int = 7) -> float:
 # ---------------------------------------------------------------------------------------------------------- the command
 COLUMNS = (
     *(("reference / ours", "reference_over_ours"), ("operations", "flops_reference_over_ours")),
+    *(("reference / cached", "cached_epoch_speedup"), ("operations", "flops_cached_epoch_speedup")),
     *(("ours / forward", "ours_over_teacher_forward"), ("operations", "flops_ours_over_teacher_forward")),
     *(("ours / floor", "ours_over_floor"), ("operations", "flops_ours_over_floor")),
     *(("memory", "memory_ours_over_reference"), ("TRL / ours", "trl_over_ours")),
@@ -217,7 +242,7 @@ def worst_of(cells: dict[str, dict[str, Any]], workload: str) -> dict[str, float
     """The figures of a workload on the mid-size model (or what was measured), the worse of its micro-batches each."""
     of_workload = {name: cell for name, cell in cells.items() if name.split(", ")[1] == workload}
     mid = [cell for name, cell in of_workload.items() if name.startswith("mid")] or list(of_workload.values())
-    higher_is_better = ("reference_over_ours", "trl_over_ours", "ours_of_peak")
+    higher_is_better = ("reference_over_ours", "cached_epoch_speedup", "trl_over_ours", "ours_of_peak")
     lower_is_better = (
         *("ours_over_teacher_forward", "ours_over_floor", "memory_ours_over_reference"),
         *("loss_difference", "gradient_difference"),

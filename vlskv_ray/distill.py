@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlskv_ray.data.collate import IGNORE_INDEX, Batch
-from vlskv_ray.model.swiftkv import SwiftKVPass
+from vlskv_ray.data.collate import Batch, supervised_positions
+from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
+from vlskv_ray.teacher_cache import TeacherCache
 
 ELEMENTS_IN_CACHE = 2**18
 """Of float32: 1 MiB, which with what is computed from them is about what a core's own cache holds."""
@@ -30,6 +31,8 @@ class Objective:
     text_loss_weight: float = 1.0
     hidden_loss_weight: float = 0.0
     logits_memory_mib: int = 256
+    cache: TeacherCache | None = None
+    """Where the frozen states of every batch that comes without them are kept."""
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Tensor | None, "LossSums"]:
         """`distillation_loss` with these weights."""
@@ -73,23 +76,38 @@ class LossSums:
         return LossSums(*values.tolist())
 
 
-def supervised_positions(labels: Tensor) -> Tensor:
-    """bool[B, T]: where the logits predict a label that counts, one position before it. `labels` int64[B, T]."""
-    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+@dataclass(frozen=True)
+class States:
+    """Student and teacher at the n supervised positions of a batch, float[n, D] each; the student's with a graph."""
+
+    student: Tensor
+    """After the final norm."""
+    teacher: Tensor
+    student_input: Tensor
+    """As it enters the last layer."""
+    teacher_input: Tensor
+    trunk: Tensor
+    """Of all tokens, float[all tokens, D], as they enter layer N."""
 
 
-def shared_pass(model: Any, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Teacher and student at the supervised positions of a batch, by one forward.
-
-    Returns:
-        student float[n, D] and teacher float[n, D] after the final norm, the latter without gradient, and the pair of
-        them as they enter the last layer.
-    """
+def shared_pass(model: Any, batch: Batch) -> States:
+    """Teacher and student by one forward."""
     swiftkv = SwiftKVPass(keep=supervised_positions(batch.labels), distill=True)
     teacher = model.base_model(**batch.model_inputs(), use_cache=False, swiftkv=swiftkv).last_hidden_state
-    assert swiftkv.student is not None and swiftkv.last_inputs is not None
-    student_input, teacher_input = swiftkv.last_inputs
-    return swiftkv.student[0], teacher[0], (student_input[0], teacher_input[0])
+    assert swiftkv.student is not None and swiftkv.trunk is not None
+    assert swiftkv.student_input is not None and swiftkv.teacher_input is not None
+    states = (swiftkv.student, teacher, swiftkv.student_input, swiftkv.teacher_input, swiftkv.trunk)
+    return States(*(x[0] for x in states))
+
+
+def cached_pass(model: Any, batch: Batch) -> States:
+    """The same for a batch whose frozen states are known: only the student's layers run, at supervised positions."""
+    assert batch.trunk is not None and batch.teacher is not None and batch.teacher_input is not None
+    swiftkv = SwiftKVPass(keep=supervised_positions(batch.labels))
+    backbone = swiftkv_backbone(model)
+    student = backbone.from_trunk(batch.trunk[None], batch.attention_mask.bool(), swiftkv)
+    assert swiftkv.student_input is not None
+    return States(student[0], batch.teacher, swiftkv.student_input[0], batch.teacher_input, batch.trunk)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -179,11 +197,16 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
     keep = supervised_positions(batch.labels)
     if not keep.any():
         return None, sums
-    student, teacher, (student_input, teacher_input) = shared_pass(model, batch)
+    if batch.trunk is None:
+        states = shared_pass(model, batch)
+        if objective.cache is not None:
+            objective.cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
+    else:
+        states = cached_pass(model, batch)
     head = model.get_output_embeddings()
     kl, teacher_ce, student_ce, agrees = DivergenceAtHead.apply(
-        student,
-        teacher,
+        states.student,
+        states.teacher,
         head,
         batch.labels[:, 1:][keep[:, :-1]],
         objective.temperature,
@@ -193,7 +216,7 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
     weights = kl.new_tensor([objective.text_loss_weight, objective.vision_loss_weight])[vision.long()]
     per_token = objective.temperature * objective.temperature * kl
     if objective.hidden_loss_weight:
-        hidden = (student_input.to(kl.dtype) - teacher_input.to(kl.dtype)).square().mean(-1)
+        hidden = (states.student_input.to(kl.dtype) - states.teacher_input.to(kl.dtype)).square().mean(-1)
         per_token = per_token + objective.hidden_loss_weight * hidden
         sums.hidden = hidden.detach().double().sum().item()
     loss = (weights * per_token).double().sum()

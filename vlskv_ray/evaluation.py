@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlskv_ray.data.collate import Encoded, collate
+from vlskv_ray.data.collate import Encoded, collate, supervised_positions
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.questions import HeldOut, Question, read_questions
 from vlskv_ray.data.sample import Sample
-from vlskv_ray.distill import kl_divergence, rows_per_chunk, shared_pass, supervised_positions
+from vlskv_ray.distill import kl_divergence, rows_per_chunk, shared_pass
 from vlskv_ray.model.swiftkv import SwiftKVPass, has_swiftkv, swiftkv_backbone
 
 SIDES = ("teacher", "student_before", "student")
@@ -192,7 +192,8 @@ def distributions(
                     **batch.model_inputs(), use_cache=False, swiftkv=one_side
                 ).last_hidden_state[0]
         else:
-            student_hidden, teacher_hidden, _ = shared_pass(model, batch)
+            states = shared_pass(model, batch)
+            student_hidden, teacher_hidden = states.student, states.teacher
         columns = _columns(model.get_output_embeddings(), teacher_head, student_hidden, teacher_hidden, targets)
         per_sample = keep.sum(1).tolist()
         for sample, *parts in zip(of_batch, *(c.split(per_sample) for c in columns.values()), strict=True):

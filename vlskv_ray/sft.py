@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlskv_ray.data.collate import Batch
-from vlskv_ray.distill import LossSums, supervised_positions
+from vlskv_ray.data.collate import Batch, supervised_positions
+from vlskv_ray.distill import LossSums
 
 
 def cross_entropy_loss(model: Any, batch: Batch) -> tuple[Tensor | None, LossSums]:

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 import vlskv_ray
@@ -27,7 +28,7 @@ from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, res
 from vlskv_ray.command import DONE, FAILED, exit_status, shown, up_to
 from vlskv_ray.config import Config, changed_keys, dump_config, load_config_and_notices
 from vlskv_ray.data.chat import Limits, check_template
-from vlskv_ray.data.collate import Batch
+from vlskv_ray.data.collate import IGNORE_INDEX, Batch
 from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.questions import HeldOut
@@ -47,8 +48,11 @@ from vlskv_ray.model_card import write_model_card
 from vlskv_ray.report import closing, write_summary
 from vlskv_ray.report_page import write_report
 from vlskv_ray.run_log import take_back
+from vlskv_ray.teacher_cache import IN_MEMORY, TeacherCache
 from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
 
+CACHE_SAMPLES = 16
+"""From which the size of a teacher cache is estimated."""
 REMEDY = "use --resume never to start anew, or another output.name"
 
 
@@ -169,11 +173,47 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     limits = Limits(max_length, data.max_images_per_sample, data.image_processing_batch_size)
     run = replace(run, held_out=held_out_of(config, limits))
     say(config, start_block(run, plan, text_config))
+    loader = Loader(sources, plan, model.name_or_path, model.revision, limits)
+    if config.model.teacher_cache != "off":
+        cache = teacher_cache_of(run, loader, text_config)
+        run, loader = replace(run, cache=cache), replace(loader, cache=cache)
     trained_on = {(source.name, source.fingerprint) for source in sources}
     for source in run.held_out.sources if run.held_out else ():
         if (source.name, source.fingerprint) in trained_on:
             say(config, f"warning: {source.name} of evaluation.sources is trained on, so it measures nothing held out")
-    return run, Loader(sources, plan, model.name_or_path, model.revision, limits)
+    return run, loader
+
+
+def teacher_cache_of(run: Run, loader: Loader, text: Any) -> TeacherCache:
+    """The teacher cache of a run. ValueError where what it is to keep does not fit.
+
+    Its size is estimated from a few samples; what other runs have put there already counts.
+    """
+    options = run.config.model
+    root = options.teacher_cache_dir or str(Path(run.config.output.dir) / "teacher-cache")
+    depends_on = {
+        "model": run.fingerprints["model"],
+        "num_key_value_layers": text.num_key_value_layers,
+        "dtype": options.dtype,
+        "limits": [loader.limits.max_length, loader.limits.max_images_per_sample],
+        "sources": [(source.name, source.fingerprint) for source in loader.sources],
+        "transformers": version("transformers"),
+    }
+    cache = TeacherCache(IN_MEMORY / "vlskv_ray" if options.teacher_cache == "memory" else Path(root), depends_on)
+    numbers = sum(map(len, loader.plan.tables))
+    tried, _ = loader.samples(np.linspace(0, numbers - 1, min(numbers, CACHE_SAMPLES), dtype=np.int64).tolist())
+    if tried:
+        tokens = np.mean([len(sample.input_ids) + 2 * (sample.labels != IGNORE_INDEX).sum() for sample in tried])
+        states = tokens * text.hidden_size * (2 if options.dtype == "bfloat16" else 4)
+        there, seen = len(cache), run.total_steps * run.micro_batches_per_step * run.config.micro_batch_size
+        wanted = max(0, min(numbers, seen) - there) * states
+        say(
+            run.config,
+            f"teacher cache {there} of {numbers} samples are in {shown(cache.folder)}; up to {wanted / 2**30:.2f} GiB "
+            f"more will be written",
+        )
+        cache.check_room(wanted)
+    return cache
 
 
 def held_out_of(config: Config, limits: Limits) -> HeldOut | None:

@@ -28,6 +28,7 @@ from vlskv_ray.model.build import build_student, build_whole, find_model, load_p
 from vlskv_ray.run_log import RunLog
 from vlskv_ray.savings import layers_of, measure_savings
 from vlskv_ray.sft import cross_entropy_loss
+from vlskv_ray.teacher_cache import TeacherCache
 
 Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
 """Of model and micro-batch: the loss as a sum with a graph, and all sums; see `distillation_loss`."""
@@ -45,6 +46,8 @@ class Run:
     total_steps: int
     fingerprints: dict[str, str]
     """Of model and data: a run goes on only with the same."""
+    cache: TeacherCache | None = None
+    """Where the frozen states of samples are kept; None: nowhere."""
     held_out: HeldOut | None = None
     """What answers are measured on; None: nothing was given."""
 
@@ -101,7 +104,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
     output, log = config.output, None
     if worker.rank == 0:
         log = RunLog(run.folder, step, order=output.order, tensorboard=output.tensorboard)
-    objective = objective_of(config)
+    objective = objective_of(config, run.cache)
     every = config.checkpoint.every_steps or run.total_steps
     per_worker = run.micro_batches_per_step // worker.world_size
     batches = batches_from(step)
@@ -159,6 +162,8 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         measure(run, worker, model, evaluator, patient)
     except AskedToStop:
         return {"status": "stopped", "step": step}
+    if run.cache and config.model.teacher_cache == "memory":
+        run.cache.clear()  # each worker on its machine
     return {"status": "done", "step": step, **counts.to_json()}
 
 
@@ -274,7 +279,7 @@ def model_of(run: Run) -> Any:
     )
 
 
-def objective_of(config: Config) -> Loss:
+def objective_of(config: Config, cache: TeacherCache | None = None) -> Loss:
     if config.objective == "sft":
         return cross_entropy_loss
     return Objective(
@@ -283,6 +288,7 @@ def objective_of(config: Config) -> Loss:
         text_loss_weight=config.text_loss_weight,
         hidden_loss_weight=config.hidden_loss_weight,
         logits_memory_mib=config.model.logits_memory_mib,
+        cache=cache,
     )
 
 

@@ -6,7 +6,7 @@ a tile in pixels.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,19 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 """The label of a token that no loss counts, as in transformers."""
+
+
+@dataclass(frozen=True)
+class FrozenStates:
+    """What the frozen part of a model makes of a sample of n supervised positions: all that its distillation needs."""
+
+    trunk: Tensor  # float[T, D], as it enters layer N
+    teacher: Tensor  # float[n, D], after the final norm
+    teacher_input: Tensor  # float[n, D], as it enters the last layer
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,9 @@ class Encoded:
     uid: str
     input_ids: NDArray[np.int64]  # [T]
     labels: NDArray[np.int64]  # [T], aligned with input_ids
-    pixel_values: list[NDArray[np.float32]]  # an array [tiles, 3, S, S] for each image
+    pixel_values: list[NDArray[np.float32]]  # an array [tiles, 3, S, S] for each image; none where states are known
     image_sizes: list[tuple[int, int]]  # (height, width) of each image as decoded
+    states: FrozenStates | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,10 @@ class Batch:
     num_images: Tensor  # int64[B]
     pixel_values: Tensor | None = field(default=None)  # float32[I, P, 3, S, S]
     image_sizes: Tensor | None = field(default=None)  # int64[I, 2]
+    # of samples whose states are all known, without padding, one sample after another
+    trunk: Tensor | None = field(default=None)  # float[all tokens, D]
+    teacher: Tensor | None = field(default=None)  # float[n, D]
+    teacher_input: Tensor | None = field(default=None)  # float[n, D]
 
     @property
     def has_image(self) -> Tensor:
@@ -58,6 +73,11 @@ class Batch:
         if self.pixel_values is not None and self.image_sizes is not None:
             inputs |= {"pixel_values": self.pixel_values, "image_sizes": self.image_sizes}
         return inputs
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """bool[B, T]: where the logits predict a label that counts, one position before it. `labels` int64[B, T]."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
 
 def collate(
@@ -85,6 +105,10 @@ def collate(
         for i, tiles in enumerate(images):
             pixel_values[i, : len(tiles)] = tiles  # the model drops the tiles beyond, by image_sizes
         image_sizes = torch.tensor([size for sample in samples for size in sample.image_sizes])
+    states = [sample.states for sample in samples if sample.states]
+    frozen = {}
+    if states and len(states) == len(samples):
+        frozen = {f.name: torch.cat([getattr(x, f.name) for x in states]) for f in fields(FrozenStates)}
     return Batch(
         step=step,
         micro_batch=micro_batch,
@@ -93,13 +117,17 @@ def collate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
-        num_images=torch.tensor([len(sample.pixel_values) for sample in samples], dtype=torch.int64),
+        num_images=torch.tensor([len(sample.image_sizes) for sample in samples], dtype=torch.int64),
         pixel_values=pixel_values,
         image_sizes=image_sizes,
+        **frozen,
     )
 
 
-TENSORS = ("input_ids", "attention_mask", "labels", "num_images", "pixel_values", "image_sizes")
+TENSORS = (
+    *("input_ids", "attention_mask", "labels", "num_images", "pixel_values", "image_sizes"),
+    *("trunk", "teacher", "teacher_input"),
+)
 
 
 def to_row(batch: Batch) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from vlskv_ray.data.plan import Plan
 from vlskv_ray.data.sample import Rejected
 from vlskv_ray.data.sources import Source
 from vlskv_ray.model.build import find_model, load_config, load_processor
+from vlskv_ray.teacher_cache import TeacherCache
 
 ROWS_PER_TASK = 8
 """Plan rows of one data task: enough to hide what a task costs, few enough that the first rows come soon."""
@@ -34,20 +35,17 @@ class Loader:
     revision: str | None
     """Of the model, whose processor prepares the samples."""
     limits: Limits
+    cache: TeacherCache | None = None
 
     def __call__(self, row: dict[str, Any]) -> Batch:
-        """Loads, decodes, tokenises and collates the samples of a row; those that cannot be used are listed."""
-        processor, config = _model_side(self.name_or_path, self.revision)
-        samples: list[Encoded] = []
-        rejected: list[dict[str, str]] = []
-        for number in row["samples"]:
-            k, at = self.plan.locate(int(number))
-            source = self.sources[k]
-            try:
-                sample = source.read(at)
-                samples.append(encode(sample, processor, functools.partial(num_image_features, config), self.limits))
-            except Rejected as reason:
-                rejected.append({"id": source.uid(at), "reason": reason.code, "detail": reason.detail})
+        """Loads, decodes, tokenises and collates the samples of a row; those that cannot be used are listed.
+
+        Where the teacher cache has all of them, their states come from there and no image is opened.
+        """
+        processor, _ = _model_side(self.name_or_path, self.revision)
+        samples, rejected = self.samples(row["samples"], self.cache)
+        if len({sample.states is None for sample in samples}) == 2:  # some are cached, others not
+            samples, rejected = self.samples(row["samples"], None)
         return collate(
             samples,
             processor.tokenizer.pad_token_id or 0,
@@ -55,6 +53,24 @@ class Loader:
             micro_batch=int(row["micro_batch"]),
             rejected=rejected,
         )
+
+    def samples(
+        self, numbers: Sequence[int], cache: TeacherCache | None = None
+    ) -> tuple[list[Encoded], list[dict[str, str]]]:
+        """The samples of these numbers in the plan that can be used, and why others cannot."""
+        processor, config = _model_side(self.name_or_path, self.revision)
+        num_features = functools.partial(num_image_features, config)
+        samples: list[Encoded] = []
+        rejected: list[dict[str, str]] = []
+        for number in numbers:
+            k, at = self.plan.locate(int(number))
+            source = self.sources[k]
+            try:
+                cached = cache.get(source.uid(at)) if cache else None
+                samples.append(cached or encode(source.read(at), processor, num_features, self.limits))
+            except Rejected as reason:
+                rejected.append({"id": source.uid(at), "reason": reason.code, "detail": reason.detail})
+        return samples, rejected
 
 
 def local_batches(loader: Loader, start: int, stop: int) -> Iterator[Batch]:

@@ -108,7 +108,8 @@ def fingerprint_of(files: ModelFiles) -> str:
     if files.folder is None:
         return files.name_or_path
     digest = hashlib.sha256()
-    for path in sorted([*files.folder.glob("*.json"), *files.folder.glob("*.safetensors")]):
+    patterns = ("*.json", "*.jinja", "*.safetensors")
+    for path in sorted(path for pattern in patterns for path in files.folder.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:

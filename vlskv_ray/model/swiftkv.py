@@ -104,19 +104,19 @@ class SwiftKVPass:
             states, and the student's are in `student`.
 
     After a pass with `distill`, both of `student` and the returned hidden states belong to the kept tokens and have
-    gone through the final norm; `last_inputs` holds student and teacher as they entered the last layer.
+    gone through the final norm; `student_input` and `teacher_input` are they as they entered the last layer.
     """
 
     def __init__(self, keep: int | Tensor | None = None, distill: bool = False) -> None:
         self.keep, self.distill = keep, distill
         self.lengths: list[int] | None = None  # of the sequences that stand in one row, where they do
-        self.source: Tensor | None = (
-            None  # [B, T, D] norm_swiftkv of what enters layer N: all keys and values come of it
-        )
+        self.trunk: Tensor | None = None  # [B, T, D] what enters layer N
+        self.source: Tensor | None = None  # [B, T, D] norm_swiftkv of it: all keys and values come of that
         self.key_value: tuple[Tensor, Tensor] | None = None  # [B, K, S, E] each, of the group being run
         self.student: Tensor | None = None  # [B, T, D], [B, keep, D] or [1, n, D]
         self.position_embeddings: tuple[Tensor, Tensor] | None = None  # of the kept tokens
-        self.last_inputs: tuple[Tensor, Tensor] | None = None
+        self.student_input: Tensor | None = None  # likewise, as it entered the last layer
+        self.teacher_input: Tensor | None = None
         self.norm: nn.Module | None = None
         self._masks: dict[Any, Any] = {}  # what `of_each` gave
 
@@ -134,7 +134,7 @@ class SwiftKVPass:
     def enter(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
         """Called by layer N with its input float[B, T, D]."""
         assert self.norm is not None
-        self.source = self.norm(hidden_states)
+        self.trunk, self.source = hidden_states, self.norm(hidden_states)
         self.student = self.select(hidden_states)
         self.position_embeddings = (self.select(position_embeddings[0]), self.select(position_embeddings[1]))
 
@@ -312,9 +312,9 @@ class SwiftKVLayer(Stock):
             "position_embeddings": swiftkv.position_embeddings,
         }
         is_last = self.layer_idx == self.config.num_hidden_layers - 1
-        if is_last and swiftkv.distill:
-            assert swiftkv.student is not None
-            swiftkv.last_inputs = (swiftkv.student, swiftkv.select(hidden_states))
+        if is_last:
+            swiftkv.student_input = swiftkv.student
+            swiftkv.teacher_input = swiftkv.select(hidden_states) if swiftkv.distill else None
 
         student: Callable[[Tensor | None], Tensor]
         student = functools.partial(stock, key_value=swiftkv.key_value, student=True, **kept)
@@ -395,6 +395,24 @@ class SwiftKVModel(Stock):
         if swiftkv.distill:
             swiftkv.student = self.norm(swiftkv.student)
         return output
+
+    def from_trunk(self, trunk: Tensor, there: Tensor, swiftkv: SwiftKVPass) -> Tensor:
+        """The student alone, from hidden states that enter layer N, as `swiftkv.trunk` of an earlier pass had them.
+
+        Args:
+            trunk: float[1, sum of lengths, D], all sequences in one row.
+            there: bool[B, T], their tokens in a batch padded on the right.
+            swiftkv: with `keep` bool[B, T], not distilling.
+
+        Returns:
+            float[1, n, D] of the kept tokens, after the final norm.
+        """
+        swiftkv.norm, positions = self.norm_swiftkv, swiftkv.pack(there)
+        states, embeddings = trunk, self.rotary_emb(trunk, position_ids=positions)
+        with _attention(self.config, BY_SEQUENCE):
+            for layer in self.layers[self.config.num_key_value_layers :]:
+                states = layer(states, position_embeddings=embeddings, swiftkv=swiftkv)
+        return self.norm(states)
 
     # `from_pretrained` calls these for what the checkpoint lacks. A plain teacher lacks the SwiftKV weights, which
     # start from the teacher's; `initialization.copy_` leaves alone every weight that the checkpoint did hold.

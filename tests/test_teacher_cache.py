@@ -1,0 +1,206 @@
+"""The teacher cache: exact, found again by what its content depends on, and never trusted blindly."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import batch_of
+from safetensors.torch import load, load_file
+
+from vlskv_ray import teacher_cache
+from vlskv_ray.config import Config
+from vlskv_ray.data.collate import Batch, Encoded, from_row, to_row
+from vlskv_ray.distill import Objective, cached_pass, distillation_loss, shared_pass
+from vlskv_ray.model.build import trainable_parameters
+from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
+from vlskv_ray.teacher_cache import TeacherCache
+from vlskv_ray.train import prepare, train
+
+OBJECTIVE = Objective(temperature=2.0, hidden_loss_weight=0.5)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TeacherCache:
+    return TeacherCache(tmp_path / "cache", {"model": "tiny", "num_key_value_layers": 2})
+
+
+def fill(cache: TeacherCache, model: Any, batch: Batch) -> None:
+    with torch.no_grad():
+        states = shared_pass(model, batch)
+    cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
+
+
+def cached(cache: TeacherCache, ids: list[str]) -> list[Encoded]:
+    return [sample for sample in map(cache.get, ids) if sample is not None]
+
+
+def gradient(model: Any, batch: Batch) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    loss, sums = distillation_loss(model, batch, OBJECTIVE)
+    assert loss is not None
+    loss.backward()
+    return sums.loss, torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("group", [1, 2])
+def test_loss_and_gradients_are_those_without_it(
+    student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache, backbone: str, group: int
+) -> None:
+    """Bit for bit in the batch that was cached, to 1e-6 in others, with images and without, as bytes from elsewhere."""
+    model = student(backbone, key_value_group_size=group)
+    fill(cache, model, batch_of(encoded))
+    for chosen, exactly in ((encoded, True), (encoded[5:1:-1], False), (encoded[1:2], False)):
+        plain = batch_of(chosen)
+        known = from_row(to_row(batch_of(cached(cache, plain.sample_ids))))
+        assert known.pixel_values is None and torch.equal(known.has_image, plain.has_image)
+        assert torch.equal(known.input_ids, plain.input_ids) and torch.equal(known.labels, plain.labels)
+        (loss, got), (wanted_loss, wanted) = gradient(model, known), gradient(model, plain)
+        if exactly:
+            assert loss == wanted_loss and torch.equal(got, wanted)
+        else:
+            assert loss == pytest.approx(wanted_loss, rel=1e-6) and (got - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_only_the_student_runs(student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache) -> None:
+    """Counted: no tower, no layer below N, and in those above only supervised positions."""
+    model = student()
+    batch = batch_of(encoded)
+    fill(cache, model, batch)
+    known, rows = batch_of(cached(cache, batch.sample_ids)), dict[str, list[int]]()
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, args, output: rows.setdefault(name, []).append(args[0].shape[:-1].numel())
+
+    layers = swiftkv_backbone(model).layers
+    hooks = [model.model.vision_tower.register_forward_hook(count("tower"))]
+    hooks += [layer.mlp.register_forward_hook(count(f"mlp{i}")) for i, layer in enumerate(layers)]
+    cached_pass(model, known)
+    for hook in hooks:
+        hook.remove()
+    kept = int((known.labels[:, 1:] >= 0).sum())
+    assert rows == {f"mlp{i}": [kept] for i in range(2, 6)}
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"\x80\x04" + b"x" * 500),
+}
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_made_anew(
+    student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache, damage: str
+) -> None:
+    model, batch = student(), batch_of(encoded[:2])
+    fill(cache, model, batch)
+    path = cache.path("a")
+    whole = load(path.read_bytes())
+    DAMAGES[damage](path)
+    assert cache.get("a") is None and not path.exists() and cache.get("b") is not None
+    fill(cache, model, batch)
+    again = load(path.read_bytes())
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_foreign_file_is_not_used(
+    student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache, tmp_path: Path
+) -> None:
+    """That of another sample, or of another teacher, under the right name."""
+    fill(cache, student(), batch_of(encoded[:2]))
+    other = TeacherCache(tmp_path / "cache", {"model": "tiny", "num_key_value_layers": 3})
+    assert other.folder != cache.folder and other.get("a") is None
+    other.path("a").parent.mkdir(parents=True)
+    shutil.copy(cache.path("a"), other.path("a"))
+    shutil.copy(cache.path("b"), cache.path("a"))
+    assert other.get("a") is None and cache.get("a") is None
+    assert len(cache) == 1 and len(other) == 0
+
+
+def test_a_full_disk_ends_writing_and_not_the_run(
+    student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a warning, and without half a file; a size that cannot fit is refused before anything is written."""
+    model = student()
+
+    def no_room(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", no_room)
+    with pytest.warns(UserWarning, match="No space left on device; the teacher cache takes no more"):
+        fill(cache, model, batch_of(encoded[:2]))
+    assert len(cache) == 0 and cache.full
+    with pytest.raises(ValueError, match=r"about 1024.0 GiB are to be written .* teacher_cache=off"):
+        cache.check_room(2**50 / 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+def config_of(folder: Path, teacher: Path, name: str, **model: Any) -> Config:
+    return Config.model_validate(
+        {
+            "epochs": 3,
+            "micro_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "model": {"name_or_path": str(teacher), "num_key_value_layers": 2} | model,
+            "data": {"sources": [{"name": "shapes", "num_samples": 20}]},
+            "optimizer": {"lr": 1e-2},
+            "cluster": {"num_workers": 0, "threads_per_worker": 1},
+            "output": {"dir": str(folder), "name": name, "level": "error"},
+        }
+    )
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr("vlskv_ray.train.IN_MEMORY", tmp_path / "shm")
+    yield tmp_path / "shm"
+
+
+def test_runs_end_with_the_same_weights(
+    teacher_folder: Callable[..., Path], tmp_path: Path, in_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a cache, with one in memory, on disk, and from one on disk that an earlier run has filled."""
+    towers: list[str] = []
+    from transformers import CLIPVisionModel
+
+    forward = CLIPVisionModel.forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        towers.append(name)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPVisionModel, "forward", counted)
+    weights = {}
+    for name, cache in (("none", "off"), ("memory", "memory"), ("disk", "disk"), ("again", "disk")):
+        assert train(config_of(tmp_path, teacher_folder(), name, teacher_cache=cache)) == 0
+        weights[name] = load_file(tmp_path / name / "final" / "model.safetensors")
+    assert len(list((tmp_path / "teacher-cache").rglob("*.safetensors"))) == 20
+    assert not list(in_memory.rglob("*.safetensors"))  # memory is given back
+    for name in ("memory", "disk", "again"):
+        for key, weight in weights["none"].items():
+            assert torch.allclose(weights[name][key], weight, rtol=1e-4, atol=1e-6), (name, key)
+    assert all(torch.equal(weights["memory"][key], weights["disk"][key]) for key in weights["none"])
+    assert towers.count("memory") == towers.count("disk") == towers.count("none") / 3
+    assert "again" not in towers
+
+
+def test_what_does_not_fit_is_refused_before_the_run(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
+    config = config_of(tmp_path, teacher_folder(), "run", teacher_cache="disk")
+    source = config.data.sources[0].model_copy(update={"num_samples": 10**6})
+    large = config.data.model_copy(update={"sources": [source]})
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, free, 2**20))
+        with pytest.raises(ValueError, match=r"model.teacher_cache: about [\d.]+ GiB are to be written"):
+            prepare(config.model_copy(update={"data": large}))
+    with pytest.raises(ValueError, match="teacher_cache: there is no teacher with objective=sft"):
+        Config.model_validate(config.model_dump() | {"objective": "sft"})

@@ -85,7 +85,7 @@ def test_it_says_how_to_use_and_to_make_it_again(tmp_path: Path) -> None:
     snippet = card.split("```python\n")[1].split("```")[0]
     first, *_ = ast.parse(snippet).body
     assert ast.unparse(first) == "import vlskv_ray"
-    assert f"folder = '{tmp_path.name}/shapes/final'" in snippet
+    assert f'folder = "{tmp_path.name}/shapes/final"' in snippet
     assert "python -m vlskv_ray.train --config" in card
     assert "arXiv 2410.03960" in card and "from layer 2 on" in card and "in groups of 1." in card
     sft = card_of(run_folder(tmp_path / "sft", objective="sft", evaluation=sft_evaluation(), plots=False))

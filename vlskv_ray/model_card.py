@@ -1,5 +1,6 @@
 """final/README.md: the model card, a pure function of the files of a run folder."""
 
+import json
 import re
 from collections.abc import Sequence
 from html import escape
@@ -102,7 +103,7 @@ def usage(run: RunFiles) -> str:
 {registers}from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-folder = {folder!r}
+folder = {json.dumps(folder, ensure_ascii=False)}
 model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What colour is it?"}}]}}]

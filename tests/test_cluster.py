@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,21 @@ def test_steps_taken_back_by_a_restart_are_shown_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.ray
+def test_the_cluster_of_another_run_is_not_joined() -> None:
+    """Runs side by side on one machine each have their own: one that joined the other's would end with it."""
+    other = (
+        "import ray; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); input()"
+    )
+    mine = "from vlskv_ray.cluster import ray_cluster\nwith ray_cluster(None) as cluster: print(cluster.joined)"
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        [sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    ) as process:
+        assert process.stdin and process.stdout
+        assert any(line == "up\n" for line in process.stdout)
+        found = subprocess.run([sys.executable, "-c", mine], capture_output=True, text=True, env=env, timeout=120)
+        process.stdin.close()
+    assert found.stdout.split() == ["False"], found.stderr

@@ -73,12 +73,14 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         "logging_config": ray.LoggingConfig(log_level=level),
         "log_to_driver": not quiet,
     }
-    wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
+    asked_for = address or os.environ.get("RAY_ADDRESS")
+    # "auto" would join any Ray of this machine, that of another run too, and end with it
+    wanted = asked_for or ray._private.utils.read_ray_address() or "local"
     try:
         if wanted != "local":
             ray.init(address=wanted, **options)
     except ConnectionError as error:
-        if wanted != "auto":
+        if asked_for:
             raise ValueError(
                 f"cluster.address: no Ray cluster answers at {wanted!r} ({error}); "
                 f"start one with `ray start --head`, or use cluster.address=local"

@@ -1,0 +1,111 @@
+"""The command `python -m vlskv_ray.cache`: fills the teacher cache of a run ahead of it, on all CPUs."""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vlskv_ray.cluster import duration, ray_cluster
+from vlskv_ray.command import DONE, exit_status, shown, up_to
+from vlskv_ray.config import load_config_and_notices
+from vlskv_ray.data.pipeline import Loader
+from vlskv_ray.distill import shared_pass
+from vlskv_ray.train import prepare
+from vlskv_ray.train_loop import Run, autocast, model_of
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlskv_ray.cache",
+        description="Fills the teacher cache of a run (model.teacher_cache=disk) ahead of it, on all CPUs.",
+        epilog="Any option of the config can be given as section.key=value, for instance epochs=3.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
+    parser.add_argument("--num-samples", type=up_to(10**9), metavar="N", help="use the first N samples of the mixture")
+    parser.add_argument("--workers", type=up_to(10**5), metavar="N", help="processes; default: one a CPU")
+    options, overrides = parser.parse_known_args(arguments)
+    return exit_status(lambda: fill(options, overrides))
+
+
+def fill(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Makes what is missing; returns the exit status. ValueError for what the user can mend."""
+    config, _ = load_config_and_notices(options.config, ["model.teacher_cache=disk", *overrides])
+    if config.model.teacher_cache != "disk":
+        raise ValueError(f"model.teacher_cache: {config.model.teacher_cache}; only one on disk outlives this command")
+    run, loader = prepare(config, num_samples=options.num_samples)
+    assert run.cache is not None
+    rows = list(missing(run, loader))
+    wanted = sum(len(row["samples"]) for row in rows)
+    if not wanted:
+        print("nothing is missing")
+        return DONE
+    left_out: Counter[str] = Counter()
+    with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
+        workers = min(options.workers or max(1, int(cluster.cpus)), len(rows))
+        print(f"making        {wanted} samples with {workers} processes", flush=True)
+        began, told, done = time.monotonic(), -10.0, 0
+        for result in results(run, loader, rows, workers, cpus=cluster.cpus / workers):
+            done += result["samples"]
+            left_out.update({key: count for key, count in result["left_out"].items() if count})
+            if (now := time.monotonic() - began) - told >= 10 or done == wanted:
+                print(f"{done} of {wanted}  {duration(now * (wanted - done) / done)} left", flush=True)
+                told = now
+    reasons = f", {', '.join(f'{count} x {reason}' for reason, count in left_out.most_common())}" if left_out else ""
+    print(f"{len(run.cache)} samples are in {shown(run.cache.folder)}; {sum(left_out.values())} left out{reasons}")
+    return DONE
+
+
+def missing(run: Run, loader: Loader) -> Iterator[dict[str, Any]]:
+    """Rows of the run's plan, without the samples that are there or come a second time."""
+    assert run.cache is not None
+    seen: set[int] = set()
+    for row in loader.plan.rows(0, run.total_steps):
+        numbers = [int(number) for number in row["samples"] if int(number) not in seen]
+        seen.update(numbers)
+        places = {number: loader.plan.locate(number) for number in numbers}
+        lacking = [number for number, (k, at) in places.items() if loader.sources[k].uid(at) not in run.cache]
+        if lacking:
+            yield {"samples": lacking}
+
+
+class CacheWorker:
+    """A process that runs teacher and trunk over samples and keeps what they make of them."""
+
+    def __init__(self, run: Run, loader: Loader) -> None:
+        torch.set_num_threads(run.config.cluster.threads_per_worker or 1)
+        self.run, self.loader, self.model = run, loader, model_of(run)
+
+    @torch.no_grad()
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        cache = self.run.cache
+        assert cache is not None
+        batch = self.loader({"samples": row["samples"], "step": 0, "micro_batch": 0})
+        if batch.sample_ids and batch.trunk is None:
+            with autocast(self.model):
+                states = shared_pass(self.model, batch)
+            cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
+        if cache.full:
+            raise OSError(f"{cache.folder}: the disk is full")
+        left_out = Counter(rejected["reason"] for rejected in batch.rejected)
+        return {"samples": len(row["samples"]), "left_out": dict(left_out)}
+
+
+def results(
+    run: Run, loader: Loader, rows: list[dict[str, Any]], workers: int, cpus: float
+) -> Iterator[dict[str, Any]]:
+    """What the workers say of each row, as they are done."""
+    import ray
+    from ray.util import ActorPool
+
+    processes = [ray.remote(num_cpus=min(1.0, cpus))(CacheWorker).remote(run, loader) for _ in range(workers)]
+    yield from ActorPool(processes).map_unordered(lambda process, row: process.__call__.remote(row), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

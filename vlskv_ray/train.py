@@ -33,7 +33,7 @@ from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_data
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.dry_run import dry_run
+from vlskv_ray.dry_run import dry_run, size
 from vlskv_ray.model.build import (
     check_growth,
     find_model,
@@ -209,8 +209,8 @@ def teacher_cache_of(run: Run, loader: Loader, text: Any) -> TeacherCache:
         wanted = max(0, min(numbers, seen) - there) * states
         say(
             run.config,
-            f"teacher cache {there} of {numbers} samples are in {shown(cache.folder)}; up to {wanted / 2**30:.2f} GiB "
-            f"more will be written",
+            f"teacher cache {there} of {numbers} samples are in {shown(cache.folder)}; up to {size(wanted)} more "
+            f"will be written",
         )
         cache.check_room(wanted)
     return cache

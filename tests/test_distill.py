@@ -1,6 +1,7 @@
 """The objective against a separate float64 reference, and what must not change it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 def as_float64(batch: Batch) -> Batch:
     if batch.pixel_values is not None:
-        object.__setattr__(batch, "pixel_values", batch.pixel_values.double())
+        return replace(batch, tiles=batch.pixel_values.double(), normalise=None)
     return batch
 
 
@@ -142,7 +143,7 @@ def test_weight_of_a_sample_is_its_own(student: Callable[..., Any], encoded: lis
 def test_nothing_supervised_adds_exactly_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:
     """A sample without labels, alone or beside another, changes neither loss nor gradient by a bit."""
     model = student()
-    silent = Encoded("silent", encoded[3].input_ids, encoded[3].labels * 0 + IGNORE_INDEX, encoded[3].pixel_values, [])
+    silent = Encoded("silent", encoded[3].input_ids, encoded[3].labels * 0 + IGNORE_INDEX, encoded[3].tiles, [])
     loss, sums = distillation_loss(model, batch_of([silent]), OBJECTIVE)
     assert loss is None and sums.loss == 0 and sums.supervised_tokens == 0 and sums.samples == 1
     alone = loss_and_gradient(model, [batch_of([encoded[3]])])

@@ -52,7 +52,7 @@ def test_the_loss_is_transformers_own(encoded: list[Encoded], teacher_folder: Ca
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-4)
     assert sums.supervised_tokens == int((batch.labels != IGNORE_INDEX).sum())
     assert sums.ce_vision + sums.ce_text == pytest.approx(sums.loss)
-    alone = cross_entropy_loss(model, batch_of([sample for sample in encoded if not sample.pixel_values]))[1]
+    alone = cross_entropy_loss(model, batch_of([sample for sample in encoded if not sample.tiles]))[1]
     assert alone.ce_text == pytest.approx(sums.ce_text, rel=1e-5) and alone.ce_vision == 0
 
 

@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_without_it(
     for chosen, exactly in ((encoded, True), (encoded[5:1:-1], False), (encoded[1:2], False)):
         plain = batch_of(chosen)
         known = from_row(to_row(batch_of(cached(cache, plain.sample_ids))))
-        assert known.pixel_values is None and torch.equal(known.has_image, plain.has_image)
+        assert known.tiles is None and torch.equal(known.has_image, plain.has_image)
         assert torch.equal(known.input_ids, plain.input_ids) and torch.equal(known.labels, plain.labels)
         (loss, got), (wanted_loss, wanted) = gradient(model, known), gradient(model, plain)
         if exactly:

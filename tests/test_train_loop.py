@@ -192,8 +192,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run: Run, encoded: li
 
     def poisoned(start: int) -> Iterator[Batch]:
         for batch in batches(encoded)(start):
-            if batch.step == 3 and batch.pixel_values is not None:
-                batch.pixel_values[0, 0, 0, 0, 0] = torch.nan
+            if batch.step == 3 and batch.normalise is not None:
+                batch.normalise[1, 0] = torch.nan
             yield batch
 
     outcome = train_worker(run, Worker(), poisoned)
@@ -317,7 +317,7 @@ def one_step(
     trained = trainable_parameters(model)
     gradients = GradientBuffer(trained.values())
     parts = [batch_of(encoded[i : i + size]) for i in range(0, len(encoded), size)]
-    parts = [replace(p, pixel_values=None if p.pixel_values is None else p.pixel_values.to(dtype)) for p in parts]
+    parts = [p if p.tiles is None else replace(p, tiles=p.pixel_values.to(dtype), normalise=None) for p in parts]
     objective = Objective(vision_loss_weight=0.7, text_loss_weight=1.3)
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float64:

@@ -128,7 +128,7 @@ def greedy_answers(
             shown.append(_images_only(question))
         pixels = collate(shown, pad)
         images: dict[str, Any] = {}
-        if pixels.pixel_values is not None:
+        if pixels.tiles is not None:
             images = {"pixel_values": pixels.pixel_values, "image_sizes": pixels.image_sizes}
         generated = model.generate(
             input_ids=input_ids,
@@ -150,7 +150,8 @@ def greedy_answers(
 def _images_only(question: Question) -> Encoded:
     sample, count = question.sample, question.num_images
     nothing = np.empty(0, dtype=np.int64)
-    return Encoded(question.id, nothing, nothing, sample.pixel_values[:count], sample.image_sizes[:count])
+    tiles, image_sizes = sample.tiles[:count], sample.image_sizes[:count]
+    return Encoded(question.id, nothing, nothing, tiles, image_sizes, sample.normalise)
 
 
 def as_text(processor: Any, ids: Sequence[int]) -> str:
@@ -256,7 +257,7 @@ class Evaluator:
         self.left_out = Counter()
         for place in self.places:
             questions = self._read([place])
-            if questions and questions[0].sample.pixel_values:
+            if questions and questions[0].sample.tiles:
                 return questions[0].sample
         return None
 

@@ -64,7 +64,7 @@ class TeacherCache:
             if about["__metadata__"] == self._about(uid, tensors):
                 ids, labels, sizes, *states = tensors.values()
                 image_sizes = [(height, width) for height, width in sizes.tolist()]
-                return Encoded(uid, ids.numpy(), labels.numpy(), [], image_sizes, FrozenStates(*states))
+                return Encoded(uid, ids.numpy(), labels.numpy(), [], image_sizes, states=FrozenStates(*states))
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError, KeyError):

@@ -11,7 +11,7 @@ from conftest import conversation, picture, tiny_config
 from transformers import AutoModelForImageTextToText
 
 from vlskv_ray.data.chat import Limits, check_template, encode, num_image_features, render
-from vlskv_ray.data.collate import IGNORE_INDEX
+from vlskv_ray.data.collate import IGNORE_INDEX, collate
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.model import presets
@@ -115,9 +115,31 @@ def test_equals_the_stock_processor_in_one_call(template: str) -> None:
             Sample("x", messages, pictures), processor, features, Limits(image_processing_batch_size=at_once)
         )
         assert np.array_equal(encoded.input_ids, stock["input_ids"][0])
-        for ours, theirs in zip(encoded.pixel_values, stock["pixel_values"], strict=True):
-            assert np.array_equal(ours, theirs[: len(ours)]) and not theirs[len(ours) :].any()
+        pixel_values = collate([encoded], 0).pixel_values
+        assert pixel_values is not None and encoded.tiles[0].dtype == np.uint8
+        for tiles, ours, theirs in zip(encoded.tiles, pixel_values, stock["pixel_values"], strict=True):
+            assert np.abs(ours.numpy() - theirs)[: len(tiles)].max() < 1e-6 and not theirs[len(tiles) :].any()
         assert encoded.image_sizes == [tuple(size) for size in stock["image_sizes"]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": {"shortest_edge": 40}},  # tiles are resized and cropped, as no released model has it
+        {"image_mean": [0.94] * 3, "image_std": [3.0] * 3},
+        {"do_normalize": False},
+        {"do_rescale": False, "image_mean": [127.0] * 3, "image_std": [60.0] * 3},
+    ],
+)
+def test_pixels_are_the_stock_processors_whatever_its_options(options: dict[str, Any]) -> None:
+    processor = presets.llava_next_processor(tiny_config())
+    for name, value in options.items():
+        setattr(processor.image_processor, name, type(processor.image_processor)(**{name: value}).__dict__[name])
+    data = picture(100, 40, 1)
+    encoded = encode(Sample("x", conversation("a?", "b", images=1), [data]), processor, features, Limits())
+    (stock,) = processor.image_processor([load_image(data)], return_tensors="np")["pixel_values"]
+    ours = collate([encoded], 0).pixel_values
+    assert ours is not None and np.abs(ours[0].numpy() - stock).max() < 1e-6 * max(1, np.abs(stock).max())
 
 
 @pytest.mark.parametrize("template", ["chatml", "mistral", "vicuna"])
@@ -133,8 +155,8 @@ def test_placeholders_equal_features_for_any_size(teacher_folder: Callable[..., 
         at += count
         sample = Sample("x", conversation("a?", "b", images=len(group)), [picture(w, h) for w, h in group])
         encoded = encode(sample, processor, features, Limits())
-        pixels = np.zeros((len(group), max(map(len, encoded.pixel_values)), 3, 32, 32), dtype=np.float32)
-        for i, tiles in enumerate(encoded.pixel_values):
+        pixels = np.zeros((len(group), max(map(len, encoded.tiles)), 3, 32, 32), dtype=np.float32)
+        for i, tiles in enumerate(encoded.tiles):
             pixels[i, : len(tiles)] = tiles
         with torch.no_grad():
             made = model.get_image_features(torch.from_numpy(pixels), torch.tensor(encoded.image_sizes)).pooler_output
@@ -146,7 +168,7 @@ def test_placeholders_equal_features_for_any_size(teacher_folder: Callable[..., 
 def test_no_image_no_placeholder() -> None:
     processor = processor_with("preset")
     encoded = encode(Sample("x", conversation("a?", "b"), []), processor, features, Limits())
-    assert not (encoded.input_ids == processor.image_token_id).any() and encoded.pixel_values == []
+    assert not (encoded.input_ids == processor.image_token_id).any() and encoded.tiles == []
 
 
 @pytest.mark.parametrize("size", [(1920, 1080), (1000, 100), (224, 224), (640, 480), (100, 1000), (8, 9)])

@@ -34,10 +34,10 @@ def test_collated_equals_one_by_one(encoded: list[Encoded]) -> None:
         assert batch.labels[row, :length].tolist() == sample.labels.tolist()
         assert batch.attention_mask[row].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
         assert (batch.labels[row, length:] == IGNORE_INDEX).all()
-        assert batch.has_image[row] == bool(sample.pixel_values)
-        for tiles in sample.pixel_values:
-            assert torch.equal(batch.pixel_values[image, : len(tiles)], torch.from_numpy(tiles))
-            assert not batch.pixel_values[image, len(tiles) :].any()
+        assert batch.has_image[row] == bool(sample.tiles)
+        for tiles in sample.tiles:
+            assert torch.equal(batch.tiles[image, : len(tiles)], torch.from_numpy(tiles))
+            assert not batch.tiles[image, len(tiles) :].any()
             image += 1
     assert image == len(batch.image_sizes)
     assert batch.input_ids.shape[1] == max(len(sample.input_ids) for sample in encoded)

@@ -107,7 +107,7 @@ def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, in
         raise Rejected(
             "marker_mismatch", f"the chat template writes {written} image tokens for {len(sample.images)} images"
         )
-    pixel_values, image_sizes, placeholders = _preprocess(sample, processor, limits.image_processing_batch_size)
+    tiles, image_sizes, placeholders = _preprocess(sample, processor, limits.image_processing_batch_size)
     (expanded,), (offsets,) = processor.get_text_with_replacements([text], placeholders)
     encoding = processor.tokenizer(
         expanded,
@@ -134,23 +134,43 @@ def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, in
     labels = _labels(input_ids, encoding["offset_mapping"], [_shift(span, offsets) for span in spans])
     if not (labels != IGNORE_INDEX).any():
         raise Rejected("no_answer", "no token of an answer is left to learn from")
-    return Encoded(sample.uid, input_ids, labels, pixel_values, image_sizes)
+    return Encoded(sample.uid, input_ids, labels, tiles, image_sizes, _normalisation(processor.image_processor))
 
 
 def _preprocess(
     sample: Sample, processor: Any, at_once: int
-) -> tuple[list[NDArray[np.float32]], list[tuple[int, int]], list[str]]:
-    """Pixels, sizes and placeholder texts of a sample's images, of which only `at_once` are held decoded."""
-    pixel_values: list[NDArray[np.float32]] = []
+) -> tuple[list[NDArray[np.uint8]], list[tuple[int, int]], list[str]]:
+    """Tiles, sizes and placeholder texts of a sample's images, of which only `at_once` are held decoded.
+
+    The stock processor, without its last two steps, which `_normalisation` describes: tiles stay bytes. Nor does it
+    resize and crop tiles that are of the right size already.
+    """
+    image_processor = processor.image_processor
+    options = {"do_pad": False, "do_rescale": False, "do_normalize": False}
+    size, crop = image_processor.size, image_processor.crop_size
+    if crop and size.shortest_edge == crop.height == crop.width:  # as it cuts them
+        options |= {"do_resize": False, "do_center_crop": False}
+    all_tiles: list[NDArray[np.uint8]] = []
     image_sizes: list[tuple[int, int]] = []
     placeholders: list[str] = []
     for start in range(0, len(sample.images), at_once):
         images = [load_image(image) for image in sample.images[start : start + at_once]]
-        processed = processor.image_processor(images, do_pad=False, input_data_format="channels_last")
-        pixel_values += [np.ascontiguousarray(tiles, dtype=np.float32) for tiles in processed["pixel_values"]]
+        processed = image_processor(images, input_data_format="channels_last", **options)
+        all_tiles += [np.ascontiguousarray(tiles) for tiles in processed["pixel_values"]]
         image_sizes += [(int(height), int(width)) for height, width in processed["image_sizes"]]
         placeholders += [processor.replace_image_token(processed, image_idx=i) for i in range(len(images))]
-    return pixel_values, image_sizes, placeholders
+    return all_tiles, image_sizes, placeholders
+
+
+def _normalisation(image_processor: Any) -> NDArray[np.float32]:
+    """[2, 3]: what a stock image processor multiplies each channel of a byte by, and then adds."""
+    scale, shift = np.ones(3), np.zeros(3)
+    if image_processor.do_rescale:
+        scale *= image_processor.rescale_factor
+    if image_processor.do_normalize:
+        deviation = np.asarray(image_processor.image_std)
+        scale, shift = scale / deviation, -np.asarray(image_processor.image_mean) / deviation
+    return np.stack(np.broadcast_arrays(scale, shift)).astype(np.float32)
 
 
 def _shift(span: tuple[int, int], offsets: Sequence[dict[str, Any]]) -> tuple[int, int]:

@@ -36,8 +36,9 @@ class Encoded:
     uid: str
     input_ids: NDArray[np.int64]  # [T]
     labels: NDArray[np.int64]  # [T], aligned with input_ids
-    pixel_values: list[NDArray[np.float32]]  # an array [tiles, 3, S, S] for each image; none where states are known
+    tiles: list[NDArray[np.uint8]]  # an array [tiles, 3, S, S] for each image; none where states are known
     image_sizes: list[tuple[int, int]]  # (height, width) of each image as decoded
+    normalise: NDArray[np.float32] | None = None  # [2, 3]: a channel's values are tiles * [0] + [1]
     states: FrozenStates | None = None
 
 
@@ -55,7 +56,8 @@ class Batch:
     attention_mask: Tensor  # int64[B, T]
     labels: Tensor  # int64[B, T]
     num_images: Tensor  # int64[B]
-    pixel_values: Tensor | None = field(default=None)  # float32[I, P, 3, S, S]
+    tiles: Tensor | None = field(default=None)  # uint8[I, P, 3, S, S]: a quarter of what the model sees
+    normalise: Tensor | None = field(default=None)  # float32[2, 3]: a channel's values are tiles * [0] + [1]
     image_sizes: Tensor | None = field(default=None)  # int64[I, 2]
     # of samples whose states are all known, without padding, one sample after another
     trunk: Tensor | None = field(default=None)  # float[all tokens, D]
@@ -67,11 +69,20 @@ class Batch:
         """bool[B]"""
         return self.num_images > 0
 
+    @property
+    def pixel_values(self) -> Tensor | None:
+        """float32[I, P, 3, S, S], what the model sees; made each time."""
+        if self.tiles is None or self.normalise is None:
+            return self.tiles
+        scale, shift = self.normalise[:, :, None, None]
+        return self.tiles * scale + shift
+
     def model_inputs(self) -> dict[str, Tensor]:
         """The arguments of the model's forward, labels apart."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        if self.pixel_values is not None and self.image_sizes is not None:
-            inputs |= {"pixel_values": self.pixel_values, "image_sizes": self.image_sizes}
+        pixel_values = self.pixel_values
+        if pixel_values is not None and self.image_sizes is not None:
+            inputs |= {"pixel_values": pixel_values, "image_sizes": self.image_sizes}
         return inputs
 
 
@@ -98,12 +109,14 @@ def collate(
         input_ids[row, :length] = torch.from_numpy(sample.input_ids)
         attention_mask[row, :length] = 1
         labels[row, :length] = torch.from_numpy(sample.labels)
-    images = [torch.from_numpy(tiles) for sample in samples for tiles in sample.pixel_values]
-    pixel_values = image_sizes = None
+    images = [torch.from_numpy(tiles) for sample in samples for tiles in sample.tiles]
+    all_tiles = normalise = image_sizes = None
     if images:
-        pixel_values = images[0].new_zeros(len(images), max(map(len, images)), *images[0].shape[1:])
+        all_tiles = images[0].new_zeros(len(images), max(map(len, images)), *images[0].shape[1:])
         for i, tiles in enumerate(images):
-            pixel_values[i, : len(tiles)] = tiles  # the model drops the tiles beyond, by image_sizes
+            all_tiles[i, : len(tiles)] = tiles  # the model drops the tiles beyond, by image_sizes
+        of_samples = [sample.normalise for sample in samples if sample.normalise is not None]
+        normalise = torch.from_numpy(of_samples[0]) if of_samples else None  # one processor made them all
         image_sizes = torch.tensor([size for sample in samples for size in sample.image_sizes])
     states = [sample.states for sample in samples if sample.states]
     frozen = {}
@@ -118,14 +131,16 @@ def collate(
         attention_mask=attention_mask,
         labels=labels,
         num_images=torch.tensor([len(sample.image_sizes) for sample in samples], dtype=torch.int64),
-        pixel_values=pixel_values,
+        tiles=all_tiles,
+        normalise=normalise,
         image_sizes=image_sizes,
         **frozen,
     )
 
 
 TENSORS = (
-    *("input_ids", "attention_mask", "labels", "num_images", "pixel_values", "image_sizes"),
+    *("input_ids", "attention_mask", "labels", "num_images", "tiles", "normalise"),
+    "image_sizes",
     *("trunk", "teacher", "teacher_input"),
 )
 

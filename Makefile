@@ -16,7 +16,7 @@ test: .venv/installed-test
 # The teacher that ships with the package, from random weights: see docs/teacher.md. Runs that are finished are not made
 # again, one that was stopped goes on.
 teacher: .venv/installed
-	for run in lessons questions practice drills teacher; do \
+	for run in lessons questions practice teacher; do \
 		$(BIN)/python -m vlskv_ray.train --config configs/shapes-$$run.yaml || exit; done
 
 # The figures in README.md and docs/: about 15 minutes on 2 cores; runs that are finished are not made again. Those of
@@ -29,7 +29,7 @@ figures: .venv/installed
 	$(BIN)/python -m vlskv_ray.compare runs/depth-2-? runs/quickstart runs/depth-4-? runs/depth-6-? --into docs/depths.md
 	[ ! -f runs/shapes-teacher/summary.json ] || { \
 		$(BIN)/python -m vlskv_ray.compare runs/shapes-teacher --result --into README.md --block teacher; \
-		for run in lessons questions practice drills teacher; do $(BIN)/python -m vlskv_ray.compare runs/shapes-$$run --result \
+		for run in lessons questions practice teacher; do $(BIN)/python -m vlskv_ray.compare runs/shapes-$$run --result \
 			--into docs/teacher.md --block $$run || exit; done; }
 
 .venv/installed: pyproject.toml

@@ -78,7 +78,8 @@ def expected(kind: str, question: str, scenes: list[shapes.Scene], before: str) 
         step = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}[words[2]]
         row, column = row + step[0], column + step[1]
         inside = 0 <= row < 2 and 0 <= column < 2
-        return f"a {at[2 * row + column]}" if inside and 2 * row + column in at else "nothing"
+        there = f"a {at[2 * row + column]}" if inside and 2 * row + column in at else "nothing"
+        return f"{PLACES[2 * row + column]}: {there}" if inside else there
     if kind == "as many":
         ((one, other),) = re.findall(r"as many (.*) as (.*)\?", question)
         first, second = len(members(one)), len(members(other))
@@ -121,7 +122,7 @@ def test_every_answer_is_right(split: str, monkeypatch: pytest.MonkeyPatch) -> N
             else:
                 assert answer == short, (row, question, answer, short)
             before = f"{question} {answer}"
-    assert len(kinds) == {"lessons": 6, "drills": 5}.get(split, 16) and min(kinds.values()) >= 8, kinds
+    assert len(kinds) == {"lessons": 6, "drills": 6}.get(split, 16) and min(kinds.values()) >= 8, kinds
 
 
 def test_the_splits_share_no_layout_and_no_text_question(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ class ShapesSource:
         if split not in SPLITS:
             raise ValueError(f"data.sources: shapes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
         self.name, self.weight, self.split = f"shapes/{split}", weight, split
-        self.num_rows, self.fingerprint = num_samples, "shapes-5"  # the version of what is drawn
+        self.num_rows, self.fingerprint = num_samples, "shapes-6"  # the version of what is drawn
         self.pattern = PATTERNS.get(split, PATTERN)
         of_row = np.arange(num_samples) % len(self.pattern)
         self.num_images = np.array([NUM_IMAGES[what] for what, _ in self.pattern], dtype=np.int32)[of_row]
@@ -130,7 +130,7 @@ def look_up(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn
 
 def drill(rng: np.random.Generator, split: str, count: int) -> tuple[list[Turn], list[Scene]]:
     """A picture and `count` questions whose answer needs more than one look."""
-    return one_picture(rng, split, count, (where, where, next_to, count_things, as_many))
+    return one_picture(rng, split, count, (where, where, next_to, is_there, count_things, as_many))
 
 
 def one_picture(
@@ -254,11 +254,14 @@ def next_to(rng: np.random.Generator, scene: Scene) -> Turn | None:
     thing, side = only(rng, scene, str), choice(rng, list(SIDES))
     if thing is None:
         return None
-    wanted = (thing.at[0] + SIDES[side][0], thing.at[1] + SIDES[side][1])
-    there = [other for other in scene if other.at == wanted]
+    column, row = thing.at[0] + SIDES[side][0], thing.at[1] + SIDES[side][1]
+    there = [other for other in scene if other.at == (column, row)]
     if not there and rng.random() < 0.7:  # else most answers would be "nothing"
         return None
-    return Turn("next to", f"What is {side} the {thing}?", f"a {there[0]}" if there else "nothing")
+    answer = f"a {there[0]}" if there else "nothing"
+    if column in (0, 1) and row in (0, 1):  # found first, then told
+        answer = f"{PLACES[2 * row + column]}: {answer}"
+    return Turn("next to", f"What is {side} the {thing}?", answer)
 
 
 def as_many(rng: np.random.Generator, scene: Scene) -> Turn | None:

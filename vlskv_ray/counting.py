@@ -4,6 +4,8 @@ Operations are those of matrix products, convolutions and attention, a multiplic
 counts them: attention counts every query with every key, those that a mask hides too.
 """
 
+import math
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +41,25 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     with _Held() as held:
         step()
     return held.peak
+
+
+def matmul_seconds(rows: int, inner: int, outer: int, threads: int) -> dict[str, float]:
+    """What a matrix product of this machine takes in float32 and in bfloat16, the best of several tries in turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    best: dict[str, float] = {}
+    try:
+        for attempt in range(6):
+            for name in ("float32", "bfloat16"):
+                dtype = getattr(torch, name)
+                a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
+                began = time.perf_counter()
+                a @ b
+                if attempt:  # the first one warms up
+                    best[name] = min(best.get(name, math.inf), time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return best
 
 
 class _Held(TorchDispatchMode):

@@ -30,15 +30,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import trl_step
 from benchmarks.reference import reference_loss
 from benchmarks.workloads import CONFIGS, WORKLOADS, build, micro_batch
+from vlskv_ray.counting import flop_counter, peak_bytes
 from vlskv_ray.data.collate import Batch, collate, supervised_positions
 from vlskv_ray.distill import Objective, distillation_loss
 from vlskv_ray.evaluation import toggled
-from vlskv_ray.flops import flop_counter
 from vlskv_ray.model import presets
 from vlskv_ray.teacher_cache import TeacherCache
 from vlskv_ray.train_loop import GradientBuffer, train_step
@@ -72,18 +71,6 @@ class Side:
         began = time.perf_counter()
         self.step()
         self.seconds.append(time.perf_counter() - began)
-
-
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most that torch had allocated at any time of a step, beyond what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    now = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def sides_of(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from vlskv_ray.cluster import ProgressLine, duration, reserve
-from vlskv_ray.config import ClusterConfig, DataConfig, SourceConfig
+from vlskv_ray.cluster import Cluster, ProgressLine, Reserved, describe, duration, reserve
+from vlskv_ray.config import ClusterConfig, Config, DataConfig, SourceConfig
 
 DATA = DataConfig(sources=(SourceConfig(name="shapes"),))
 
@@ -87,6 +87,14 @@ def test_steps_taken_back_by_a_restart_are_shown_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_more_threads_than_cpus_are_warned_of() -> None:
+    config = Config.model_validate({"model": {"name_or_path": "x"}, "data": {"sources": ["shapes"]}})
+    config = config.model_copy(update={"cluster": ClusterConfig(num_workers=2)})
+    assert "warning" not in describe(config, Reserved(1, 1, 1, threads_per_worker=2), Cluster(4, joined=False))
+    crowded = describe(config, Reserved(1, 1, 1, threads_per_worker=3), Cluster(4, joined=False))
+    assert "warning: 6 threads of all workers together on 4 CPUs" in crowded
 
 
 @pytest.mark.ray

@@ -227,7 +227,7 @@ def test_a_dry_run_tells_what_would_stop_the_run(files: Path, capsys: pytest.Cap
     elsewhere = (*workers, "cluster.address=10.0.0.1:6379")  # what that cluster has is not known here
     assert vlskv_ray.train.main(["--config", str(files / "run.yaml"), "--dry-run", *elsewhere]) == 0
     assert main(files / "run.yaml", "--dry-run", "temperature=1e200") == 1
-    assert "error: step 1: the loss is" in capsys.readouterr().err
+    assert re.search(r"error: step \d+: the loss is", capsys.readouterr().err)
 
 
 def test_logs_with_junk_in_them_do_no_harm(files: Path) -> None:
@@ -247,6 +247,16 @@ def test_the_original_projects_layout_runs_as_shipped(tmp_path: Path) -> None:
     assert vlskv_ray.train.main(["--config", str(shipped), *options]) == 0
     summary = json.loads((tmp_path / shipped.stem / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["rejected"] == {}
+
+
+def test_the_faster_precision_is_chosen_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """model.dtype=auto: measured at the start, and as it was when the run goes on."""
+    auto = ("output.name=auto", "model.dtype=auto", "max_steps=1")
+    monkeypatch.setattr(vlskv_ray.train, "matmul_seconds", lambda *_: {"float32": 2.0, "bfloat16": 1.0})
+    assert main(files / "run.yaml", *auto) == 0
+    assert yaml.safe_load((files / "runs" / "auto" / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(vlskv_ray.train, "matmul_seconds", lambda *_: {"float32": 1.0, "bfloat16": 2.0})
+    assert main(files / "run.yaml", *auto) == 0  # finished; as float32 it would be another run
 
 
 def test_a_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

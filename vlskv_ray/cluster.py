@@ -197,8 +197,15 @@ def duration(seconds: float) -> str:
 def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
     """One line on what runs where."""
     where = "joined a cluster of" if cluster.joined else "started Ray on this machine,"
+    threads = config.cluster.num_workers * reserved.threads_per_worker
+    crowded = ""
+    if threads > cluster.cpus:
+        crowded = (
+            f"\nwarning: {threads} threads of all workers together on {cluster.cpus:g} CPUs get into each other's way; "
+            f"lower cluster.threads_per_worker or cluster.num_workers"
+        )
     return (
         f"{where} {cluster.cpus:g} CPUs: {config.cluster.num_workers} workers x {reserved.threads_per_worker} threads "
         f"({reserved.cpus_per_worker:g} CPUs each), up to {reserved.num_tasks} data tasks of "
-        f"{reserved.cpus_per_task:g} CPUs"
+        f"{reserved.cpus_per_task:g} CPUs{crowded}"
     )

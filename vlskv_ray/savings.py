@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlskv_ray.counting import flop_counter
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate
-from vlskv_ray.flops import flop_counter
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)

@@ -27,6 +27,7 @@ from vlskv_ray.checkpoint import SavedState, has_checkpoints, newest_checkpoint,
 from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status, shown, up_to
 from vlskv_ray.config import Config, changed_keys, dump_config, load_config_and_notices
+from vlskv_ray.counting import matmul_seconds
 from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch
 from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
@@ -130,6 +131,8 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
         text_config = swiftkv_config(load_config(files), *wanted).text_config
         resolved = {name: getattr(text_config, name) for name in ("num_key_value_layers", "key_value_group_size")}
         model = model.model_copy(update=resolved)
+    if model.dtype == "auto":
+        model = model.model_copy(update={"dtype": dtype_of(config, saved, text_config)})
     check_template(load_processor(files))
     positions = text_config.max_position_embeddings
     max_length = config.data.max_length or positions
@@ -182,6 +185,19 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
         if (source.name, source.fingerprint) in trained_on:
             say(config, f"warning: {source.name} of evaluation.sources is trained on, so it measures nothing held out")
     return run, loader
+
+
+def dtype_of(config: Config, saved: SavedState | None, text: Any) -> str:
+    """What model.dtype=auto stands for, the same on all workers: as the checkpoint has it, else measured here."""
+    if saved:
+        before = saved.state["config"].get("model", {}).get("dtype")
+        return str(before) if before in ("float32", "bfloat16") else "float32"
+    threads = config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // max(config.cluster.num_workers, 1))
+    seconds = matmul_seconds(512, text.hidden_size, text.intermediate_size, threads)
+    chosen = min(seconds, key=lambda name: seconds[name])
+    other = max(seconds.values()) / min(seconds.values())
+    say(config, f"precision     {chosen}: {other:.1f} times as fast here as the other of float32 and bfloat16")
+    return chosen
 
 
 def teacher_cache_of(run: Run, loader: Loader, text: Any) -> TeacherCache:

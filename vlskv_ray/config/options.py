@@ -84,8 +84,9 @@ class ModelConfig(_Section):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel; sdpa is the faster one, eager the one to read and debug."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen weights; trained ones stay float32. bfloat16 halves memory; slow on CPUs without AMX."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Type of the frozen weights; trained ones stay float32. bfloat16 halves memory; slow on CPUs without AMX. auto:
+    the one in which this machine is faster, measured when a run starts, and kept when it goes on."""
 
     logits_memory_mib: PositiveInt = 256
     """Budget in MiB for the float32 logits of one chunk of the loss; lower it to trade a little time for memory."""

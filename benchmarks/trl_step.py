@@ -58,7 +58,7 @@ def trainer_inputs(batch: Batch, pad_token_id: int) -> dict[str, Any]:
         completions.append(ids[supervised[0] : supervised[-1] + 1])
     prompt_ids, prompt_mask = _padded(prompts, pad_token_id, left=True)
     completion_ids, completion_mask = _padded(completions, pad_token_id, left=False)
-    inputs = {
+    inputs: dict[str, Any] = {
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,
         "completion_ids": completion_ids,

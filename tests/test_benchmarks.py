@@ -1,0 +1,91 @@
+"""The benchmarks on a tiny model: equality and counted operations, which no noisy machine can change; no seconds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_config
+
+from benchmarks import step, trl_step, workloads
+from vlskv_ray.counting import flop_counter
+from vlskv_ray.data.collate import Batch, supervised_positions
+
+
+def expected_flops(model: Any, batch: Batch) -> tuple[int, int]:
+    """Of our step, as the design has it, and of one from the teacher cache; worked out term by term."""
+    config = model.config.text_config
+    d, m, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    a, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    tokens = batch.attention_mask.sum(1).tolist()
+    kept = supervised_positions(batch.labels).sum(1).tolist()
+    t, n = sum(tokens), sum(kept)
+    whole, some = (sum(4 * a * q * k for q, k in zip(q_, tokens, strict=True)) for q_ in (tokens, kept))  # attention
+    upper = config.num_hidden_layers - config.num_key_value_layers
+
+    mlp, out, key_value = 6 * d * m, 2 * d * a, 4 * d * kv  # a token's, with both of keys and values
+    trunk_and_teacher = (config.num_hidden_layers - 1) * (t * (mlp + 2 * out + key_value) + whole)
+    teachers_last_layer = t * key_value + n * (mlp + 2 * out) + some
+    forward = upper * (t * key_value + n * (mlp + 2 * out) + some)
+    # back: through MLP, output and attention; queries by weights, and by input but for the first layer, whose input
+    # is frozen; keys and values by both
+    backward = upper * (n * (mlp + out) + some * 5 // 2 + n * out + 2 * t * key_value) + (upper - 1) * n * out
+    heads = 3 * 2 * n * d * v  # teacher's, student's, and back through the student's
+    tower = 0
+    if batch.pixel_values is not None:
+        with flop_counter() as counter:
+            model.get_image_features(batch.pixel_values, batch.image_sizes)
+        tower = counter.get_total_flops()
+    cached = forward + backward + heads
+    return tower + trunk_and_teacher + teachers_last_layer + cached, cached
+
+
+@pytest.mark.parametrize("workload", workloads.WORKLOADS)
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_step_is_the_reference_recipes_at_the_work_it_must_take(workload: str, size: int) -> None:
+    """To the last operation: a trunk run twice, padding, or logits that nothing needs would show."""
+    model = workloads.build(tiny_config())
+    batch = workloads.micro_batch(model.config, workload, size)
+    figures = step.measure(model, batch, repeats=1)
+    assert figures["loss"] > 1e-4 and figures["loss_difference"] < 1e-6 and figures["gradient_difference"] < 1e-6
+    counted = {name: round(gflop * 1e9) for name, gflop in figures["gflop"].items()}
+    assert (counted["ours"], counted["cached"]) == expected_flops(model, batch)
+    assert counted["reference"] > 1.5 * counted["ours"] and counted["forward"] > counted["floor"]
+    assert figures["memory_ours_over_reference"] < 0.9  # far less where the vocabulary is a real one
+
+
+def test_the_command_writes_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(workloads.CONFIGS, "mid", tiny_config)
+    options = ["--model", "mid", "--micro-batch", "1", "2", "--repeats", "1", "--threads", "1"]
+    assert step.main([*options, "--json", str(tmp_path / "step.json")]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "step.json").read_text())
+    wanted = {"reference_over_ours", "ours_over_teacher_forward", "memory_ours_over_reference", "cached_epoch_speedup"}
+    for workload in workloads.WORKLOADS:
+        assert wanted <= figures[workload].keys()
+        assert printed.count(f"| mid, {workload}, ") == 2
+    if not trl_step.available():
+        assert trl_step.SET_UP in printed and "trl_over_ours" not in figures["visual_qa"]
+
+
+def test_workloads_are_what_they_are_said_to_be() -> None:
+    """Lengths and supervised tokens of the micro-batch of one, on the mid-size model; what the tower takes."""
+    config = workloads.CONFIGS["mid"]()
+    for workload, low, high, supervised in (
+        ("visual_qa", 700, 1200, 6),
+        ("image_chat", 900, 1400, 200),
+        ("text_chat", 512, 512, 256),
+    ):
+        batch = workloads.micro_batch(config, workload, 1)
+        assert low <= batch.input_ids.shape[1] <= high
+        assert int(supervised_positions(batch.labels).sum()) == supervised
+        lengths = workloads.micro_batch(config, workload, 4).attention_mask.sum(1)
+        assert lengths.max() <= 1.4 * high and lengths.min() >= 0.6 * low
+    model, batch = workloads.build(config), workloads.micro_batch(config, "visual_qa", 1)
+    with flop_counter() as tower:
+        model.get_image_features(batch.pixel_values, batch.image_sizes)
+    with flop_counter() as all_of_it:
+        model.base_model(**batch.model_inputs(), use_cache=False)
+    assert 0.05 <= tower.get_total_flops() / all_of_it.get_total_flops() <= 0.08

@@ -112,17 +112,19 @@ def micro_batch(config: Any, workload: str, size: int) -> Batch:
 
 
 def _encoded(conversation: Conversation, uid: str, processor: Any, config: Any) -> Encoded:
-    rng = np.random.default_rng(int(uid))
-    question = _letters(rng, conversation.question)
-    answer = _letters(rng, conversation.answer - 1)
-    content: Sequence[dict[str, str]] = [{"type": "image"}] if conversation.picture else []
-    messages = [
-        {"role": "user", "content": [*content, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
-    pictures = [_picture(rng, conversation.picture)] if conversation.picture else []
+    messages, pictures = conversation_of(conversation, np.random.default_rng(int(uid)))
     sample = Sample(uid, messages, list(pictures))
     return encode(sample, processor, functools.partial(num_image_features, config), Limits())
+
+
+def conversation_of(conversation: Conversation, rng: np.random.Generator) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Messages of random letters, and the encoded picture."""
+    content: Sequence[dict[str, str]] = [{"type": "image"}] if conversation.picture else []
+    messages = [
+        {"role": "user", "content": [*content, {"type": "text", "text": _letters(rng, conversation.question)}]},
+        {"role": "assistant", "content": [{"type": "text", "text": _letters(rng, conversation.answer - 1)}]},
+    ]
+    return messages, [_picture(rng, conversation.picture)] if conversation.picture else []
 
 
 def _letters(rng: np.random.Generator, count: int) -> str:

@@ -1,5 +1,6 @@
 """The teacher cache: exact, found again by what its content depends on, and never trusted blindly."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,6 +125,19 @@ def test_a_foreign_file_is_not_used(
     shutil.copy(cache.path("b"), cache.path("a"))
     assert other.get("a") is None and cache.get("a") is None
     assert len(cache) == 1 and len(other) == 0
+
+
+def test_what_a_kill_has_left_is_no_sample(
+    student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache
+) -> None:
+    """And is swept once nobody can be writing it any more."""
+    fill(cache, student(), batch_of(encoded[:2]))
+    old, new = (cache.path("a").with_name(f"{teacher_cache.UNFINISHED}{name}") for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    cache.check_room(0)
+    assert len(cache) == 2 and not old.exists() and new.exists()
 
 
 def test_a_full_disk_ends_writing_and_not_the_run(

@@ -14,8 +14,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ from torch import Tensor
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates, supervised_positions
 
 FORMAT = 1
-IN_MEMORY = Path("/dev/shm")
-"""Linux's file system in memory: files that every process of a machine shares."""
+IN_MEMORY = Path(f"/dev/shm/vlskv_ray-{os.getuid()}")
+"""In Linux's file system in memory, whose files every process of a machine shares."""
 
 
+UNFINISHED = ".writing-"
+"""Begins the names of files that are being written, or that a killed process left so."""
 NAMES = ("input_ids", "labels", "image_sizes", "trunk", "teacher", "teacher_input")
 
 
@@ -104,7 +108,7 @@ class TeacherCache:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=UNFINISHED, delete=False) as file:
                 try:
                     file.write(save(tensors, metadata=self._about(uid, tensors)))
                     file.close()
@@ -130,14 +134,18 @@ class TeacherCache:
 
     def __len__(self) -> int:
         """How many samples are there."""
-        return sum(len(files) for _, _, files in os.walk(self.folder))
+        return sum(1 for _ in self.folder.glob("*/*.safetensors"))
 
     def check_room(self, wanted: float) -> None:
-        """ValueError where `wanted` bytes more do not fit, or the folder cannot be made."""
+        """ValueError where `wanted` bytes more do not fit, or there can be no folder. Sweeps what kills have left."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"model.teacher_cache_dir: {self.folder} cannot be made: {error.strerror}") from None
+        for path in self.folder.glob(f"*/{UNFINISHED}*"):
+            with suppress(OSError):  # another process may be quicker
+                if time.time() - path.stat().st_mtime > 3600:  # nothing takes so long to write
+                    path.unlink()
         free = shutil.disk_usage(self.folder).free
         if wanted > free:
             raise ValueError(

@@ -215,7 +215,7 @@ def teacher_cache_of(run: Run, loader: Loader, text: Any) -> TeacherCache:
         "sources": [(source.name, source.fingerprint) for source in loader.sources],
         "transformers": version("transformers"),
     }
-    cache = TeacherCache(IN_MEMORY / "vlskv_ray" if options.teacher_cache == "memory" else Path(root), depends_on)
+    cache = TeacherCache(IN_MEMORY if options.teacher_cache == "memory" else Path(root), depends_on)
     numbers = sum(map(len, loader.plan.tables))
     tried, _ = loader.samples(np.linspace(0, numbers - 1, min(numbers, CACHE_SAMPLES), dtype=np.int64).tolist())
     if tried:

@@ -426,7 +426,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_their_lines() -> None:
         "run.yaml:4: epochs: wanted an integer > 0, got '3'",
         "run.yaml:5: model.name_or_path: missing. The teacher: a local folder, a hub id, or the name of a preset such "
         "as small-llava-next.",
-        "run.yaml:5: model.dtype: wanted one of float32, bfloat16, got 'int8'",
+        "run.yaml:5: model.dtype: wanted one of float32, bfloat16, auto, got 'int8'",
         "command line: wanted section.key=value or an option of --help, got 'foo'",
         "command line: seed: wanted an integer >= 0 and < 4294967296, got 'x'",
     ]

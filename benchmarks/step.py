@@ -98,7 +98,7 @@ def sides_of(
     distillation_loss(model, batch, replace(objective, cache=cache))
 
     def cached() -> float:
-        samples = [sample for sample in map(cache.get, batch.sample_ids) if sample]
+        samples = [sample for key in batch.keys if (sample := cache.get(key, key))]
         known = collate(samples, pad_token_id)
         assert known.trunk is not None
         result = train_step(model, optimizer, gradients, [known], objective)

@@ -3,7 +3,7 @@
 import functools
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from vlskv_ray.data.sample import Sample
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import swiftkv_config
 from vlskv_ray.model.swiftkv import swiftkv_backbone
+from vlskv_ray.teacher_cache import content_key
 
 
 def llava_next(hidden: int, layers: int, heads: int, key_value_heads: int, mlp: int, tower: int) -> LlavaNextConfig:
@@ -114,7 +115,8 @@ def micro_batch(config: Any, workload: str, size: int) -> Batch:
 def _encoded(conversation: Conversation, uid: str, processor: Any, config: Any) -> Encoded:
     messages, pictures = conversation_of(conversation, np.random.default_rng(int(uid)))
     sample = Sample(uid, messages, list(pictures))
-    return encode(sample, processor, functools.partial(num_image_features, config), Limits())
+    encoded = encode(sample, processor, functools.partial(num_image_features, config), Limits())
+    return replace(encoded, key=content_key(sample))
 
 
 def conversation_of(conversation: Conversation, rng: np.random.Generator) -> tuple[list[dict[str, Any]], list[bytes]]:

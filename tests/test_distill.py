@@ -181,6 +181,16 @@ def test_only_needed_work_is_done(student: Callable[..., Any], encoded: list[Enc
     assert kept < every / 5
 
 
+def test_gradient_checkpointing_changes_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    model = student(key_value_group_size=2)
+    batches = [batch_of(encoded[:3]), batch_of(encoded[3:])]
+    plain = loss_and_gradient(model, batches)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    checkpointed = loss_and_gradient(model, batches)
+    assert checkpointed[0] == plain[0] and torch.equal(checkpointed[1], plain[1])
+
+
 def test_kl_is_zero_when_student_equals_teacher() -> None:
     logits = torch.randn(7, 50) * 20
     kl, gradient = kl_divergence(logits, logits.clone(), 2.0)

@@ -3,24 +3,31 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import batch_of
+from conftest import batch_of, conversation, picture
 from safetensors.torch import load, load_file
 
 from vlskv_ray import teacher_cache
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, Encoded, from_row, to_row
+from vlskv_ray.data.sample import ImageFile, Sample
 from vlskv_ray.distill import Objective, cached_pass, distillation_loss, shared_pass
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
-from vlskv_ray.teacher_cache import TeacherCache
-from vlskv_ray.train import prepare, train
+from vlskv_ray.teacher_cache import TeacherCache, content_key
+from vlskv_ray.train import train
 
 OBJECTIVE = Objective(temperature=2.0, hidden_loss_weight=0.5)
+
+
+@pytest.fixture
+def encoded(encoded: list[Encoded]) -> list[Encoded]:
+    return [replace(sample, key=sample.uid) for sample in encoded]
 
 
 @pytest.fixture
@@ -34,8 +41,8 @@ def fill(cache: TeacherCache, model: Any, batch: Batch) -> None:
     cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
 
 
-def cached(cache: TeacherCache, ids: list[str]) -> list[Encoded]:
-    return [sample for sample in map(cache.get, ids) if sample is not None]
+def cached(cache: TeacherCache, keys: list[str]) -> list[Encoded]:
+    return [sample for key in keys if (sample := cache.get(key, key)) is not None]
 
 
 def gradient(model: Any, batch: Batch) -> tuple[float, torch.Tensor]:
@@ -107,7 +114,7 @@ def test_a_damaged_file_is_made_anew(
     path = cache.path("a")
     whole = load(path.read_bytes())
     DAMAGES[damage](path)
-    assert cache.get("a") is None and not path.exists() and cache.get("b") is not None
+    assert cache.get("a", "a") is None and not path.exists() and cache.get("b", "b") is not None
     fill(cache, model, batch)
     again = load(path.read_bytes())
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
@@ -119,12 +126,12 @@ def test_a_foreign_file_is_not_used(
     """That of another sample, or of another teacher, under the right name."""
     fill(cache, student(), batch_of(encoded[:2]))
     other = TeacherCache(tmp_path / "cache", {"model": "tiny", "num_key_value_layers": 3})
-    assert other.folder != cache.folder and other.get("a") is None
+    assert other.folder != cache.folder and other.get("a", "a") is None
     other.path("a").parent.mkdir(parents=True)
     shutil.copy(cache.path("a"), other.path("a"))
     shutil.copy(cache.path("b"), cache.path("a"))
-    assert other.get("a") is None and cache.get("a") is None
-    assert len(cache) == 1 and len(other) == 0
+    assert other.get("a", "a") is None and cache.get("a", "a") is None
+    assert cache.count() == 1 and other.count() == 0
 
 
 def test_what_a_kill_has_left_is_no_sample(
@@ -137,11 +144,15 @@ def test_what_a_kill_has_left_is_no_sample(
         path.write_bytes(b"x")
     os.utime(old, (0, 0))
     cache.check_room(0)
-    assert len(cache) == 2 and not old.exists() and new.exists()
+    assert cache.count() == 2 and not old.exists() and new.exists()
 
 
 def test_a_full_disk_ends_writing_and_not_the_run(
-    student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache, monkeypatch: pytest.MonkeyPatch
+    student: Callable[..., Any],
+    encoded: list[Encoded],
+    cache: TeacherCache,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     """With a warning, and without half a file; a size that cannot fit is refused before anything is written."""
     model = student()
@@ -150,11 +161,55 @@ def test_a_full_disk_ends_writing_and_not_the_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", no_room)
-    with pytest.warns(UserWarning, match="No space left on device; the teacher cache takes no more"):
-        fill(cache, model, batch_of(encoded[:2]))
-    assert len(cache) == 0 and cache.full
-    with pytest.raises(ValueError, match=r"about 1024.0 GiB are to be written .* teacher_cache=off"):
+    fill(cache, model, batch_of(encoded[:2]))
+    assert "No space left on device; the teacher cache takes no more samples" in capsys.readouterr().err
+    assert cache.count() == 0 and cache.full and not list(cache.folder.glob("*/*"))
+    with pytest.raises(ValueError, match=r"about 1024.00 GiB are to be written .* teacher_cache=off"):
         cache.check_room(2**50 / 1024)
+
+
+def test_what_cannot_be_read_now_is_kept(
+    student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the storage says nothing about the file."""
+    fill(cache, student(), batch_of(encoded[:2]))
+
+    def fails(_: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        assert cache.get("a", "a") is None
+    assert cache.get("a", "a") is not None
+    umask = os.umask(0)
+    os.umask(umask)
+    assert cache.path("a").stat().st_mode & 0o777 == 0o666 & ~umask  # whoever may read the folder may read them
+
+
+def test_a_temporary_one_goes_with_its_last_user(tmp_path: Path) -> None:
+    """Whatever ends a run; what a kill leaves goes when another run starts."""
+    left, cache = (TeacherCache(tmp_path, {"model": name}, temporary=True) for name in ("left", "mine"))
+    left.folder.mkdir()
+    (left.folder / "x").write_bytes(b"x")
+    with cache.in_use():
+        with pytest.raises(ZeroDivisionError), cache.in_use():
+            raise ZeroDivisionError
+        assert cache.folder.exists()
+        left.check_room(0)
+        assert cache.folder.exists() and left.folder.exists()
+        cache.check_room(0)
+        assert not left.folder.exists()
+    assert not cache.folder.exists()
+
+
+def test_what_a_sample_says_and_shows_is_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(20, 20, 1))
+    messages = conversation("what is it?", "a cat", images=1)
+    one = content_key(Sample("x", messages, [ImageFile("a.png", tmp_path)]))
+    assert one == content_key(Sample("y", messages, [picture(20, 20, 1)]))
+    assert one != content_key(Sample("x", conversation("what is it?", "a dog", images=1), [picture(20, 20, 1)]))
+    (tmp_path / "a.png").write_bytes(picture(20, 20, 2))
+    assert one != content_key(Sample("x", messages, [ImageFile("a.png", tmp_path)]))
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -197,7 +252,7 @@ def test_runs_end_with_the_same_weights(
     for name, cache in (("none", "off"), ("memory", "memory"), ("disk", "disk"), ("again", "disk")):
         assert train(config_of(tmp_path, teacher_folder(), name, teacher_cache=cache)) == 0
         weights[name] = load_file(tmp_path / name / "final" / "model.safetensors")
-    assert len(list((tmp_path / "teacher-cache").rglob("*.safetensors"))) == 20
+    assert len(list((tmp_path / ".teacher-cache").rglob("*.safetensors"))) == 20
     assert not list(in_memory.rglob("*.safetensors"))  # memory is given back
     for name in ("memory", "disk", "again"):
         for key, weight in weights["none"].items():
@@ -215,6 +270,7 @@ def test_what_does_not_fit_is_refused_before_the_run(teacher_folder: Callable[..
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher_cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, free, 2**20))
         with pytest.raises(ValueError, match=r"model.teacher_cache: about [\d.]+ GiB are to be written"):
-            prepare(config.model_copy(update={"data": large}))
+            train(config.model_copy(update={"data": large}))
+    assert not (tmp_path / "run").exists() and not (tmp_path / ".teacher-cache").exists()
     with pytest.raises(ValueError, match="teacher_cache: there is no teacher with objective=sft"):
         Config.model_validate(config.model_dump() | {"objective": "sft"})

@@ -14,7 +14,7 @@ from vlskv_ray.command import DONE, exit_status, shown, up_to
 from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.distill import shared_pass
-from vlskv_ray.train import prepare
+from vlskv_ray.train import check_cache, prepare
 from vlskv_ray.train_loop import Run, autocast, model_of
 
 
@@ -40,38 +40,40 @@ def fill(options: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError(f"model.teacher_cache: {config.model.teacher_cache}; only one on disk outlives this command")
     run, loader = prepare(config, num_samples=options.num_samples)
     assert run.cache is not None
-    rows = list(missing(run, loader))
-    wanted = sum(len(row["samples"]) for row in rows)
-    if not wanted:
-        print("nothing is missing")
-        return DONE
+    check_cache(run, loader)
+    rows = list(rows_of(run, loader))
+    wanted, made, done = sum(len(row["samples"]) for row in rows), 0, 0
     left_out: Counter[str] = Counter()
     with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
         workers = min(options.workers or max(1, int(cluster.cpus)), len(rows))
-        print(f"making        {wanted} samples with {workers} processes", flush=True)
-        began, told, done = time.monotonic(), -10.0, 0
+        print(f"filling       {wanted} samples, {workers} processes", flush=True)
+        began = told = time.monotonic()
         for result in results(run, loader, rows, workers, cpus=cluster.cpus / workers):
-            done += result["samples"]
-            left_out.update({key: count for key, count in result["left_out"].items() if count})
-            if (now := time.monotonic() - began) - told >= 10 or done == wanted:
-                print(f"{done} of {wanted}  {duration(now * (wanted - done) / done)} left", flush=True)
+            done, made = done + result["samples"], made + result["made"]
+            left_out.update(result["left_out"])
+            if result["full"]:
+                raise OSError(f"{run.cache.folder}: the disk is full; {made} samples were made")
+            now = time.monotonic()
+            if now - told >= 10 and done > wanted / 50:
+                print(f"{done} of {wanted}  {duration((now - began) * (wanted - done) / done)} left", flush=True)
                 told = now
-    reasons = f", {', '.join(f'{count} x {reason}' for reason, count in left_out.most_common())}" if left_out else ""
-    print(f"{len(run.cache)} samples are in {shown(run.cache.folder)}; {sum(left_out.values())} left out{reasons}")
+    reasons = f": {', '.join(f'{count} x {reason}' for reason, count in left_out.most_common())}" if left_out else ""
+    count = sum(left_out.values())
+    print(
+        f"{made} made, {wanted - made - count} were there, {count} left out{reasons}; "
+        f"in {shown(run.cache.folder)}, for runs with model.teacher_cache=disk"
+    )
     return DONE
 
 
-def missing(run: Run, loader: Loader) -> Iterator[dict[str, Any]]:
-    """Rows of the run's plan, without the samples that are there or come a second time."""
-    assert run.cache is not None
+def rows_of(run: Run, loader: Loader) -> Iterator[dict[str, Any]]:
+    """Rows of the run's plan, without samples that come a second time."""
     seen: set[int] = set()
     for row in loader.plan.rows(0, run.total_steps):
         numbers = [int(number) for number in row["samples"] if int(number) not in seen]
         seen.update(numbers)
-        places = {number: loader.plan.locate(number) for number in numbers}
-        lacking = [number for number, (k, at) in places.items() if loader.sources[k].uid(at) not in run.cache]
-        if lacking:
-            yield {"samples": lacking}
+        if numbers:
+            yield {"samples": numbers, "step": 0, "micro_batch": 0}
 
 
 class CacheWorker:
@@ -85,15 +87,15 @@ class CacheWorker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         cache = self.run.cache
         assert cache is not None
-        batch = self.loader({"samples": row["samples"], "step": 0, "micro_batch": 0})
+        batch = self.loader(row)
+        made = 0
         if batch.sample_ids and batch.trunk is None:
+            made = sum(key not in cache for key in batch.keys)
             with autocast(self.model):
                 states = shared_pass(self.model, batch)
             cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
-        if cache.full:
-            raise OSError(f"{cache.folder}: the disk is full")
         left_out = Counter(rejected["reason"] for rejected in batch.rejected)
-        return {"samples": len(row["samples"]), "left_out": dict(left_out)}
+        return {"samples": len(row["samples"]), "made": made, "left_out": dict(left_out), "full": cache.full}
 
 
 def results(

@@ -2,22 +2,23 @@
 
 Of each sample, the hidden states that enter layer N and the teacher's at supervised positions. With them at hand an
 epoch runs no vision tower, no layer below N and no teacher, exactly: nothing is approximated. One safetensors file a
-sample, in a folder named by all that its content depends on, so that any run or trial of the same teacher, N and data
-finds it. Files are written whole or not at all, and checked as they are read; one that is not what it should be is
-made anew.
+sample, named by the sample's content, in a folder named by all else that it depends on, so that any run or trial of
+the same teacher and N finds it. Files are written whole or not at all, and checked as they are read; one that is not
+what it should be is made anew.
 
 Shapes: T tokens, D hidden, n supervised positions.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+import sys
 import time
-import warnings
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +28,72 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates, supervised_positions
+from vlskv_ray.data.images import read_image_file
+from vlskv_ray.data.sample import ImageFile, Sample
 
-FORMAT = 1
+FORMAT = 2
 IN_MEMORY = Path(f"/dev/shm/vlskv_ray-{os.getuid()}")
 """In Linux's file system in memory, whose files every process of a machine shares."""
-
-
 UNFINISHED = ".writing-"
 """Begins the names of files that are being written, or that a killed process left so."""
 NAMES = ("input_ids", "labels", "image_sizes", "trunk", "teacher", "teacher_input")
 
 
+def content_key(sample: Sample) -> str:
+    """A name for what a sample says and shows: its messages and the bytes of its images.
+
+    Raises:
+        Rejected: an image cannot be read.
+    """
+    digest = hashlib.sha256(json.dumps(sample.messages, sort_keys=True).encode())
+    for image in sample.images:
+        data = read_image_file(image.path, image.root) if isinstance(image, ImageFile) else image
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()[:40]
+
+
 class TeacherCache:
     """A folder of samples; small, so it travels to workers. Several processes may read and write it at once."""
 
-    def __init__(self, root: Path, depends_on: dict[str, Any]) -> None:
+    def __init__(self, root: Path, depends_on: dict[str, Any], temporary: bool = False) -> None:
         """
         Args:
-            root: holds a folder for each teacher, N and set of data.
-            depends_on: all that the content of a sample's file depends on, ready for JSON.
+            root: holds a folder for each teacher and N.
+            depends_on: all that the content of a sample's file depends on beside the sample, ready for JSON.
+            temporary: it goes with the last run that uses it.
         """
         self.fingerprint = hashlib.sha256(json.dumps([FORMAT, depends_on], sort_keys=True).encode()).hexdigest()
-        self.folder = root / self.fingerprint[:16]
+        self.folder, self.temporary = root / self.fingerprint[:16], temporary
         self.full = False
 
-    def path(self, uid: str) -> Path:
-        name = hashlib.sha256(uid.encode()).hexdigest()[:32]
-        return self.folder / name[:2] / f"{name}.safetensors"
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
 
-    def __contains__(self, uid: str) -> bool:
-        return self.path(uid).exists()
+    def __contains__(self, key: str) -> bool:
+        return self.path(key).exists()
 
-    def get(self, uid: str) -> Encoded | None:
+    def count(self) -> int:
+        """How many samples are there; looks at every file."""
+        return sum(1 for _ in self.folder.glob("*/*.safetensors"))
+
+    def get(self, key: str, uid: str) -> Encoded | None:
         """A sample with its states; None where there is none, or none to be trusted: then its file is taken away."""
-        path = self.path(uid)
+        path = self.path(key)
         try:
             content = path.read_bytes()  # whole: a memory map would let damage come up later, as a signal
+        except OSError:  # not there, or not to be read at this moment
+            return None
+        try:
             found, about = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             tensors = {name: found[name] for name in NAMES}
-            if about["__metadata__"] == self._about(uid, tensors):
+            if about["__metadata__"] == self._about(key, tensors):
                 ids, labels, sizes, *states = tensors.values()
                 image_sizes = [(height, width) for height, width in sizes.tolist()]
-                return Encoded(uid, ids.numpy(), labels.numpy(), [], image_sizes, states=FrozenStates(*states))
-        except FileNotFoundError:
-            return None
-        except (OSError, SafetensorError, ValueError, KeyError):
+                return Encoded(uid, ids.numpy(), labels.numpy(), [], image_sizes, key=key, states=FrozenStates(*states))
+        except (SafetensorError, ValueError, KeyError):
             pass
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         return None
 
     def put_batch(self, batch: Batch, trunk: Tensor, teacher: Tensor, teacher_input: Tensor) -> None:
@@ -88,7 +108,7 @@ class TeacherCache:
         counts = supervised_positions(batch.labels).sum(1).tolist()
         sizes = torch.zeros(0, 2, dtype=torch.int64) if batch.image_sizes is None else batch.image_sizes
         parts = zip(
-            batch.sample_ids,
+            batch.keys,
             batch.input_ids[there].split(lengths),
             batch.labels[there].split(lengths),
             sizes.split(batch.num_images.tolist()),
@@ -97,58 +117,80 @@ class TeacherCache:
             teacher_input.split(counts),
             strict=True,
         )
-        for uid, *tensors in parts:
-            self.put(uid, dict(zip(NAMES, tensors, strict=True)))
+        for key, *tensors in parts:
+            self.put(key, dict(zip(NAMES, tensors, strict=True)))
 
-    def put(self, uid: str, tensors: dict[str, Tensor]) -> None:
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keeps a sample's tensors `NAMES`. A disk that is full ends writing with a warning; the run goes on."""
-        path = self.path(uid)
+        path = self.path(key)
         if self.full or path.exists():
             return
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        content = save(tensors, metadata=self._about(key, tensors))
+        aside = path.with_name(f"{UNFINISHED}{key}-{os.getpid()}-{time.time_ns()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=UNFINISHED, delete=False) as file:
-                try:
-                    file.write(save(tensors, metadata=self._about(uid, tensors)))
-                    file.close()
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            try:
+                with open(aside, "xb") as file:
+                    file.write(content)
+                os.replace(aside, path)
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
+        except FileNotFoundError:
+            pass  # another run has just cleared the folder: so this sample is made again when it comes
         except OSError as error:
             self.full = True
-            warnings.warn(f"{path}: {error.strerror}; the teacher cache takes no more samples", stacklevel=2)
+            print(f"warning: {path}: {error.strerror}; the teacher cache takes no more samples", file=sys.stderr)
 
-    def clear(self) -> None:
-        """Deletes all of it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _about(self, uid: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    def _about(self, key: str, tensors: dict[str, Tensor]) -> dict[str, str]:
         checksum = 0
         for name in NAMES:
             tensor = tensors[name]
             checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
             checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
-        return {"sample": uid, "fingerprint": self.fingerprint, "crc32": f"{checksum:08x}"}
-
-    def __len__(self) -> int:
-        """How many samples are there."""
-        return sum(1 for _ in self.folder.glob("*/*.safetensors"))
+        return {"sample": key, "fingerprint": self.fingerprint, "crc32": f"{checksum:08x}"}
 
     def check_room(self, wanted: float) -> None:
-        """ValueError where `wanted` bytes more do not fit, or there can be no folder. Sweeps what kills have left."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"model.teacher_cache_dir: {self.folder} cannot be made: {error.strerror}") from None
+        """ValueError where `wanted` bytes more do not fit. Sweeps what killed processes have left; makes no folder."""
         for path in self.folder.glob(f"*/{UNFINISHED}*"):
             with suppress(OSError):  # another process may be quicker
                 if time.time() - path.stat().st_mtime > 3600:  # nothing takes so long to write
                     path.unlink()
-        free = shutil.disk_usage(self.folder).free
+        if self.temporary:
+            for folder in self.folder.parent.glob("*"):
+                if folder != self.folder:  # one of this teacher may be of use still
+                    _remove_if_unused(folder)
+        parent = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
+        free = shutil.disk_usage(parent).free
         if wanted > free:
             raise ValueError(
-                f"model.teacher_cache: about {wanted / 2**30:.1f} GiB are to be written to {self.folder}, where "
-                f"{free / 2**30:.1f} GiB are free; set model.teacher_cache_dir to a larger disk, or teacher_cache=off"
+                f"model.teacher_cache: about {_size(wanted)} are to be written to {self.folder}, where {_size(free)} "
+                f"are free; use teacher_cache=disk with model.teacher_cache_dir on a larger disk, or teacher_cache=off"
             )
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While a run uses it. A temporary one is deleted by the last process on this machine that does, however its
+        run ends; what a kill leaves is deleted at the start of the next run that has one."""
+        if not self.temporary:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                _remove_if_unused(self.folder)
+
+
+def _remove_if_unused(folder: Path) -> None:
+    with suppress(OSError), open(folder / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: somebody uses it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

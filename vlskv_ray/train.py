@@ -78,7 +78,10 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
     if not options.dry_run:
         return train(config, num_samples=options.num_samples, resume=options.resume)
     try:
-        dry_run(*prepare(config, num_samples=options.num_samples))
+        run, loader = prepare(config, num_samples=options.num_samples)
+        if run.cache is not None:
+            check_cache(run, loader)
+        dry_run(run, replace(loader, cache=None))
     except StoppedRun as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -178,8 +181,8 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
     say(config, start_block(run, plan, text_config))
     loader = Loader(sources, plan, model.name_or_path, model.revision, limits)
     if config.model.teacher_cache != "off":
-        cache = teacher_cache_of(run, loader, text_config)
-        run, loader = replace(run, cache=cache), replace(loader, cache=cache)
+        run = replace(run, cache=teacher_cache_of(run, text_config))
+        loader = replace(loader, cache=run.cache)
     trained_on = {(source.name, source.fingerprint) for source in sources}
     for source in run.held_out.sources if run.held_out else ():
         if (source.name, source.fingerprint) in trained_on:
@@ -200,36 +203,43 @@ def dtype_of(config: Config, saved: SavedState | None, text: Any) -> str:
     return chosen
 
 
-def teacher_cache_of(run: Run, loader: Loader, text: Any) -> TeacherCache:
-    """The teacher cache of a run. ValueError where what it is to keep does not fit.
-
-    Its size is estimated from a few samples; what other runs have put there already counts.
-    """
-    options = run.config.model
-    root = options.teacher_cache_dir or str(Path(run.config.output.dir) / "teacher-cache")
+def teacher_cache_of(run: Run, text: Any) -> TeacherCache:
+    """The teacher cache of a run, named by all that the states of a sample depend on."""
+    options, data = run.config.model, run.config.data
+    files = find_model(options.name_or_path, options.revision)
+    stats = [path.stat() for path in sorted(files.folder.glob("*.safetensors"))] if files.folder else []
     depends_on = {
         "model": run.fingerprints["model"],
+        "written": [stat.st_mtime_ns for stat in stats],  # the fingerprint does not look at all of a large file
         "num_key_value_layers": text.num_key_value_layers,
         "dtype": options.dtype,
-        "limits": [loader.limits.max_length, loader.limits.max_images_per_sample],
-        "sources": [(source.name, source.fingerprint) for source in loader.sources],
+        "limits": [data.max_length, data.max_images_per_sample],
         "transformers": version("transformers"),
     }
-    cache = TeacherCache(IN_MEMORY if options.teacher_cache == "memory" else Path(root), depends_on)
-    numbers = sum(map(len, loader.plan.tables))
-    tried, _ = loader.samples(np.linspace(0, numbers - 1, min(numbers, CACHE_SAMPLES), dtype=np.int64).tolist())
-    if tried:
-        tokens = np.mean([len(sample.input_ids) + 2 * (sample.labels != IGNORE_INDEX).sum() for sample in tried])
-        states = tokens * text.hidden_size * (2 if options.dtype == "bfloat16" else 4)
-        there, seen = len(cache), run.total_steps * run.micro_batches_per_step * run.config.micro_batch_size
-        wanted = max(0, min(numbers, seen) - there) * states
-        say(
-            run.config,
-            f"teacher cache {there} of {numbers} samples are in {shown(cache.folder)}; up to {size(wanted)} more "
-            f"will be written",
-        )
-        cache.check_room(wanted)
-    return cache
+    if options.teacher_cache == "memory":
+        return TeacherCache(IN_MEMORY, depends_on, temporary=True)
+    return TeacherCache(Path(options.teacher_cache_dir or f"{run.config.output.dir}/.teacher-cache"), depends_on)
+
+
+def check_cache(run: Run, loader: Loader) -> None:
+    """Says what a run's teacher cache will take. ValueError where it does not fit.
+
+    The size is estimated from a few samples; as many as are there already count as this run's.
+    """
+    assert run.cache is not None
+    text = load_config(find_model(run.config.model.name_or_path, run.config.model.revision)).text_config
+    rows = sum(map(len, loader.plan.tables))
+    numbers = np.linspace(0, rows - 1, min(rows, CACHE_SAMPLES), dtype=np.int64).tolist()
+    tried, _ = replace(loader, cache=None).samples(numbers)
+    lengths = [len(sample.input_ids) + 2 * int((sample.labels != IGNORE_INDEX).sum()) for sample in tried] or [0]
+    states = float(np.mean(lengths)) * text.hidden_size * (2 if run.config.model.dtype == "bfloat16" else 4)
+    there, seen = run.cache.count(), run.total_steps * run.micro_batches_per_step * run.config.micro_batch_size
+    wanted = max(0, min(rows, seen) - there) * states
+    say(
+        run.config,
+        f"teacher cache {there} samples are in {shown(run.cache.folder)}; up to {size(wanted)} more will be written",
+    )
+    run.cache.check_room(wanted)
 
 
 def held_out_of(config: Config, limits: Limits) -> HeldOut | None:
@@ -345,6 +355,8 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
         if saved and saved.step >= run.total_steps and is_finished(folder):
             print(f"this run is already finished; `--resume never` starts it anew\n{closing(folder)}")
             return DONE
+        if run.cache is not None:
+            check_cache(run, loader)
         sweep(run.checkpoints, saved.step if saved else 0)
         take_back(run.folder, saved.step if saved else 0)
         if saved:

@@ -90,6 +90,11 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         saved and left as asked; "refused", where the model cannot be used, or "failed", each with a `message`. What was
         measured is in evaluation.json.
     """
+    with run.cache.in_use() if run.cache is not None else nullcontext():
+        return _train(run, worker, batches_from)
+
+
+def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]]) -> dict[str, Any]:
     config = run.config
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
     try:
@@ -162,8 +167,6 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         measure(run, worker, model, evaluator, patient)
     except AskedToStop:
         return {"status": "stopped", "step": step}
-    if run.cache and config.model.teacher_cache == "memory":
-        run.cache.clear()  # each worker on its machine
     return {"status": "done", "step": step, **counts.to_json()}
 
 

@@ -1,5 +1,6 @@
 """Sources of rows: every row at random, every broken one by itself, every broken file named with its place."""
 
+import base64
 import glob
 import io
 import json
@@ -448,6 +449,14 @@ def test_ray_tensor_columns_are_refused_before_arrow_builds_their_type(
     with pytest.raises(SourceError, match=r"a\.parquet: holds Ray tensor columns"):
         open_source(Spec(path=str(folder / "a.parquet")), cache_dir=str(folder / "cache"))
     assert not built
+
+
+def test_parquet_that_only_speaks_of_ray_is_opened(folder: Path) -> None:
+    """In base64 among the answers, in the schema's own metadata."""
+    table = pa.Table.from_pylist([chat("x", base64.b64encode(b"made by ray.data.arrow_tensor").decode())])
+    table = table.replace_schema_metadata({"note": "made with ray.data.write_parquet, ray.data.arrow"})
+    pq.write_table(table, folder / "a.parquet")
+    assert open_source(Spec(path=str(folder / "a.parquet")), cache_dir=str(folder / "cache")).num_rows == 1
 
 
 def test_hub_data_set_out_of_reach_is_an_error_that_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ class ModelConfig(_Section):
     disk: in teacher_cache_dir."""
 
     teacher_cache_dir: LocalPath | None = None
-    """Folder of the teacher cache on disk, on storage that all workers share. None: teacher-cache in output.dir."""
+    """Folder of the teacher cache on disk, on storage that all workers share. None: .teacher-cache in output.dir."""
 
     @field_validator("attn_implementation", mode="before")
     @classmethod

@@ -97,7 +97,7 @@ def _checked_footer(file: Path) -> bytes:
     footer = _footer(file)
     # Ray's extension types were a way to run code from a file (CVE-2026-41486): refused before Arrow builds any type,
     # as it does on opening a file once the process has imported ray.data.
-    if any(b"ray.data." in schema for schema in _base64_runs(footer)):
+    if any(b"ARROW:extension:name" in schema and b"ray.data.arrow" in schema for schema in _base64_runs(footer)):
         raise SourceError(f"{file}: holds Ray tensor columns, which are not opened; wanted images as encoded bytes")
     try:
         metadata = pyarrow.parquet.read_metadata(file)
@@ -110,12 +110,14 @@ def _checked_footer(file: Path) -> bytes:
 
 
 def _footer(file: Path) -> bytes:
-    """The end of a file, where Parquet says how long its footer is; whole if it is too short for that."""
+    """The end of a file, as long as it says itself; nothing where that cannot be."""
     content_length = file.stat().st_size
     with file.open("rb") as stream:
         stream.seek(max(0, content_length - 8))  # the footer's length, and the closing mark
-        length = int.from_bytes(stream.read(4), "little")
-        stream.seek(max(0, content_length - 8 - length))
+        length, mark = int.from_bytes(stream.read(4), "little"), stream.read(4)
+        if mark != b"PAR1" or length > content_length - 12:
+            return b""
+        stream.seek(content_length - 8 - length)
         return stream.read()
 
 

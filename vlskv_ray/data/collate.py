@@ -39,6 +39,8 @@ class Encoded:
     tiles: list[NDArray[np.uint8]]  # an array [tiles, 3, S, S] for each image; none where states are known
     image_sizes: list[tuple[int, int]]  # (height, width) of each image as decoded
     normalise: NDArray[np.float32] | None = None  # [2, 3]: a channel's values are tiles * [0] + [1]
+    key: str = ""
+    """What it says and shows, for the teacher cache; empty where there is none."""
     states: FrozenStates | None = None
 
 
@@ -59,6 +61,8 @@ class Batch:
     tiles: Tensor | None = field(default=None)  # uint8[I, P, 3, S, S]: a quarter of what the model sees
     normalise: Tensor | None = field(default=None)  # float32[2, 3]: a channel's values are tiles * [0] + [1]
     image_sizes: Tensor | None = field(default=None)  # int64[I, 2]
+    keys: list[str] = field(default_factory=list)
+    """Of the samples in the teacher cache, where there is one."""
     # of samples whose states are all known, without padding, one sample after another
     trunk: Tensor | None = field(default=None)  # float[all tokens, D]
     teacher: Tensor | None = field(default=None)  # float[n, D]
@@ -134,6 +138,7 @@ def collate(
         tiles=all_tiles,
         normalise=normalise,
         image_sizes=image_sizes,
+        keys=[sample.key for sample in samples],
         **frozen,
     )
 
@@ -148,7 +153,7 @@ TENSORS = (
 def to_row(batch: Batch) -> dict[str, Any]:
     """A batch as one row of a Ray dataset: its tensors as safetensors bytes, the rest as JSON."""
     tensors = {name: getattr(batch, name) for name in TENSORS if getattr(batch, name) is not None}
-    about = {"sample_ids": batch.sample_ids, "rejected": batch.rejected}
+    about = {"sample_ids": batch.sample_ids, "rejected": batch.rejected, "keys": batch.keys}
     return {
         "step": batch.step,
         "micro_batch": batch.micro_batch,

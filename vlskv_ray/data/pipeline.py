@@ -3,16 +3,16 @@
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlskv_ray.data.chat import Limits, encode, num_image_features
 from vlskv_ray.data.collate import Batch, Encoded, collate, from_row, to_row
 from vlskv_ray.data.plan import Plan
-from vlskv_ray.data.sample import Rejected
+from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.data.sources import Source
 from vlskv_ray.model.build import find_model, load_config, load_processor
-from vlskv_ray.teacher_cache import TeacherCache
+from vlskv_ray.teacher_cache import TeacherCache, content_key
 
 ROWS_PER_TASK = 8
 """Plan rows of one data task: enough to hide what a task costs, few enough that the first rows come soon."""
@@ -40,12 +40,10 @@ class Loader:
     def __call__(self, row: dict[str, Any]) -> Batch:
         """Loads, decodes, tokenises and collates the samples of a row; those that cannot be used are listed.
 
-        Where the teacher cache has all of them, their states come from there and no image is opened.
+        Where the teacher cache has all of them, their states come from there and no image is decoded.
         """
         processor, _ = _model_side(self.name_or_path, self.revision)
-        samples, rejected = self.samples(row["samples"], self.cache)
-        if len({sample.states is None for sample in samples}) == 2:  # some are cached, others not
-            samples, rejected = self.samples(row["samples"], None)
+        samples, rejected = self.samples(row["samples"])
         return collate(
             samples,
             processor.tokenizer.pad_token_id or 0,
@@ -54,23 +52,43 @@ class Loader:
             rejected=rejected,
         )
 
-    def samples(
-        self, numbers: Sequence[int], cache: TeacherCache | None = None
-    ) -> tuple[list[Encoded], list[dict[str, str]]]:
-        """The samples of these numbers in the plan that can be used, and why others cannot."""
-        processor, config = _model_side(self.name_or_path, self.revision)
-        num_features = functools.partial(num_image_features, config)
-        samples: list[Encoded] = []
+    def samples(self, numbers: Sequence[int]) -> tuple[list[Encoded], list[dict[str, str]]]:
+        """The samples of these numbers in the plan that can be used, all or none with states, and why others cannot."""
+        read: list[tuple[Sample, str]] = []
         rejected: list[dict[str, str]] = []
         for number in numbers:
             k, at = self.plan.locate(int(number))
-            source = self.sources[k]
             try:
-                cached = cache.get(source.uid(at)) if cache else None
-                samples.append(cached or encode(source.read(at), processor, num_features, self.limits))
+                sample = self.sources[k].read(at)
+                read.append((sample, content_key(sample) if self.cache is not None else ""))
             except Rejected as reason:
-                rejected.append({"id": source.uid(at), "reason": reason.code, "detail": reason.detail})
-        return samples, rejected
+                rejected.append({"id": self.sources[k].uid(at), "reason": reason.code, "detail": reason.detail})
+        encoded: dict[int, Encoded] = {}
+        if self.cache is not None:
+            for i, (sample, key) in enumerate(read):
+                if (cached := self.cache.get(key, sample.uid) if key in self.cache else None) is not None:
+                    encoded[i] = cached
+        lacking = [i for i in range(len(read)) if i not in encoded]
+        made = self._encode_all(read, lacking, rejected)
+        if made:  # all of a micro-batch come from the cache, or none
+            made |= self._encode_all(read, list(encoded), rejected)
+            encoded = made
+        return [encoded[i] for i in sorted(encoded)], rejected
+
+    def _encode_all(
+        self, read: Sequence[tuple[Sample, str]], which: Sequence[int], rejected: list[dict[str, str]]
+    ) -> dict[int, Encoded]:
+        """Those of `read` that can be used, by their place; the others are added to `rejected`."""
+        processor, config = _model_side(self.name_or_path, self.revision)
+        num_features = functools.partial(num_image_features, config)
+        encoded: dict[int, Encoded] = {}
+        for i in which:
+            sample, key = read[i]
+            try:
+                encoded[i] = replace(encode(sample, processor, num_features, self.limits), key=key)
+            except Rejected as reason:
+                rejected.append({"id": sample.uid, "reason": reason.code, "detail": reason.detail})
+        return encoded
 
 
 def local_batches(loader: Loader, start: int, stop: int) -> Iterator[Batch]:

@@ -134,6 +134,8 @@ class SwiftKVPass:
     def enter(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
         """Called by layer N with its input float[B, T, D]."""
         assert self.norm is not None
+        if self.distill:  # all below is frozen, whatever hooks have embeddings ask for a gradient
+            hidden_states = hidden_states.detach()
         self.trunk, self.source = hidden_states, self.norm(hidden_states)
         self.student = self.select(hidden_states)
         self.position_embeddings = (self.select(position_embeddings[0]), self.select(position_embeddings[1]))
@@ -250,6 +252,8 @@ class SwiftKVAttention(Stock):
         kwargs.pop("past_key_values", None)  # `key_value` holds what the cache gave
         eager = sys.modules[self.stock.__module__].eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        if "swiftkv" in kwargs:  # the config would not say so when gradient checkpointing comes here again
+            attend = attend_by_sequence
         output, weights = attend(
             self,
             queries,

@@ -241,15 +241,17 @@ def test_too_many_rows_left_out_stop_the_run(run: Run, encoded: list[Encoded]) -
     assert "4 of the 20 samples so far had to be left out (4 x too_long)" in outcome["message"]
     assert "For one, x:7: 900 tokens" in outcome["message"]
     assert [line["id"] for line in lines(run, "rejected")] == ["x:7"] * 4
-    lenient = replace(
-        run,
-        folder=run.folder.with_name("lenient"),
-        config=run.config.model_copy(
-            update={"data": run.config.data.model_copy(update={"max_rejected_fraction": 0.04})}
-        ),
-    )
-    lenient.checkpoints.mkdir(parents=True)
-    assert train_worker(lenient, Worker(), with_rejects)["rejected"] == {"too_long": 4}
+
+    def allowing(fraction: float) -> dict[str, Any]:
+        data = run.config.data.model_copy(update={"max_rejected_fraction": fraction})
+        folder = run.folder.with_name(f"allowing-{fraction}")
+        (folder / "checkpoints").mkdir(parents=True)
+        allowing = replace(run, folder=folder, config=run.config.model_copy(update={"data": data}))
+        return train_worker(allowing, Worker(), with_rejects)
+
+    assert allowing(0.15)["rejected"] == {"too_long": 4}
+    # four of the first hundred may be, but not of the 28 that an epoch has
+    assert "4 of the 28 samples so far" in allowing(0.04)["message"]
 
 
 def test_a_step_with_nothing_left_changes_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:

@@ -18,6 +18,8 @@ from vlskv_ray.train_loop import GradientBuffer, Run, build_optimizer, model_of,
 
 TRIED_SAMPLES = 64
 TIMED_MICRO_BATCHES = 6
+SHOWN_REJECTED = 5
+SHOWN_IDS = 4
 
 
 def dry_run(run: Run, loader: Loader) -> None:
@@ -58,7 +60,9 @@ def dry_run(run: Run, loader: Loader) -> None:
     supervised, tokens = int(result.sums.supervised_tokens), largest.attention_mask.sum(1).tolist()
     gflop = counter.get_total_flops() / 1e9
     step = seconds_per_step(run, mean(seconds), data_seconds, threads, reserved)
-    print(f"micro-batch   {', '.join(largest.sample_ids)}: {sum(tokens)} tokens, {supervised} supervised in all")
+    ids, more = largest.sample_ids[:SHOWN_IDS], len(largest.sample_ids) - SHOWN_IDS
+    names = ", ".join(ids) + (f" and {more} more" if more > 0 else "")
+    print(f"micro-batch   {names}: {sum(tokens)} tokens, {supervised} supervised in all")
     print(f"loss          {result.sums.loss / supervised:.4g}, gradient norm {result.grad_norm:.4g}")
     print(f"parameters    {sum(p.numel() for p in parameters):,}, {sum(p.numel() for p in trained.values()):,} trained")
     print(
@@ -71,8 +75,8 @@ def dry_run(run: Run, loader: Loader) -> None:
         f"takes {gflop:.3g} GFLOP; its data take {data_seconds:.3g} s of one data task"
     )
     print(
-        f"prediction    {step:.3g} s a step, {duration(step * run.total_steps)} for {run.total_steps} steps, starting "
-        f"and measuring aside"
+        f"prediction    {step:.3g} s a step at best, {duration(step * run.total_steps)} for {run.total_steps} steps; "
+        f"starting and measuring come on top"
     )
     print("dry run: all is well; nothing was written")
 
@@ -113,10 +117,14 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
         if len(found) >= TIMED_MICRO_BATCHES and seen >= TRIED_SAMPLES:
             break
     seconds = (time.perf_counter() - began) / made
-    for row in rejected:
+    for row in rejected[:SHOWN_REJECTED]:
         print(f"left out {row['id']}: {row['reason']}: {row['detail']}")
+    more = len(rejected) - SHOWN_REJECTED
+    print(f"tried         {seen} samples, {len(rejected)} left out" + (f", {more} more than shown" if more > 0 else ""))
     allowed = run.config.data.max_rejected_fraction
-    if not found or len(rejected) > allowed * seen:
+    if not found:
+        raise ValueError(f"data.sources: none of {seen} samples tried can be used; mend the data")
+    if len(rejected) > allowed * seen:
         raise ValueError(
             f"data.sources: of {seen} samples tried, {len(rejected)} cannot be used, more than "
             f"data.max_rejected_fraction={allowed}; mend the data, or raise it"
@@ -125,12 +133,13 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
 
 
 def spread(run: Run, loader: Loader) -> Iterator[Batch]:
-    """The first micro-batch of steps all over an epoch, then those of the steps between, until all were there."""
+    """The first micro-batch of steps all over an epoch, then those of the steps between, then the second ones, ..."""
     steps = min(run.steps_per_epoch, run.total_steps)
     stride = max(1, steps // max(TIMED_MICRO_BATCHES, TRIED_SAMPLES // run.config.micro_batch_size))
-    for first in range(min(stride, steps)):
-        for step in np.arange(first, steps, stride).tolist():
-            yield from (loader(row) for row in list(loader.plan.rows(step, step + 1))[:1])
+    for j in range(run.micro_batches_per_step):
+        for first in range(min(stride, steps)):
+            for step in np.arange(first, steps, stride).tolist():
+                yield loader(list(loader.plan.rows(step, step + 1))[j])
 
 
 def size(count: float) -> str:

@@ -1,6 +1,7 @@
 """The command `python -m vlskv_ray.evaluate`: a student against its teacher, on held-out samples."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -81,6 +82,11 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     target, run = output_of(options)  # first: what takes long must not end in a file that cannot be written
+    if run and (before := samples_of(target)) > options.num_samples:
+        raise ValueError(
+            f"--num-samples: {options.num_samples}, but {target}, which goes into the run's report and card, was "
+            f"measured on {before}; ask for as many, or write another file with --output"
+        )
     evaluation = measured(options)
     write_json(target, evaluation)
     print("\n".join(evaluation_table(evaluation)))
@@ -89,6 +95,14 @@ def evaluate(options: argparse.Namespace) -> int:
         written += [write_report(run), write_model_card(run)]
     print(f"written: {', '.join(str(shown(path)) for path in written)}")
     return DONE
+
+
+def samples_of(file: Path) -> int:
+    """How many samples the figures in a file are of; 0 where there are none."""
+    try:
+        return int(json.loads(file.read_text())["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:

@@ -118,11 +118,12 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
         processor = load_processor(find_model(config.model.name_or_path, config.model.revision))
         evaluator = Evaluator(model, processor, run.held_out, rank=worker.rank, world_size=worker.world_size)
     patient = patient_group()
-    stopped, failure = False, None
+    stopped, failure, first_step = False, None, step
 
     while step < run.total_steps and not stopped:
         began = time.perf_counter()
         micro_batches, data_wait = take(batches, step, per_worker)
+        starting = data_wait if step == first_step else 0.0  # data tasks have to get going: no part of training
         set_learning_rate(optimizer, config.optimizer.lr * schedule(step))
         try:
             result = train_step(
@@ -136,14 +137,14 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
             )
             step += 1
             counts.add(micro_batches, result.sums, gather(micro_batches, result.sums, always=output.order))
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began - starting
             counts.seconds += seconds
             measured = measured_on_the_way(run, step, model, evaluator, patient)
             if log:
                 metrics = metrics_of(run, step, result, optimizer, data_wait, seconds) | measured
                 due = step % output.log_every_steps == 0 or step == run.total_steps or bool(measured)
                 log.step(metrics, counts.latest_rejected, counts.latest_ids, with_metrics=due)
-            counts.check(config.data.max_rejected_fraction)
+            counts.check(config.data.max_rejected_fraction, whole_epoch=step % run.steps_per_epoch == 0)
             stopped = result.stop
             if stopped or step % every == 0 or step == run.total_steps:
                 stop_if_ruined(trained, step)
@@ -400,10 +401,11 @@ class Counts:
         self.latest_rejected = [row for _, _, rejected in gathered for row in rejected]
         self.reasons.update(row["reason"] for row in self.latest_rejected)
 
-    def check(self, max_fraction: float) -> None:
-        """StoppedRun once more rows are left out than allowed; of the first hundred, as many as of a hundred."""
+    def check(self, max_fraction: float, whole_epoch: bool) -> None:
+        """StoppedRun once more rows are left out than allowed; within an epoch, of the first hundred as many as of a
+        hundred."""
         rejected = sum(self.reasons.values())
-        if rejected > max_fraction * max(self.seen, 100):
+        if rejected > max_fraction * (self.seen if whole_epoch else max(self.seen, 100)):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
             example = self.latest_rejected[0] if self.latest_rejected else {"id": "?", "detail": "?"}
             raise StoppedRun(

@@ -1,4 +1,4 @@
-"""One optimizer step of a distillation, measured side by side: `python -m benchmarks.step --help`.
+"""One optimizer step of a distillation, measured side by side.
 
 In one process, on the same weights and micro-batches, in turn:
 
@@ -239,12 +239,14 @@ def worst_of(cells: dict[str, dict[str, Any]], workload: str) -> dict[str, float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--micro-batch", nargs="+", type=int, choices=range(1, 5), default=[1, 4])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", choices=list(CONFIGS), default=list(CONFIGS), help="default: both")
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="default: all")
+    parser.add_argument("--micro-batch", nargs="+", type=int, choices=range(1, 5), default=[1, 4], help="default: 1 4")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

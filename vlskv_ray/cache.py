@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlskv_ray.cluster import duration, ray_cluster
-from vlskv_ray.command import DONE, exit_status, shown, up_to
+from vlskv_ray.command import DONE, exit_status, run_parser, shown, up_to
 from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.distill import shared_pass
@@ -20,14 +20,8 @@ from vlskv_ray.train_loop import Run, autocast, model_of
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlskv_ray.cache",
-        description="Fills the teacher cache of a run (model.teacher_cache=disk) ahead of it, on all CPUs.",
-        epilog="Any option of the config can be given as section.key=value, for instance epochs=3.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
-    parser.add_argument("--num-samples", type=up_to(10**9), metavar="N", help="use the first N samples of the mixture")
+    what = "Fills the teacher cache of a run (model.teacher_cache=disk) ahead of it, on all CPUs."
+    parser = run_parser("cache", what)
     parser.add_argument("--workers", type=up_to(10**5), metavar="N", help="processes; default: one a CPU")
     options, overrides = parser.parse_known_args(arguments)
     return exit_status(lambda: fill(options, overrides))

@@ -113,8 +113,12 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
             f"lower cluster.cpus_per_worker, data.cpus_per_task or cluster.num_workers"
         )
     tasks = data.num_proc or max(1, int((cpus - workers * per_worker + 1e-6) / per_task))
-    threads = cluster.threads_per_worker or max(1, int(cpus // workers))
-    return Reserved(per_worker, per_task, tasks, threads)
+    return Reserved(per_worker, per_task, tasks, threads_of(cluster, cpus))
+
+
+def threads_of(cluster: ClusterConfig, cpus: float) -> int:
+    """Of each worker; all CPUs shared out where the config leaves it open."""
+    return cluster.threads_per_worker or max(1, int(cpus // max(cluster.num_workers, 1)))
 
 
 class ProgressLine:

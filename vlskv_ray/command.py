@@ -25,6 +25,19 @@ def exit_status(command: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
 
 
+def run_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The options of a command that takes a run's config; what it does not know are overrides of the config."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m vlskv_ray.{command}",
+        description=description,
+        epilog="Any option of the config can be given as section.key=value, for instance cluster.num_workers=4.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
+    parser.add_argument("--num-samples", type=up_to(10**9), metavar="N", help="use the first N samples of the mixture")
+    return parser
+
+
 def up_to(largest: int) -> Callable[[str], int]:
     """Reads a number from 1 to `largest`, for argparse."""
 

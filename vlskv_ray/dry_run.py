@@ -9,8 +9,8 @@ from statistics import mean
 import numpy as np
 import torch
 
-from vlskv_ray.cluster import Reserved, duration, reserve
-from vlskv_ray.counting import flop_counter, peak_bytes
+from vlskv_ray.cluster import Reserved, duration, reserve, threads_of
+from vlskv_ray.counting import flop_counter, peak_bytes, size
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.model.build import trainable_parameters
@@ -29,12 +29,12 @@ def dry_run(run: Run, loader: Loader) -> None:
         ValueError: the run would not get far: too many rows are left out, or its workers do not fit this machine.
         StoppedRun: loss or gradient of a step is not finite.
     """
-    config, workers = run.config, max(run.config.cluster.num_workers, 1)
+    config = run.config
     here = config.cluster.address == "local" or not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
     reserved = None
     if config.cluster.num_workers and here:
         reserved = reserve(config.cluster, config.data, os.cpu_count() or 1)
-    threads = config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // workers)
+    threads = threads_of(config.cluster, os.cpu_count() or 1)
     torch.set_num_threads(threads)
     batches, data_seconds = try_data(run, loader)
 
@@ -140,8 +140,3 @@ def spread(run: Run, loader: Loader) -> Iterator[Batch]:
         for first in range(min(stride, steps)):
             for step in np.arange(first, steps, stride).tolist():
                 yield loader(list(loader.plan.rows(step, step + 1))[j])
-
-
-def size(count: float) -> str:
-    """Bytes as GiB, or MiB where it is less."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vlskv_ray.counting import size
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates, supervised_positions
 from vlskv_ray.data.images import read_image_file
 from vlskv_ray.data.sample import ImageFile, Sample
@@ -165,7 +166,7 @@ class TeacherCache:
         free = shutil.disk_usage(parent).free
         if wanted > free:
             raise ValueError(
-                f"model.teacher_cache: about {_size(wanted)} are to be written to {self.folder}, where {_size(free)} "
+                f"model.teacher_cache: about {size(wanted)} are to be written to {self.folder}, where {size(free)} "
                 f"are free; use teacher_cache=disk with model.teacher_cache_dir on a larger disk, or teacher_cache=off"
             )
 
@@ -190,7 +191,3 @@ def _remove_if_unused(folder: Path) -> None:
     with suppress(OSError), open(folder / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: somebody uses it
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -24,17 +24,17 @@ from pydantic import ValidationError
 
 import vlskv_ray
 from vlskv_ray.checkpoint import SavedState, has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
-from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, reserve
-from vlskv_ray.command import DONE, FAILED, exit_status, shown, up_to
+from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, reserve, threads_of
+from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
 from vlskv_ray.config import Config, changed_keys, dump_config, load_config_and_notices
-from vlskv_ray.counting import matmul_seconds
+from vlskv_ray.counting import matmul_seconds, size
 from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch
 from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table, first_of_mixture
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.dry_run import dry_run, size
+from vlskv_ray.dry_run import dry_run
 from vlskv_ray.model.build import (
     check_growth,
     find_model,
@@ -90,15 +90,8 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Options of the command, and what is left: overrides of the config."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlskv_ray.train",
-        description="Distils a LLaVA-style vision-language model into its SwiftKV form.",
-        epilog="Any option of the config can be given as section.key=value, for instance cluster.num_workers=4.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
+    parser = run_parser("train", "Distils a LLaVA-style vision-language model into its SwiftKV form.")
     parser.add_argument("--dry-run", action="store_true", help="check everything up to one step of one micro-batch")
-    parser.add_argument("--num-samples", type=up_to(10**9), metavar="N", help="use the first N samples of the mixture")
     parser.add_argument(
         "--resume",
         choices=("auto", "never", "must"),
@@ -195,7 +188,7 @@ def dtype_of(config: Config, saved: SavedState | None, text: Any) -> str:
     if saved:
         before = saved.state["config"].get("model", {}).get("dtype")
         return str(before) if before in ("float32", "bfloat16") else "float32"
-    threads = config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // max(config.cluster.num_workers, 1))
+    threads = threads_of(config.cluster, os.cpu_count() or 1)
     seconds = matmul_seconds(512, text.hidden_size, text.intermediate_size, threads)
     chosen = min(seconds, key=lambda name: seconds[name])
     other = max(seconds.values()) / min(seconds.values())

@@ -66,7 +66,7 @@ class Loader:
         encoded: dict[int, Encoded] = {}
         if self.cache is not None:
             for i, (sample, key) in enumerate(read):
-                if (cached := self.cache.get(key, sample.uid) if key in self.cache else None) is not None:
+                if (cached := self.cache.get(key, sample.uid)) is not None:
                     encoded[i] = cached
         lacking = [i for i in range(len(read)) if i not in encoded]
         made = self._encode_all(read, lacking, rejected)

@@ -4,6 +4,7 @@ The mid-size model on pictures and questions in files, one thread a worker:
 
     bare    train_step on micro-batches that lie ready in memory, by one process, and by two with gloo between them
     train   `vlskv_ray.train` with the same two workers: Ray, reading, decoding, preprocessing and hand-over included
+    dry run what `--dry-run` expects a step of that run to take
 """
 
 import argparse
@@ -25,12 +26,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.workloads import CONFIGS, WORKLOADS, build, conversation_of
+from benchmarks.workloads import CONFIGS, WORKLOADS, Conversation, build, conversation_of
 from vlskv_ray.config import Config
 from vlskv_ray.data.pipeline import local_batches
+from vlskv_ray.dry_run import dry_run
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.train import prepare, train
+from vlskv_ray.prepare import prepare
+from vlskv_ray.train import train
 from vlskv_ray.train_loop import GradientBuffer, build_optimizer, model_of, objective_of, train_step
 
 WARM_UP = 4
@@ -38,11 +41,16 @@ WARM_UP = 4
 
 
 def write_data(folder: Path, count: int) -> None:
-    """JSONL with pictures beside it: the conversations of the workloads, over and over, with other letters."""
-    kinds = [conversation for name in ("visual_qa", "image_chat", "text_chat") for conversation in WORKLOADS[name]]
+    """JSONL with pictures beside it: conversations of all sizes between those of the workloads, in equal parts."""
     with open(folder / "data.jsonl", "w") as file:
         for i in range(count):
-            messages, pictures = conversation_of(kinds[i % len(kinds)], np.random.default_rng(i))
+            rng = np.random.default_rng(i)
+            kinds = WORKLOADS[("visual_qa", "image_chat", "text_chat")[i % 3]]
+            question, answer = (
+                int(rng.integers(min(sizes), max(sizes) + 1))
+                for sizes in ([kind.question for kind in kinds], [kind.answer for kind in kinds])
+            )
+            messages, pictures = conversation_of(Conversation(question, answer, kinds[i % 4].picture), rng)
             names = [f"{i}.jpg" for _ in pictures]
             for name, picture in zip(names, pictures, strict=True):
                 (folder / name).write_bytes(picture)
@@ -99,14 +107,21 @@ def bare_worker(folder: Path, rank: int, workers: int, steps: int, port: int, ra
         rates.put(rate([2 * workers] * len(seconds), seconds))
 
 
-def through_ray(folder: Path, workers: int, steps: int, name: str) -> tuple[float, float]:
-    """Samples a second of a whole run, and the share of a step that is spent waiting for data."""
+def expected(folder: Path, workers: int, steps: int) -> float:
+    """Seconds of a step by a dry run."""
+    with redirect_stdout(io.StringIO()):
+        return dry_run(*prepare(config_of(folder, workers, steps, "dry")))
+
+
+def through_ray(folder: Path, workers: int, steps: int, name: str) -> tuple[float, float, float]:
+    """Samples a second of a whole run, seconds of a step, and the share of it that is spent waiting for data."""
     with redirect_stdout(io.StringIO()):
         assert train(config_of(folder, workers, steps, name)) == 0
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["step_seconds"] for line in lines]
     waits = [line["data_wait_seconds"] for line in lines[WARM_UP:]]
-    return rate([line["samples"] for line in lines], seconds), sum(waits) / sum(seconds[WARM_UP:])
+    of_all = sum(seconds[WARM_UP:])
+    return rate([line["samples"] for line in lines], seconds), of_all / len(waits), sum(waits) / of_all
 
 
 def rate(samples: Sequence[int], seconds: Sequence[float]) -> float:
@@ -121,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     options = parser.parse_args(arguments)
     rates: dict[str, list[float]] = {"bare 1": [], "bare 2": [], "train 2": []}
-    waits = []
+    waits, foretold = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, 4 * options.steps)
@@ -131,9 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for i in range(options.repeats):
             rates["bare 1"].append(bare(folder, 1, options.steps))
             rates["bare 2"].append(bare(folder, 2, options.steps))
-            samples, waited = through_ray(folder, 2, options.steps, f"run-{i}")
+            prediction = expected(folder, 2, options.steps)
+            samples, seconds, waited = through_ray(folder, 2, options.steps, f"run-{i}")
             rates["train 2"].append(samples)
             waits.append(waited)
+            foretold.append(prediction / seconds)
             print(f"{i + 1} of {options.repeats} rounds", file=sys.stderr, flush=True)
     scaling = median(b / a for a, b in zip(rates["bare 1"], rates["bare 2"], strict=True))
     share = median(b / a for a, b in zip(rates["bare 2"], rates["train 2"], strict=True))
@@ -142,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in medians.items():
         print(f"| {name} worker{'s' * name.endswith('2')} | {value:.2f} |")
     print(f"\ntwo workers over one {scaling:.2f}, train over the bare loop {share:.2f}, ", end="")
-    print(f"waiting for data {median(waits):.1%} of a step")
+    print(f"waiting for data {median(waits):.1%} of a step, dry run over train {median(foretold):.2f}")
     print(f"{date.today()}, {options.model} model, torch {torch.__version__}, one thread a worker")
     if options.json:
         figures = {
@@ -150,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "two_workers_over_one": scaling,
             "train_over_bare": share,
             "data_wait_share": median(waits),
+            "dry_run_over_train": median(foretold),
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

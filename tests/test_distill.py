@@ -10,8 +10,16 @@ import torch
 from conftest import batch_of
 from torch import Tensor
 
-from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded
-from vlskv_ray.distill import DivergenceAtHead, LossSums, Objective, distillation_loss, kl_divergence, rows_per_chunk
+from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded, parts
+from vlskv_ray.distill import (
+    DivergenceAtHead,
+    LossSums,
+    Objective,
+    distillation_loss,
+    kl_divergence,
+    rows_per_chunk,
+    shared_pass,
+)
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
 
@@ -83,6 +91,28 @@ def test_any_split_of_a_global_batch_gives_the_same(
         other_loss, other_gradient = loss_and_gradient(model, split(size))
         assert other_loss == pytest.approx(loss, rel=tolerance)
         assert error(other_gradient, gradient) < tolerance
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 200, 10**6])
+@pytest.mark.parametrize("known", [False, True])
+def test_parts_of_a_micro_batch_add_up_to_it(
+    student: Callable[..., Any], encoded: list[Encoded], float64_norms: None, max_tokens: int, known: bool
+) -> None:
+    """With known frozen states and without; rows that were left out are counted once."""
+    model = student(dtype=torch.float64)
+    batch = as_float64(batch_of(encoded, rejected=[{"id": "x", "reason": "y", "detail": "z"}]))
+    if known:
+        with torch.no_grad():
+            states = shared_pass(model, batch)
+        batch = replace(batch, trunk=states.trunk, teacher=states.teacher, teacher_input=states.teacher_input)
+    of_parts = list(parts(batch, max_tokens))
+    assert [uid for part in of_parts for uid in part.sample_ids] == batch.sample_ids
+    assert all(len(part.sample_ids) == 1 or part.attention_mask.sum() <= max_tokens for part in of_parts)
+    assert sum(len(part.rejected) for part in of_parts) == 1
+    loss, gradient = loss_and_gradient(model, [batch])
+    in_parts, gradient_in_parts = loss_and_gradient(model, of_parts)
+    assert in_parts == pytest.approx(loss, rel=1e-12)
+    assert error(gradient_in_parts, gradient) < 1e-12
 
 
 def test_padding_changes_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:

@@ -230,7 +230,7 @@ def config_of(folder: Path, teacher: Path, name: str, **model: Any) -> Config:
 
 @pytest.fixture
 def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr("vlskv_ray.train.IN_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr("vlskv_ray.prepare.IN_MEMORY", tmp_path / "shm")
     yield tmp_path / "shm"
 
 

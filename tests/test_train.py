@@ -252,10 +252,10 @@ def test_the_original_projects_layout_runs_as_shipped(tmp_path: Path) -> None:
 def test_the_faster_precision_is_chosen_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """model.dtype=auto: measured at the start, and as it was when the run goes on."""
     auto = ("output.name=auto", "model.dtype=auto", "max_steps=1")
-    monkeypatch.setattr(vlskv_ray.train, "matmul_seconds", lambda *_: {"float32": 2.0, "bfloat16": 1.0})
+    monkeypatch.setattr(vlskv_ray.prepare, "matmul_seconds", lambda *_: {"float32": 2.0, "bfloat16": 1.0})
     assert main(files / "run.yaml", *auto) == 0
     assert yaml.safe_load((files / "runs" / "auto" / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
-    monkeypatch.setattr(vlskv_ray.train, "matmul_seconds", lambda *_: {"float32": 1.0, "bfloat16": 2.0})
+    monkeypatch.setattr(vlskv_ray.prepare, "matmul_seconds", lambda *_: {"float32": 1.0, "bfloat16": 2.0})
     assert main(files / "run.yaml", *auto) == 0  # finished; as float32 it would be another run
 
 

@@ -14,7 +14,7 @@ from vlskv_ray.command import DONE, exit_status, run_parser, shown, up_to
 from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.distill import shared_pass
-from vlskv_ray.train import check_cache, prepare
+from vlskv_ray.prepare import check_cache, prepare
 from vlskv_ray.train_loop import Run, autocast, model_of
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 STATE_FILES = {"trainable.safetensors", "optimizer.safetensors", "state.json"}
 _NAME = re.compile(r"step-(\d{8,})")
 

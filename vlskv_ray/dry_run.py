@@ -1,20 +1,34 @@
 """`--dry-run`: some samples and steps in this process, and what they say of memory and time. Writes nothing."""
 
+import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
 
 from vlskv_ray.cluster import Reserved, duration, reserve, threads_of
 from vlskv_ray.counting import flop_counter, peak_bytes, size
-from vlskv_ray.data.collate import Batch
+from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
+from vlskv_ray.distill import shared_pass
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.train_loop import GradientBuffer, Run, build_optimizer, model_of, objective_of, train_step
+from vlskv_ray.train_loop import (
+    GradientBuffer,
+    Run,
+    StepResult,
+    autocast,
+    build_optimizer,
+    model_of,
+    objective_of,
+    train_step,
+)
 
 TRIED_SAMPLES = 64
 TIMED_MICRO_BATCHES = 6
@@ -22,8 +36,8 @@ SHOWN_REJECTED = 5
 SHOWN_IDS = 4
 
 
-def dry_run(run: Run, loader: Loader) -> None:
-    """Prints what it finds.
+def dry_run(run: Run, loader: Loader) -> float:
+    """Prints what it finds; returns the seconds that a step of the run is expected to take.
 
     Raises:
         ValueError: the run would not get far: too many rows are left out, or its workers do not fit this machine.
@@ -40,26 +54,23 @@ def dry_run(run: Run, loader: Loader) -> None:
 
     model = model_of(run)
     trained = trainable_parameters(model)
-    optimizer, gradients = build_optimizer(config, trained), GradientBuffer(trained.values())
-    objective = objective_of(config)
     largest = max(batches, key=lambda batch: int(batch.attention_mask.sum()))
-    result = train_step(model, optimizer, gradients, [largest], objective)  # which also warms up
-    with flop_counter() as counter:
-        train_step(model, optimizer, gradients, [largest], objective)
-    peak = peak_bytes(lambda: train_step(model, optimizer, gradients, [largest], objective))
-    seconds = []
-    for batch in batches[:TIMED_MICRO_BATCHES]:
-        began = time.perf_counter()
-        train_step(model, optimizer, gradients, [batch], objective)
-        seconds.append(time.perf_counter() - began)
+    result, gflop, peak = counted_step(run, model, largest)
+    timed = batches[:TIMED_MICRO_BATCHES]
+    neighbours = min(config.cluster.num_workers or 1, (os.cpu_count() or 1) // threads) - 1 if here else 0
+    with busy_neighbours(run, timed, neighbours):  # they share caches and memory with each other
+        seconds = mean(seconds_of(run, model, timed))
+        cached = seconds_of(run, model, [with_states(model, batch) for batch in timed]) if run.cache else [0.0]
 
     parameters = {p: p.numel() * p.element_size() for p in model.parameters()}
     moving = sum(parameters[p] for p in trained.values())
     logits = min(config.model.logits_memory_mib * 2**20, peak)
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     supervised, tokens = int(result.sums.supervised_tokens), largest.attention_mask.sum(1).tolist()
-    gflop = counter.get_total_flops() / 1e9
-    step = seconds_per_step(run, mean(seconds), data_seconds, threads, reserved)
+    step = seconds_per_step(run, seconds, data_seconds, threads, reserved)
+    first = min(run.steps_per_epoch, run.total_steps) if run.cache else run.total_steps
+    later = seconds_per_step(run, mean(cached), 0, threads, reserved)  # which decodes no image
+    whole = first * step + (run.total_steps - first) * later
     ids, more = largest.sample_ids[:SHOWN_IDS], len(largest.sample_ids) - SHOWN_IDS
     names = ", ".join(ids) + (f" and {more} more" if more > 0 else "")
     print(f"micro-batch   {names}: {sum(tokens)} tokens, {supervised} supervised in all")
@@ -71,14 +82,80 @@ def dry_run(run: Run, loader: Loader) -> None:
         f"most {size(logits)}); this process, with its libraries, {size(process)}"
     )
     print(
-        f"time          {mean(seconds):.3g} s a micro-batch with {threads} thread{'s' * (threads > 1)}; the one above "
+        f"time          {seconds:.3g} s a micro-batch with {threads} thread{'s' * (threads > 1)}; the one above "
         f"takes {gflop:.3g} GFLOP; its data take {data_seconds:.3g} s of one data task"
     )
+    of_later = f", {later:.3g} s from the second epoch on" if first < run.total_steps else ""
     print(
-        f"prediction    {step:.3g} s a step at best, {duration(step * run.total_steps)} for {run.total_steps} steps; "
-        f"starting and measuring come on top"
+        f"prediction    {step:.3g} s a step{of_later}, {duration(whole)} for {run.total_steps} steps; starting and "
+        f"measuring come on top"
     )
     print("dry run: all is well; nothing was written")
+    return step
+
+
+def counted_step(run: Run, model: Any, batch: Batch) -> tuple[StepResult, float, int]:
+    """A step's result, its operations in GFLOP, and the most bytes that it held at once."""
+    step = steps_of(run, model)
+    with flop_counter() as counter:
+        result = step(batch)  # the first one: it makes the optimizer's moments, which are counted apart
+    return result, counter.get_total_flops() / 1e9, peak_bytes(lambda: step(batch))
+
+
+def seconds_of(run: Run, model: Any, batches: Sequence[Batch]) -> list[float]:
+    """What a step on each of some micro-batches takes."""
+    step, seconds = steps_of(run, model), []
+    for batch in batches:
+        began = time.perf_counter()
+        step(batch)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def steps_of(run: Run, model: Any) -> Callable[[Batch], StepResult]:
+    """A function that makes a step on one micro-batch."""
+    trained = trainable_parameters(model)
+    optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
+    objective, most = objective_of(run.config), run.config.micro_batch_tokens
+    return lambda batch: train_step(model, optimizer, gradients, [batch], objective, max_tokens=most)
+
+
+def with_states(model: Any, batch: Batch) -> Batch:
+    """The micro-batch as later epochs get it from a teacher cache."""
+    with torch.no_grad(), autocast(model):
+        states = shared_pass(model, batch)
+    known = {name: getattr(states, name) for name in ("trunk", "teacher", "teacher_input")}
+    return replace(batch, tiles=None, normalise=None, **known)
+
+
+@contextmanager
+def busy_neighbours(run: Run, batches: Sequence[Batch], count: int) -> Iterator[None]:
+    """While other workers of this machine step too, on the same micro-batches over and over."""
+    context = multiprocessing.get_context("spawn")
+    started = context.Semaphore(0)
+    processes = [
+        context.Process(target=_step_for_ever, args=(run, [to_row(batch) for batch in batches], started), daemon=True)
+        for _ in range(count)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            while not started.acquire(timeout=1) and process.is_alive():
+                pass  # one that cannot start leaves the others more room: the prediction is then at best
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _step_for_ever(run: Run, rows: Sequence[dict[str, Any]], started: Any) -> None:
+    torch.set_num_threads(threads_of(run.config.cluster, os.cpu_count() or 1))
+    model = model_of(run)
+    started.release()
+    while True:
+        seconds_of(run, model, [from_row(row) for row in rows])
 
 
 def seconds_per_step(

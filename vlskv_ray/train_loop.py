@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share, write_json
 from vlskv_ray.config import Config
-from vlskv_ray.data.collate import Batch
+from vlskv_ray.data.collate import Batch, parts
+from vlskv_ray.data.plan import Tokens
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.distill import LossSums, Objective
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of, figures_of
@@ -46,6 +47,9 @@ class Run:
     total_steps: int
     fingerprints: dict[str, str]
     """Of model and data: a run goes on only with the same."""
+    shares_per_step: int = 1
+    tokens: Tokens = Tokens()  # noqa: RUF009 - cannot be changed
+    """By which the plan shares out work, see `Plan`; fixed when a run starts."""
     cache: TeacherCache | None = None
     """Where the frozen states of samples are kept; None: nowhere."""
     held_out: HeldOut | None = None
@@ -133,6 +137,7 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
                 micro_batches,
                 objective,
                 max_grad_norm=config.optimizer.max_grad_norm,
+                max_tokens=config.micro_batch_tokens,
                 asked_to_stop=worker.rank == 0 and run.stop_file.exists(),
             )
             step += 1
@@ -199,6 +204,7 @@ def train_step(
     objective: Loss,
     *,
     max_grad_norm: float | None = None,
+    max_tokens: int | None = None,
     asked_to_stop: bool = False,
 ) -> StepResult:
     """One optimizer step on one global batch: sums over all its micro-batches, divided once by its supervised tokens.
@@ -208,7 +214,8 @@ def train_step(
     """
     gradients.flat.zero_()
     sums = LossSums()
-    for batch in micro_batches:  # 1. forward and backward on sums, one micro-batch at a time
+    for batch in (part for whole in micro_batches for part in parts(whole, max_tokens)):
+        # 1. forward and backward on sums, one micro-batch at a time
         with autocast(model):
             loss, of_batch = objective(model, batch)
         if loss is not None:
@@ -441,6 +448,8 @@ def save(
     }
     state = {
         "micro_batches_per_step": run.micro_batches_per_step,
+        "shares_per_step": run.shares_per_step,
+        "tokens": asdict(run.tokens),
         "fingerprints": run.fingerprints,
         **counts.to_json(),
         "config": run.config.model_dump(mode="json"),

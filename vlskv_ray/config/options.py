@@ -182,9 +182,6 @@ class DataConfig(_Section):
     """Folder for Parquet and hub data as memory-mapped tables, on storage that all machines share. None: the Hugging
     Face cache, which is enough on one machine."""
 
-    group_by_length: bool = True
-    """Put samples of similar length into the same micro-batch, so that less is spent on padding."""
-
     max_rejected_fraction: Fraction = 0.1
     """Stop the run when more than this fraction of the rows is left out: the data are then not what they seem."""
 
@@ -329,6 +326,10 @@ class Config(_Section):
 
     micro_batch_size: Size = 1
     """Samples of one forward pass of one worker."""
+
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens of one forward pass: a micro-batch of more goes through in parts, with the same result, so that this
+    bounds the memory however long samples are. A sample that alone has more goes by itself. None: as a whole."""
 
     gradient_accumulation_steps: Size = 1
     """Micro-batches that a worker sums up for one optimizer step."""

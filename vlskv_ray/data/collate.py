@@ -5,8 +5,8 @@ a tile in pixels.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -141,6 +141,54 @@ def collate(
         keys=[sample.key for sample in samples],
         **frozen,
     )
+
+
+def parts(batch: Batch, max_tokens: int | None) -> Iterator[Batch]:
+    """Consecutive samples of a batch, as many at a time as have no more than `max_tokens` tokens together, at least
+    one; sums over the parts are those of the batch."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    if max_tokens is None or sum(lengths) <= max_tokens or len(lengths) < 2:
+        yield batch
+        return
+    start, held = 0, 0
+    for end, length in enumerate(lengths):
+        if end > start and held + length > max_tokens:
+            yield _cut(batch, start, end)
+            start, held = end, 0
+        held += length
+    yield _cut(batch, start, len(lengths))
+
+
+def _cut(batch: Batch, start: int, end: int) -> Batch:
+    """The samples [start, end) of a batch; rows left out go with the first."""
+    samples = slice(start, end)
+    longest = int(batch.attention_mask[samples].sum(1).max())
+    images = _slice(batch.num_images, samples)
+    tokens = _slice(batch.attention_mask.sum(1), samples)
+    supervised = _slice(supervised_positions(batch.labels).sum(1), samples)
+    has_images = batch.tiles is not None and images.stop > images.start
+    return replace(
+        batch,
+        sample_ids=batch.sample_ids[samples],
+        rejected=batch.rejected if start == 0 else [],
+        input_ids=batch.input_ids[samples, :longest],
+        attention_mask=batch.attention_mask[samples, :longest],
+        labels=batch.labels[samples, :longest],
+        num_images=batch.num_images[samples],
+        tiles=batch.tiles[images] if batch.tiles is not None and has_images else None,
+        normalise=batch.normalise if has_images else None,
+        image_sizes=batch.image_sizes[images] if batch.image_sizes is not None and has_images else None,
+        keys=batch.keys[samples],
+        trunk=None if batch.trunk is None else batch.trunk[tokens],
+        teacher=None if batch.teacher is None else batch.teacher[supervised],
+        teacher_input=None if batch.teacher_input is None else batch.teacher_input[supervised],
+    )
+
+
+def _slice(counts: Tensor, samples: slice) -> slice:
+    """Where the entries of some samples lie, of which each has so many."""
+    first = int(counts[: samples.start].sum())
+    return slice(first, first + int(counts[samples].sum()))
 
 
 TENSORS = (

@@ -16,7 +16,29 @@ from numpy.typing import NDArray
 
 NO_SAMPLE = -1
 WINDOW_STEPS = 64
-"""Samples are sorted by length among those of so many steps: near enough to random, far enough to pad little."""
+"""Samples are put together by length among those of so many steps: near enough to random, far enough to fit well."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """About how many tokens a sample has: `per_image` for each image, and `per_byte` of its text."""
+
+    per_image: float = 0.0
+    per_byte: float = 1.0
+
+    @staticmethod
+    def fitted(images: Sequence[int], text_bytes: Sequence[int], tokens: Sequence[int]) -> "Tokens":
+        """The estimate that fits some samples best; rounded, so that it is the same on every machine."""
+        columns = np.array([images, text_bytes], dtype=np.float64).T
+        per_image, per_byte = np.linalg.lstsq(columns, np.array(tokens, dtype=np.float64))[0]
+        return Tokens(max(0.0, float(round(per_image))), max(0.01, round(float(per_byte), 2)))
+
+
+def _back_and_forth(cards: NDArray[np.int64], hands: int) -> NDArray[np.int64]:
+    """int64[hands, cards of a hand]: dealt in turn, every second round in the other direction."""
+    rounds = cards.reshape(-1, hands)
+    rounds[1::2] = rounds[1::2, ::-1].copy()
+    return rounds.T
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,11 @@ class Plan:
         seed: the same seed gives the same plan.
         micro_batch_size: samples of a micro-batch; the last ones of an epoch may hold fewer, even none.
         micro_batches_per_step: of all workers together.
-        group_by_length: put samples of similar length (number of images, then length of text) into one micro-batch.
+        group_by_length: put samples of similar length (number of images, then length of text) into one micro-batch, for
+            a model that pads it. Otherwise samples are put together so that all shares of a step have about as many
+            tokens, and no worker waits long for another.
+        shares_per_step: into how many the micro-batches of a step are dealt: the workers that the run starts with.
+        tokens: of a sample, about.
     """
 
     def __init__(
@@ -72,13 +98,15 @@ class Plan:
         seed: int,
         micro_batch_size: int,
         micro_batches_per_step: int,
-        group_by_length: bool = True,
+        group_by_length: bool = False,
+        shares_per_step: int = 1,
+        tokens: Tokens = Tokens(),  # noqa: B008 - cannot be changed
     ) -> None:
         if not any(len(table) for table in tables):
             raise ValueError("data.sources: there is no row in any of them")
         self.tables, self.seed = list(tables), seed
         self.micro_batch_size, self.micro_batches_per_step = micro_batch_size, micro_batches_per_step
-        self.group_by_length = group_by_length
+        self.group_by_length, self.shares_per_step, self.tokens = group_by_length, shares_per_step, tokens
         self._num_images = np.concatenate([table.num_images for table in self.tables])
         self._text_bytes = np.concatenate([table.text_bytes for table in self.tables])
         self.first_number = np.cumsum([0, *map(len, self.tables)])
@@ -107,7 +135,10 @@ class Plan:
     def fingerprint(self) -> str:
         """Tells whether two plans deal the same samples the same way."""
         digest = hashlib.sha256()
-        about = [self.seed, self.micro_batch_size, self.micro_batches_per_step, self.group_by_length, WINDOW_STEPS]
+        about: list[float] = [self.seed, self.micro_batch_size, self.micro_batches_per_step, self.group_by_length]
+        about += [WINDOW_STEPS]
+        if not self.group_by_length:
+            about += [self.shares_per_step, self.tokens.per_image, self.tokens.per_byte]
         digest.update(json.dumps(about).encode())
         for table in self.tables:
             digest.update(json.dumps([len(table), table.weight]).encode())
@@ -119,8 +150,9 @@ class Plan:
         rng = np.random.default_rng([self.seed, 1, epoch])
         samples = rng.permutation(np.concatenate([self._drawn(k, epoch) for k in range(len(self.tables))]))
         per_step = self.micro_batch_size * self.micro_batches_per_step
+        deal = self._deal_alike if self.group_by_length else self._deal_balanced
         windows = [
-            self._deal_window(samples[at : at + WINDOW_STEPS * per_step], rng)
+            deal(samples[at : at + WINDOW_STEPS * per_step], rng)
             for at in range(0, len(samples), WINDOW_STEPS * per_step)
         ]
         return np.concatenate(windows).reshape(-1, self.micro_batches_per_step, self.micro_batch_size)
@@ -138,12 +170,31 @@ class Plan:
         rounds = [np.random.default_rng([self.seed, 0, k, r]).permutation(rows) for r in range(first, last + 1)]
         return self.first_number[k] + np.concatenate(rounds)[begin - first * rows : end - first * rows]
 
-    def _deal_window(self, samples: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """int64[micro-batches, micro_batch_size] in whole steps."""
+    def _deal_balanced(self, samples: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        """int64[steps, micro_batches_per_step, micro_batch_size].
+
+        Long samples go with short ones, so that all shares are alike, and the shares most alike make a step.
+        """
+        size, shares = self.micro_batch_size, self.shares_per_step
+        per_step = size * self.micro_batches_per_step
+        steps = -(-len(samples) // per_step)
+        samples = np.pad(samples, (0, steps * per_step - len(samples)), constant_values=NO_SAMPLE)
+        tokens = self.tokens.per_image * self._num_images[samples] + self.tokens.per_byte * self._text_bytes[samples]
+        tokens[samples == NO_SAMPLE] = 0
+        order = _back_and_forth(np.argsort(-tokens, kind="stable"), steps * shares)
+        if order.shape[1] > 1:
+            order = order[np.argsort(-tokens[order].sum(1), kind="stable")]
+        else:  # of single samples, those alike would make steps of one kind
+            order = rng.permutation(order)
+        dealt = np.stack([_back_and_forth(share, per_step // size // shares) for share in order])  # [shares, a, size]
+        by_step = dealt.reshape(steps, shares, -1, size).swapaxes(1, 2)  # each worker's turn comes again and again
+        return samples[rng.permutation(by_step)]
+
+    def _deal_alike(self, samples: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        """int64[micro-batches, micro_batch_size] in whole steps, samples of a micro-batch of similar length."""
         images, text = self._num_images[samples], self._text_bytes[samples]
-        if self.group_by_length:
-            order = np.lexsort((text, images))
-            samples, images, text = samples[order], images[order], text[order]
+        order = np.lexsort((text, images))
+        samples, images, text = samples[order], images[order], text[order]
         size, per_step = self.micro_batch_size, self.micro_batches_per_step
         batches = [slice(at, at + size) for at in range(0, len(samples), size)]
         shuffled = [batches[i] for i in rng.permutation(len(batches))]

@@ -116,4 +116,4 @@ def test_of_another_format_is_not_guessed_at(tmp_path: Path, monkeypatch: pytest
     monkeypatch.undo()
     warnings: list[str] = []
     assert newest_checkpoint(tmp_path, warn=warnings.append) is None
-    assert "is of format 99, this version reads 2" in warnings[0]
+    assert "is of format 99, this version reads 3" in warnings[0]

@@ -300,7 +300,7 @@ def test_a_file_that_can_not_be_read_is_one_line() -> None:
         ("scheduler: {lr: 1}", "scheduler.lr: unknown key, did you mean optimizer.lr?"),
         ("output: {Log-Level: info}", "output.Log-Level: unknown key, did you mean output.level?"),
         ("checkpoint: {every_stesp: 1}", "checkpoint.every_stesp: unknown key, did you mean checkpoint.every_steps?"),
-        ("checkpoint: {zzz: 1}", "checkpoint.zzz: unknown key; the keys here are every_steps, keep_last"),
+        ("checkpoint: {zzz: 1}", "checkpoint.zzz: unknown key; the keys here are every_steps, keep_last, keep_best, "),
         ("1: 2", "1: unknown key; the keys here are objective, seed, epochs, max_steps, micro_batch_size, "),
         ("tune: {}", "tune: unknown key; the keys here are objective, seed, epochs, max_steps, micro_batch_size, "),
         ("data.max_length: 5", "data.max_length: unknown key; in a file write `max_length:` indented below `data:`"),

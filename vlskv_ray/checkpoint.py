@@ -13,18 +13,22 @@ is not a checkpoint, and the one before it is used.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from vlskv_ray.faults import point
 
 FORMAT = 3
 STATE_FILES = {"trainable.safetensors", "optimizer.safetensors", "state.json"}
@@ -49,41 +53,74 @@ class DamagedCheckpoint(ValueError):
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep_last: int
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep_last: int,
+    keep_best: int = 0,
 ) -> Path:
-    """Writes and commits the checkpoint of `step`, then removes all but the newest `keep_last` committed ones.
+    """Writes and commits the checkpoint of `step`, then removes those that need not be kept.
 
     Args:
         root: the run's `checkpoints` folder, on storage that every worker shares.
         tensors: of each file, by its stem.
-        state: JSON values.
+        state: JSON values; `score`, if it has one, says how good it is: the lower, the better.
+        keep_last: newest ones to keep, this one included.
+        keep_best: ones of the lowest scores to keep beside them.
 
     Raises:
         OSError: the storage did not take it; what was there before is untouched.
     """
     target = root / f"step-{step:08d}"
     aside = root / f".writing-step-{step:08d}"
+    try:
+        _write_aside(aside, step, tensors, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)  # so that a full disk has the room again
+        raise error if isinstance(error, OSError) else OSError(f"{aside}: cannot be written ({error})") from error
+    point("save_written", step)
+    if target.exists():  # left by a killed run, or damaged: had it been good, the run would have gone on from it
+        shutil.rmtree(target)
+    aside.rename(target)
+    _flush(root)
+    point("save_renamed", step)
+    write_text(target / "COMMIT", _sha256(target / "manifest.json"))
+    _flush(target)
+    point("save_committed", step)
+    older = sorted(s for s in _committed(root) if s <= step)  # later ones are damaged: the run was set back behind them
+    kept = {*older[-keep_last:], *_best(root, older, keep_best)}
+    for old in older:
+        if old not in kept:
+            (root / f"step-{old:08d}" / "COMMIT").unlink()  # first, so that half of one never counts
+            point("save_removing", step)
+            shutil.rmtree(root / f"step-{old:08d}")
+    return target
+
+
+def _write_aside(aside: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for stem, named in tensors.items():
         save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
+        point("save_tensors", step)
     write_json(aside / "state.json", {"format": FORMAT, "step": step, **state})
     share(aside)
     manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
     write_json(aside / "manifest.json", manifest)
     for path in (*aside.iterdir(), aside):
         _flush(path)
-    if target.exists():  # left by a killed run, or damaged: had it been good, the run would have gone on from it
-        shutil.rmtree(target)
-    aside.rename(target)
-    _flush(root)
-    write_text(target / "COMMIT", _sha256(target / "manifest.json"))
-    _flush(target)
-    older = sorted(s for s in _committed(root) if s <= step)  # later ones are damaged: the run was set back behind them
-    for old in older[:-keep_last]:
-        (root / f"step-{old:08d}" / "COMMIT").unlink()  # first, so that half of one never counts
-        shutil.rmtree(root / f"step-{old:08d}")
-    return target
+
+
+def _best(root: Path, steps: Sequence[int], count: int) -> list[int]:
+    """Of these checkpoints the ones with the lowest scores."""
+    scores = {}
+    for step in steps if count else ():
+        with suppress(OSError, ValueError):
+            score = json.loads((root / f"step-{step:08d}" / "state.json").read_bytes()).get("score")
+            if isinstance(score, float) and math.isfinite(score):
+                scores[step] = score
+    return sorted(scores, key=lambda step: scores[step])[:count]
 
 
 def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> SavedState | None:

@@ -100,7 +100,7 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
     Workers take half of it and data tasks the rest. Ray starts no data task for which no CPU is free, and the workers
     would wait for it forever, so that is refused.
     """
-    workers = max(cluster.num_workers, 1)
+    workers = max(cluster.most_workers, 1)
     per_worker = cluster.cpus_per_worker
     if per_worker is None:
         share = cpus / 2 / workers
@@ -118,7 +118,31 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
 
 def threads_of(cluster: ClusterConfig, cpus: float) -> int:
     """Of each worker; all CPUs shared out where the config leaves it open."""
-    return cluster.threads_per_worker or max(1, int(cpus // max(cluster.num_workers, 1)))
+    return cluster.threads_per_worker or max(1, int(cpus // max(cluster.most_workers, 1)))
+
+
+class Follower:
+    """What is added to a file of lines, from now on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset, self.partial = path.stat().st_size if path.exists() else 0, ""
+        self.taken_back = False
+        """The file was shorter than before when it was looked at last, and is read from its start again."""
+
+    def new_lines(self) -> list[str]:
+        """Whole lines that have not been seen."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        self.taken_back = size < self.offset
+        if self.taken_back:
+            self.offset, self.partial = 0, ""
+        if size == self.offset:
+            return []
+        with open(self.path) as file:
+            file.seek(self.offset)
+            *lines, self.partial = (self.partial + file.read()).split("\n")
+            self.offset = file.tell()
+        return lines
 
 
 class ProgressLine:
@@ -127,10 +151,10 @@ class ProgressLine:
     def __init__(
         self, metrics: Path, total_steps: int, shown: bool = True, out: TextIO | None = None, afterwards: str = ""
     ) -> None:
-        self.path, self.total_steps, self.shown, self.afterwards = metrics, total_steps, shown, afterwards
+        self.total_steps, self.shown, self.afterwards = total_steps, shown, afterwards
         self.out = out or sys.stdout
         self.live = self.out.isatty()
-        self.offset, self.partial = metrics.stat().st_size if metrics.exists() else 0, ""
+        self.metrics, self.warnings = Follower(metrics), Follower(metrics.with_name("warnings.jsonl"))
         self.began, self.printed_at = time.monotonic(), -math.inf
         self.first: tuple[float, int] | None = None
         self.latest: dict[str, Any] = {}
@@ -139,19 +163,15 @@ class ProgressLine:
         """Reads what is new and shows the latest step."""
         if not self.shown:
             return
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < self.offset:  # new workers have taken back the steps after their checkpoint
-            self.offset, self.partial, self.first = 0, "", None
+        for line in self.warnings.new_lines():
+            self._write(f"warning: {json.loads(line)['warning']}", lasting=True)
+        lines = self.metrics.new_lines()
+        if self.metrics.taken_back:  # by new workers, which go on from their checkpoint
+            self.first = None
             self._write("a worker was lost; all were started again from the newest checkpoint", lasting=True)
-        if size == self.offset:
+        if not lines:
             if self.live and not self.latest:
                 self._write(f"starting {duration(time.monotonic() - self.began)}")
-            return
-        with open(self.path) as file:
-            file.seek(self.offset)
-            *lines, self.partial = (self.partial + file.read()).split("\n")
-            self.offset = file.tell()
-        if not lines:
             return
         self.latest |= json.loads(lines[-1])  # a step may have samples of one modality only: show the other's last
         self.first = self.first or (time.monotonic(), self.latest["step"])
@@ -201,7 +221,7 @@ def duration(seconds: float) -> str:
 def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
     """One line on what runs where."""
     where = "joined a cluster of" if cluster.joined else "started Ray on this machine,"
-    threads = config.cluster.num_workers * reserved.threads_per_worker
+    threads = config.cluster.most_workers * reserved.threads_per_worker
     crowded = ""
     if threads > cluster.cpus:
         crowded = (
@@ -209,7 +229,7 @@ def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
             f"lower cluster.threads_per_worker or cluster.num_workers"
         )
     return (
-        f"{where} {cluster.cpus:g} CPUs: {config.cluster.num_workers} workers x {reserved.threads_per_worker} threads "
+        f"{where} {cluster.cpus:g} CPUs: {config.cluster.most_workers} workers x {reserved.threads_per_worker} threads "
         f"({reserved.cpus_per_worker:g} CPUs each), up to {reserved.num_tasks} data tasks of "
         f"{reserved.cpus_per_task:g} CPUs{crowded}"
     )

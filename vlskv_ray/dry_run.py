@@ -46,7 +46,7 @@ def dry_run(run: Run, loader: Loader) -> float:
     config = run.config
     here = config.cluster.address == "local" or not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
     reserved = None
-    if config.cluster.num_workers and here:
+    if config.cluster.most_workers and here:
         reserved = reserve(config.cluster, config.data, os.cpu_count() or 1)
     threads = threads_of(config.cluster, os.cpu_count() or 1)
     torch.set_num_threads(threads)
@@ -57,7 +57,7 @@ def dry_run(run: Run, loader: Loader) -> float:
     largest = max(batches, key=lambda batch: int(batch.attention_mask.sum()))
     result, gflop, peak = counted_step(run, model, largest)
     timed = batches[:TIMED_MICRO_BATCHES]
-    neighbours = min(config.cluster.num_workers or 1, (os.cpu_count() or 1) // threads) - 1 if here else 0
+    neighbours = min(config.cluster.most_workers or 1, (os.cpu_count() or 1) // threads) - 1 if here else 0
     with busy_neighbours(run, timed, neighbours):  # they share caches and memory with each other
         seconds = mean(seconds_of(run, model, timed))
         cached = seconds_of(run, model, [with_states(model, batch) for batch in timed]) if run.cache else [0.0]
@@ -168,7 +168,7 @@ def seconds_per_step(
         reserved: what runs on this machine; None where it runs in one process, or elsewhere, where the number of
             CPUs and data tasks is not known.
     """
-    count, workers = run.micro_batches_per_step, run.config.cluster.num_workers
+    count, workers = run.micro_batches_per_step, run.config.cluster.most_workers
     if not workers:
         return count * (train_seconds + data_seconds)
     train = count / workers * train_seconds

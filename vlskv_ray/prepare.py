@@ -42,17 +42,23 @@ SAMPLES_TRIED = 32
 REMEDY = "use --resume never to start anew, or another output.name"
 
 
-def prepare(config: Config, saved: SavedState | None = None, num_samples: int | None = None) -> tuple[Run, Loader]:
+def prepare(
+    config: Config, saved: SavedState | None = None, num_samples: int | None = None, owner: str = ""
+) -> tuple[Run, Loader]:
     """Checks model, processor and data of a run and lays out its plan; loads no weights and writes nothing.
 
     Args:
         config: of the run.
         saved: the checkpoint it goes on from; that fixes how many micro-batches a step has.
         num_samples: use only the first so many samples of the mixture.
+        owner: whose the run folder is.
 
     Raises:
         ValueError: something in the config cannot work; says which key and what to do.
     """
+    if saved and config.cluster.threads_per_worker is None:  # they decide the last bits: as the run began
+        cluster = config.cluster.model_copy(update={"threads_per_worker": saved.state["threads"]})
+        config = config.model_copy(update={"cluster": cluster})
     files = find_model(config.model.name_or_path, config.model.revision)
     model, text_config = config.model.model_copy(update={"revision": files.revision}), load_config(files).text_config
     if config.objective == "sft":
@@ -94,7 +100,7 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
             micro_batch_size=config.micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
             group_by_length=config.objective == "sft",  # the model that it trains is a stock one, which pads
-            shares_per_step=saved.state["shares_per_step"] if saved else max(1, config.cluster.num_workers),
+            shares_per_step=saved.state["shares_per_step"] if saved else max(1, config.cluster.most_workers),
             tokens=tokens,
         )
         return Loader(sources, plan, model.name_or_path, model.revision, limits)
@@ -114,11 +120,20 @@ def prepare(config: Config, saved: SavedState | None = None, num_samples: int | 
         total_steps=total_steps,
         shares_per_step=plan.shares_per_step,
         tokens=tokens,
-        fingerprints={"model": fingerprint_of(files), "data": data_fingerprint},
+        fingerprints={"model": fingerprint_of(files), "data": data_fingerprint, "versions": versions()},
+        owner=owner,
     )
-    for what, now in run.fingerprints.items():
-        if saved and saved.state["fingerprints"][what] != now:
-            raise ValueError(f"{saved.path}: cannot go on from here: the {what} changed since; {REMEDY}")
+    if saved:
+        changed = {
+            what: f"the {what} changed since" + (f", {before[what]} to {now}" if what == "versions" else "")
+            for before in [saved.state["fingerprints"]]
+            for what, now in run.fingerprints.items()
+            if before[what] != now
+        }
+        threads = (saved.state["threads"], config.cluster.threads_per_worker)
+        if threads[0] != threads[1]:
+            changed["threads"] = f"cluster.threads_per_worker was {threads[0]} and is {threads[1]}"
+        refuse_changes(config, saved, changed)
     run = replace(run, held_out=held_out_of(config, limits))
     say(config, start_block(run, plan, text_config))
     if config.model.teacher_cache != "off":
@@ -216,28 +231,43 @@ def check_resumable(config: Config, saved: SavedState | None) -> int:
     Raises:
         ValueError: it would not be the same run, or the workers cannot share its micro-batches.
     """
-    workers = max(config.cluster.num_workers, 1)
-    wanted = config.gradient_accumulation_steps * workers
-    if saved is None:
-        return wanted
-    try:
-        before = Config.model_validate(saved.state["config"])
-    except ValidationError:
-        raise ValueError(f"{saved.path}: cannot go on from here: written by another version; {REMEDY}") from None
-    changed = changed_keys(before, config)
-    if max(before.cluster.num_workers, 1) != workers:  # then another accumulation makes up for it
-        changed.pop("gradient_accumulation_steps", None)
-    if changed:
-        what = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in changed.items())
-        raise ValueError(f"{saved.path}: cannot go on from here: {what}; {REMEDY}")
-    count: int = saved.state["micro_batches_per_step"]
-    if count % workers:
+    fewest, most = max(config.cluster.fewest_workers, 1), max(config.cluster.most_workers, 1)
+    count: int = config.gradient_accumulation_steps * most
+    if saved:
+        try:
+            before = Config.model_validate(saved.state["config"])
+        except ValidationError:
+            raise ValueError(f"{saved.path}: cannot go on from here: written by another version; {REMEDY}") from None
+        changed = changed_keys(before, config)
+        if before.cluster.num_workers != config.cluster.num_workers:  # then another accumulation makes up for it
+            changed.pop("gradient_accumulation_steps", None)
+        refuse_changes(config, saved, {key: f"{key} was {was} and is {now}" for key, (was, now) in changed.items()})
+        count = saved.state["micro_batches_per_step"]
+    uneven = [workers for workers in range(fewest, most + 1) if count % workers]
+    if uneven:
         fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        since = "which were fixed when this run started; " if saved else "so raise gradient_accumulation_steps, or "
         raise ValueError(
-            f"cluster.num_workers: {workers} workers cannot share the {count} micro-batches of a step equally, which "
-            f"were fixed when this run started; wanted one of {fitting}"
+            f"cluster.num_workers: {uneven[0]} workers cannot share the {count} micro-batches of a step equally, "
+            f"{since}wanted one of {fitting}"
         )
     return count
+
+
+def refuse_changes(config: Config, saved: SavedState, changed: dict[str, str]) -> None:
+    """ValueError for what is not as it was at this checkpoint and not in `checkpoint.allow_changed`, by its name."""
+    refused = {name: text for name, text in changed.items() if name not in config.checkpoint.allow_changed}
+    if refused:
+        raise ValueError(
+            f"{saved.path}: cannot go on from here: {', '.join(refused.values())}; {REMEDY}, or allow it with "
+            f"checkpoint.allow_changed=[{','.join(refused)}]"
+        )
+
+
+def versions() -> str:
+    """Of all that decides the bits of a result."""
+    names = ("torch", "transformers", "pillow")
+    return " ".join([f"vlskv_ray {vlskv_ray.__version__}", *(f"{name} {version(name)}" for name in names)])
 
 
 def run_folder(config: Config) -> Path:
@@ -246,7 +276,7 @@ def run_folder(config: Config) -> Path:
 
 def start_block(run: Run, plan: Plan, text: Any) -> str:
     """What is about to happen, for the reader of a log."""
-    config, workers = run.config, max(run.config.cluster.num_workers, 1)
+    config, workers = run.config, max(run.config.cluster.most_workers, 1)
     versions = "  ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers"))
     accumulation = run.micro_batches_per_step // workers
     model = config.model

@@ -61,7 +61,7 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
             "threads": run.config.cluster.threads_per_worker,
-            "workers": max(run.config.cluster.num_workers, 1),
+            "workers": max(run.config.cluster.most_workers, 1),
         },
     }
     write_json(run.folder / "summary.json", summary)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ from vlskv_ray.checkpoint import write_text
 
 
 class RunLog:
-    """The run's own files, written by rank 0: what a killed run wrote beyond its checkpoint is taken back first."""
+    """The run's own files, written by rank 0: what a killed run wrote beyond its checkpoint is taken back first.
+
+    A disk that is full stops nothing: lines wait until there is room, and `warnings.jsonl` tells of it.
+    """
 
     def __init__(self, folder: Path, start: int, *, order: bool, tensorboard: bool) -> None:
         take_back(folder, start)
-        names = ("metrics", "rejected", *(("order",) if order else ()))
-        self.files = {name: open(folder / f"{name}.jsonl", "a") for name in names}  # noqa: SIM115 - closed by close()
+        names = ("metrics", "rejected", "warnings", *(("order",) if order else ()))
+        self.files = {name: open(folder / f"{name}.jsonl", "ab", buffering=0) for name in names}  # noqa: SIM115
+        self.waiting = dict.fromkeys(names, b"")
+        self.warned: set[str] = set()
+        self.latest_step = start
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) if tensorboard else None
 
     def step(
@@ -29,32 +36,45 @@ class RunLog:
         with_metrics: bool,
     ) -> None:
         """Writes down one step: its metrics if they are due, rows left out, and its samples if they are asked for."""
-        step = int(metrics["step"])
+        self.latest_step = step = int(metrics["step"])
         if with_metrics:
             self._line("metrics", metrics)
             if self.tensorboard:
-                for name, value in metrics.items():
-                    if name != "step":
-                        self.tensorboard.add_scalar(name, value, step)
+                with suppress(OSError):  # what metrics.jsonl will have
+                    for name, value in metrics.items():
+                        if name != "step":
+                            self.tensorboard.add_scalar(name, value, step)
         for row in rejected:
             self._line("rejected", {"step": step, **row})
         if "order" in self.files:
             self._line("order", {"step": step, "micro_batches": ids})
 
+    def warn(self, text: str) -> None:
+        """Tells the driver, which shows it; the same thing only once."""
+        if text not in self.warned:
+            self.warned.add(text)
+            self._line("warnings", {"step": self.latest_step, "warning": text})
+
     def close(self) -> None:
         for file in self.files.values():
             file.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with suppress(OSError):
+                self.tensorboard.close()
 
     def _line(self, name: str, value: Any) -> None:
-        self.files[name].write(json.dumps(value) + "\n")
-        self.files[name].flush()
+        self.waiting[name] += json.dumps(value).encode() + b"\n"
+        try:
+            while self.waiting[name]:
+                self.waiting[name] = self.waiting[name][self.files[name].write(self.waiting[name]) :]
+        except OSError as error:
+            if name != "warnings":
+                self.warn(f"{name}.jsonl cannot be written: {error.strerror}; its lines wait until it can")
 
 
 def take_back(folder: Path, step: int) -> None:
     """Drops from a run's logs the lines of later steps, and a last line that a kill cut short."""
-    for path in (folder / name for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl")):
+    for path in (folder / name for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl", "warnings.jsonl")):
         if path.exists():
             lines = path.read_text(errors="replace").splitlines()
             write_text(path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))

@@ -1,7 +1,6 @@
 """The command `python -m vlskv_ray.train`: config -> checks -> Ray -> TorchTrainer -> summary."""
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,17 @@ from vlskv_ray.config import Config, dump_config, load_config_and_notices
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
 from vlskv_ray.dry_run import dry_run
+from vlskv_ray.lease import owned
 from vlskv_ray.model_card import write_model_card
 from vlskv_ray.prepare import REMEDY, check_cache, prepare, run_folder, say
 from vlskv_ray.report import closing, write_summary
 from vlskv_ray.report_page import write_report
 from vlskv_ray.run_log import take_back
 from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
+from vlskv_ray.watchdog import DEATHS
+
+FOR_EVER = 30 * 24 * 3600
+"""Seconds that workers wait for each other: of one that ends they hear at once, and of one that stalls the watchdog."""
 
 
 class RunFailed(RuntimeError):
@@ -77,26 +81,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     return parser.parse_known_args(arguments)
 
 
-@contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Makes the run folder this process's own while it lives, so that two commands never write one run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise ValueError(f"output.dir: {folder} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process runs this run; wait, or use another output.name") from None
-        try:
-            yield
-        finally:
-            if folder.exists() and os.listdir(folder) == [".lock"]:
-                shutil.rmtree(folder)  # nothing came of it
-
-
 # ------------------------------------------------------------------------------------------------------------ the run
 def train(config: Config, *, num_samples: int | None = None, resume: str = "auto") -> int:
     """A whole run, from config to `final/` and summary.json; the exit status. ValueError for what the user can mend."""
@@ -109,13 +93,13 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
                 older = older.with_name(f"{older.name}-")
             folder.rename(older)  # nothing is deleted
         say(config, f"moved the older run to {shown(older)}")
-    with owned(folder):
+    with owned(folder) as owner:
         saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         if saved is None and resume == "must":
             raise ValueError(f"{folder}: --resume must was given, but there is no checkpoint to go on from")
         if saved is None and ((folder / "summary.json").exists() or has_checkpoints(folder / "checkpoints")):
             raise ValueError(f"{folder}: holds a run, but no checkpoint of it that is whole; {REMEDY}")
-        run, loader = prepare(config, saved, num_samples)
+        run, loader = prepare(config, saved, num_samples, owner)
         if saved and saved.step >= run.total_steps and is_finished(folder):
             print(f"this run is already finished; `--resume never` starts it anew\n{closing(folder)}")
             return DONE
@@ -125,18 +109,27 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
         take_back(run.folder, saved.step if saved else 0)
         if saved:
             say(config, f"resume        from step {saved.step}")
-        start = run_here if config.cluster.num_workers == 0 else run_on_ray
+        start = run_here if config.cluster.most_workers == 0 else run_on_ray
         try:
             outcome, asked_by = start(run, loader)
         except RunFailed as error:
             cause = error.__cause__
+            assert cause is not None
             with suppress(OSError):  # a full disk may be what it is about
                 write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
             reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
-            print(f"error: {reason}; all of it is in {shown(folder / 'error.log')}", file=sys.stderr)
+            print(f"error: {reason}; all of it is in {shown(folder / 'error.log')}{advice(cause)}", file=sys.stderr)
             return FAILED
         if outcome["status"] == "refused":
             raise ValueError(outcome["message"])
+        if outcome["status"] == "poisoned":
+            step = outcome["step"]
+            print(
+                f"error: step {step + 1} was begun {DEATHS} times and ended its workers each time; its samples are "
+                f"{', '.join(samples_of(loader, step))}. Look at these; the same command tries it again",
+                file=sys.stderr,
+            )
+            return FAILED
         if outcome["status"] == "failed":
             print(f"error: {outcome['message']}", file=sys.stderr)
             return FAILED
@@ -162,6 +155,27 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
+def samples_of(loader: Loader, step: int) -> list[str]:
+    """The ids of a step's samples."""
+    places = [loader.plan.locate(number) for row in loader.plan.rows(step, step + 1) for number in row["samples"]]
+    return [loader.sources[table].uid(row) for table, row in places]
+
+
+def advice(error: BaseException) -> str:
+    """What to change where the memory was not enough, as far as an error tells."""
+    text = str(error)
+    if "OutOfMemory" in text or "low on memory" in text:
+        sure = "the memory was not enough"
+    elif "SIGKILL" in text or "unexpectedly" in text:
+        sure = "a process was ended from outside, as a machine does that has no memory left"
+    else:
+        return ""
+    return (
+        f"\n{sure}: --dry-run tells what a worker takes; lower micro_batch_tokens, micro_batch_size, "
+        f"model.logits_memory_mib or cluster.num_workers, and the same command goes on from the newest checkpoint"
+    )
+
+
 def run_here(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
     """Everything in this process, without Ray: `cluster.num_workers: 0`."""
     run = with_threads(run, run.config.cluster.threads_per_worker or os.cpu_count() or 1)
@@ -179,9 +193,24 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
         say(config, f"cluster       {describe(config, reserved, cluster)}")
         say(config, "starting      the workers, which takes Ray a while: up to a minute on two cores")
         try:
-            return watch(run, lambda: fit(run, loader, reserved), apart=True)
+            for failures in range(config.cluster.max_failures + 1):
+                try:
+                    return watch(run, lambda: fit(run, loader, reserved), apart=True)
+                except RunFailed as error:
+                    if not is_lost_controller(error.__cause__) or failures == config.cluster.max_failures:
+                        raise
+                    say(config, "Ray's controller of this run was lost; it is started again with the workers")
+                    take_back(run.folder, newest_step(run.checkpoints))
+            raise AssertionError("not reached")
         finally:
             shutil.rmtree(run.folder / "ray", ignore_errors=True)  # Ray's own notes; ours are all that is resumed from
+
+
+def is_lost_controller(error: BaseException | None) -> bool:
+    """Whether the process died that holds the workers together; those that Ray can replace are no such case."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)
 
 
 def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
@@ -205,7 +234,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"run": run},
-        torch_config=TorchConfig(backend="gloo", timeout_s=int(config.cluster.timeout_seconds)),
+        torch_config=TorchConfig(backend="gloo", timeout_s=FOR_EVER),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.num_workers,
             resources_per_worker={"CPU": reserved.cpus_per_worker},
@@ -265,6 +294,7 @@ def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[di
     def stop(signum: int, frame: Any) -> None:
         asked.append(signum)
         if len(asked) > 1 + apart:
+            run.attempt_file.unlink(missing_ok=True)
             os._exit(128 + signum)
         run.stop_file.touch()
         if progress.latest or not apart:
@@ -285,6 +315,7 @@ def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[di
             thread.join(0.2)
             progress.update()
             if apart and asked and (len(asked) > 1 or not progress.latest):  # asked twice, or nothing to save yet
+                run.attempt_file.unlink(missing_ok=True)  # it was not the step that ended it
                 return {"status": "interrupted"}, asked[0]
     finally:
         progress.close()

@@ -2,12 +2,12 @@
 
 import math
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,17 @@ from vlskv_ray.data.plan import Tokens
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.distill import LossSums, Objective
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of, figures_of
+from vlskv_ray.faults import point
+from vlskv_ray.lease import is_owner
 from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor, trainable_parameters
 from vlskv_ray.run_log import RunLog
 from vlskv_ray.savings import layers_of, measure_savings
 from vlskv_ray.sft import cross_entropy_loss
 from vlskv_ray.teacher_cache import TeacherCache
+from vlskv_ray.watchdog import Attempts, Watchdog
 
+TRIES, SECONDS_BETWEEN_TRIES = 3, 5.0
+"""Of writing the last checkpoint, where the disk does not take it."""
 Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
 """Of model and micro-batch: the loss as a sum with a graph, and all sums; see `distillation_loss`."""
 
@@ -50,6 +55,8 @@ class Run:
     shares_per_step: int = 1
     tokens: Tokens = Tokens()  # noqa: RUF009 - cannot be changed
     """By which the plan shares out work, see `Plan`; fixed when a run starts."""
+    owner: str = ""
+    """Whose the run folder is while this holds, see `lease`."""
     cache: TeacherCache | None = None
     """Where the frozen states of samples are kept; None: nowhere."""
     held_out: HeldOut | None = None
@@ -64,6 +71,11 @@ class Run:
         """Made by the driver to ask for a stop: the workers save at the end of the step they are in."""
         return self.folder / "STOP"
 
+    @property
+    def attempt_file(self) -> Path:
+        """Which step is being made, see `Attempts`."""
+        return self.folder / "attempt.json"
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -75,6 +87,10 @@ class Worker:
 
 class AskedToStop(Exception):  # noqa: N818 - nothing went wrong
     """Raised on every worker alike, while answers are measured: training is done and saved, and measured next time."""
+
+
+class TakenOver(RuntimeError):  # noqa: N818 - a state of affairs
+    """The run folder is another driver's now."""
 
 
 class StoppedRun(RuntimeError):
@@ -91,16 +107,22 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
 
     Returns:
         `status` and `step`: "done", with the samples left out by reason and the seconds that all steps took; "stopped",
-        saved and left as asked; "refused", where the model cannot be used, or "failed", each with a `message`. What was
-        measured is in evaluation.json.
+        saved and left as asked; "poisoned": this step has ended its workers again and again; "refused", where the model
+        cannot be used, or "failed", each with a `message`. What was measured is in evaluation.json.
     """
     with run.cache.in_use() if run.cache is not None else nullcontext():
         return _train(run, worker, batches_from)
 
 
 def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]]) -> dict[str, Any]:
-    config = run.config
+    config, output = run.config, run.config.output
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
+    attempts = Attempts(run.attempt_file) if worker.rank == 0 else None
+    poisoned = gather_objects(attempts.poisoned() if attempts else None)[0]
+    if poisoned is not None:
+        if attempts:
+            attempts.end()  # whoever starts the run again wants it tried
+        return {"status": "poisoned", "step": poisoned}
     try:
         model = model_of(run)
     except ValueError as error:  # the same on every worker, and the next time
@@ -110,24 +132,32 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
     gradients = GradientBuffer(trained.values())
     schedule = learning_rate_schedule(config, run.total_steps)
     step, counts = resume(run, trained, optimizer)
-    output, log = config.output, None
+    log = saver = None
     if worker.rank == 0:
         log = RunLog(run.folder, step, order=output.order, tensorboard=output.tensorboard)
+        saver = Saver(run, log)
     objective = objective_of(config, run.cache)
-    every = config.checkpoint.every_steps or run.total_steps
     per_worker = run.micro_batches_per_step // worker.world_size
-    batches = batches_from(step)
     evaluator = None
     if run.held_out:
         processor = load_processor(find_model(config.model.name_or_path, config.model.revision))
         evaluator = Evaluator(model, processor, run.held_out, rank=worker.rank, world_size=worker.world_size)
-    patient = patient_group()
+    watchdog = Watchdog(
+        run.folder / "stacks", worker.rank, config.cluster.stall_seconds if config.cluster.most_workers else None
+    )
+    watchdog.begin()
+    batches = batches_from(step)
     stopped, failure, first_step = False, None, step
 
     while step < run.total_steps and not stopped:
+        point("step", step, worker.rank)
         began = time.perf_counter()
         micro_batches, data_wait = take(batches, step, per_worker)
         starting = data_wait if step == first_step else 0.0  # data tasks have to get going: no part of training
+        if attempts:
+            stop_if_taken_over(run)
+            attempts.begin(step)
+        watchdog.alive()
         set_learning_rate(optimizer, config.optimizer.lr * schedule(step))
         try:
             result = train_step(
@@ -138,42 +168,53 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
                 objective,
                 max_grad_norm=config.optimizer.max_grad_norm,
                 max_tokens=config.micro_batch_tokens,
+                in_plan_order=config.cluster.bit_identical,
                 asked_to_stop=worker.rank == 0 and run.stop_file.exists(),
+                on_micro_batch=watchdog.done,
             )
             step += 1
+            point("updated", step, worker.rank)
             counts.add(micro_batches, result.sums, gather(micro_batches, result.sums, always=output.order))
             seconds = time.perf_counter() - began - starting
             counts.seconds += seconds
-            measured = measured_on_the_way(run, step, model, evaluator, patient)
+            measured = measured_on_the_way(run, step, model, evaluator, watchdog)
             if log:
                 metrics = metrics_of(run, step, result, optimizer, data_wait, seconds) | measured
                 due = step % output.log_every_steps == 0 or step == run.total_steps or bool(measured)
                 log.step(metrics, counts.latest_rejected, counts.latest_ids, with_metrics=due)
             counts.check(config.data.max_rejected_fraction, whole_epoch=step % run.steps_per_epoch == 0)
             stopped = result.stop
-            if stopped or step % every == 0 or step == run.total_steps:
+            if stopped or save_is_due(run, step, measured):
                 stop_if_ruined(trained, step)
                 counts.gather()
-                if worker.rank == 0:
-                    save(run, step, trained, optimizer, counts)
+                if saver:
+                    saver.save(step, trained, optimizer, counts, measured)
+            if stopped or step == run.total_steps:
+                finish_saving(saver)
         except StoppedRun as reason:
             failure = str(reason)
             break
 
     if log:
         log.close()
+    if attempts:
+        attempts.end()
+    outcome: dict[str, Any] = {"status": "done", "step": step, **counts.to_json()}
     if failure:
-        return {"status": "failed", "message": failure, "step": step}
-    if step < run.total_steps:
-        return {"status": "stopped", "step": step}
-    model.to(getattr(torch, config.model.dtype))  # measured as it is exported
-    if worker.rank == 0:
-        export(run, model)
-    try:
-        measure(run, worker, model, evaluator, patient)
-    except AskedToStop:
-        return {"status": "stopped", "step": step}
-    return {"status": "done", "step": step, **counts.to_json()}
+        outcome = {"status": "failed", "message": failure, "step": step}
+    elif step < run.total_steps:
+        outcome = {"status": "stopped", "step": step}
+    else:
+        model.to(getattr(torch, config.model.dtype))  # measured as it is exported
+        point("export", step, worker.rank)
+        if worker.rank == 0:
+            export(run, model)
+        try:
+            measure(run, worker, model, evaluator, watchdog)
+        except AskedToStop:
+            outcome = {"status": "stopped", "step": step}
+    watchdog.rest()
+    return outcome
 
 
 # --------------------------------------------------------------------------------------------------------- the step
@@ -205,23 +246,49 @@ def train_step(
     *,
     max_grad_norm: float | None = None,
     max_tokens: int | None = None,
+    in_plan_order: bool = False,
     asked_to_stop: bool = False,
+    on_micro_batch: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One optimizer step on one global batch: sums over all its micro-batches, divided once by its supervised tokens.
+
+    Args:
+        model, optimizer, gradients: as they were built.
+        micro_batches: this worker's.
+        objective: gives their loss.
+        max_grad_norm: clip the gradient to this.
+        max_tokens: of one forward pass.
+        in_plan_order: add up the gradients of all micro-batches in the order of the plan, whoever has them, so that
+            every number of workers gives the same bits.
+        asked_to_stop: told to all workers with the result.
+        on_micro_batch: called after each.
 
     Raises:
         StoppedRun: loss or gradient is not finite; on every worker, before the update.
     """
+    rank = dist.get_rank() if dist.is_initialized() else 0
     gradients.flat.zero_()
-    sums = LossSums()
-    for batch in (part for whole in micro_batches for part in parts(whole, max_tokens)):
-        # 1. forward and backward on sums, one micro-batch at a time
-        with autocast(model):
-            loss, of_batch = objective(model, batch)
-        if loss is not None:
-            loss.backward()
-        sums += of_batch
-    sums, stop = reduce_over_workers(sums, gradients.flat, asked_to_stop)  # 2. every worker holds the same numbers
+    total = torch.zeros_like(gradients.flat) if in_plan_order else gradients.flat
+    of_micro_batches = []
+    for batch in micro_batches:  # 1. forward and backward on sums, one micro-batch at a time
+        of_batch = LossSums()
+        for part in parts(batch, max_tokens):
+            with autocast(model):
+                loss, of_part = objective(model, part)
+            if loss is not None:
+                loss.backward()
+            of_batch += of_part
+        of_micro_batches.append(of_batch)
+        on_micro_batch()
+        point("micro_batch", batch.step, rank)
+        if in_plan_order:
+            add_of_all_workers(total, gradients.flat)
+    point("reduce", micro_batches[0].step, rank)
+    if in_plan_order:
+        gradients.flat.copy_(total)
+    elif dist.is_initialized():
+        dist.all_reduce(gradients.flat)
+    sums, stop = sums_of_all_workers(of_micro_batches, asked_to_stop)  # 2. every worker holds the same numbers
     if sums.supervised_tokens:  # 3. divided once, by the global count
         gradients.flat /= sums.supervised_tokens
     grad_norm = torch.linalg.vector_norm(gradients.flat, dtype=torch.float64).item()
@@ -239,14 +306,30 @@ def autocast(model: Any) -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16) if is_bfloat16 else nullcontext()
 
 
-def reduce_over_workers(sums: LossSums, gradients: Tensor, asked_to_stop: bool) -> tuple[LossSums, bool]:
-    """Adds up sums and gradients (in place) over all workers; whether any of them was asked to stop."""
+def add_of_all_workers(total: Tensor, gradient: Tensor) -> None:
+    """Adds every worker's `gradient` of a micro-batch to `total`, one after another, and sets it to zero. Micro-batches
+    are dealt in turn, so that is the order of the plan."""
     if not dist.is_initialized():
-        return sums, asked_to_stop
-    numbers = torch.cat([sums.to_tensor(), torch.tensor([asked_to_stop], dtype=torch.float64)])
-    dist.all_reduce(numbers)
-    dist.all_reduce(gradients)
-    return LossSums.from_tensor(numbers[:-1]), bool(numbers[-1])
+        total += gradient
+    else:
+        for rank in range(dist.get_world_size()):
+            shared = gradient if rank == dist.get_rank() else torch.empty_like(gradient)
+            dist.broadcast(shared, rank)
+            total += shared
+    gradient.zero_()
+
+
+def sums_of_all_workers(mine: Sequence[LossSums], asked_to_stop: bool) -> tuple[LossSums, bool]:
+    """The sums of all micro-batches, added up in the order of the plan; whether any worker was asked to stop."""
+    numbers = torch.stack([torch.cat([sums.to_tensor(), torch.tensor([float(asked_to_stop)])]) for sums in mine])
+    if dist.is_initialized():
+        everyone = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, numbers)
+        numbers = torch.stack(everyone, dim=1).flatten(0, 1)  # micro-batches are dealt to the workers in turn
+    total = LossSums()
+    for row in numbers:
+        total += LossSums.from_tensor(row[:-1])
+    return total, bool(numbers[:, -1].any())
 
 
 def stop_if_not_finite(sums: LossSums, grad_norm: float, micro_batches: Sequence[Batch]) -> None:
@@ -344,19 +427,13 @@ def take(batches: Iterator[Batch], step: int, count: int) -> tuple[list[Batch], 
     return taken, time.perf_counter() - began
 
 
-def gather_objects(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+def gather_objects(mine: Any) -> list[Any]:
     """What every worker has, by rank."""
     if not dist.is_initialized():
         return [mine]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine, group=group)
+    dist.all_gather_object(everyone, mine)
     return everyone
-
-
-def patient_group() -> dist.ProcessGroup | None:
-    """All workers, who wait for each other for as long as answers take: longer than a step may. Of one that ends, the
-    others hear at once."""
-    return dist.new_group(timeout=timedelta(days=30)) if dist.is_initialized() else None
 
 
 def gather(micro_batches: Sequence[Batch], sums: LossSums, always: bool) -> list[tuple[int, list[str], list[Any]]]:
@@ -426,6 +503,9 @@ class Counts:
 def resume(run: Run, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, Counts]:
     """Takes weights, moments and counts from the newest checkpoint, if there is one; returns the step to go on with."""
     saved = newest_checkpoint(run.checkpoints, warn=lambda _: None)  # the driver has told
+    steps = gather_objects(saved.step if saved else 0)
+    if len(set(steps)) > 1:  # then it is tried once more
+        raise RuntimeError(f"{run.checkpoints}: workers see checkpoints of different steps: {steps}")
     if saved is None:
         return 0, Counts()
     weights = saved.tensors("trainable")
@@ -438,25 +518,107 @@ def resume(run: Run, trained: dict[str, torch.nn.Parameter], optimizer: torch.op
     return saved.step, Counts(saved.state)
 
 
-def save(
-    run: Run, step: int, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, counts: Counts
-) -> None:
-    moments = {
-        f"{name}.{key}": value
-        for name, parameter in trained.items()
-        for key, value in optimizer.state[parameter].items()
-    }
-    state = {
+class Saver:
+    """Writes checkpoints beside the training, which waits for a copy of what is saved and no longer."""
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        self.run, self.log = run, log
+        self.writing: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.latest: Callable[[], None] | None = None
+
+    def save(
+        self,
+        step: int,
+        trained: dict[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        counts: Counts,
+        measured: dict[str, float],
+    ) -> None:
+        """Begins to write; tells first what became of the one before."""
+        self.wait()
+        moments = {
+            f"{name}.{key}": value.clone()
+            for name, parameter in trained.items()
+            for key, value in optimizer.state[parameter].items()
+        }
+        weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        options = self.run.config.checkpoint
+        state = state_of(self.run, counts, measured)
+
+        def write() -> None:
+            try:
+                stop_if_taken_over(self.run)
+                tensors = {"trainable": weights, "optimizer": moments}
+                save_checkpoint(self.run.checkpoints, step, tensors, state, options.keep_last, options.keep_best)
+            except Exception as error:  # raised again, or told, in the thread that trains
+                self.error = error
+
+        self.latest = write
+        self._start()
+
+    def wait(self) -> Exception | None:
+        """Until nothing is being written. A disk that did not take it costs a warning and a checkpoint, not the run."""
+        if self.writing:
+            self.writing.join()
+        error, self.error, self.writing = self.error, None, None
+        if error and not isinstance(error, OSError):
+            raise error
+        if error:
+            self.log.warn(f"a checkpoint could not be written: {error}; the next one is tried when it is due")
+        return error
+
+    def finish(self) -> str:
+        """Until the last one is written, tried a few times; what is wrong if it cannot be."""
+        for attempt in range(TRIES):
+            error = self.wait()
+            if error is None:
+                return ""
+            if attempt + 1 < TRIES:
+                time.sleep(SECONDS_BETWEEN_TRIES)
+                self._start()
+        return f"the last checkpoint could not be written ({error}); make room, and the same command goes on"
+
+    def _start(self) -> None:
+        assert self.latest is not None
+        self.writing = threading.Thread(target=self.latest)
+        self.writing.start()
+
+
+def finish_saving(saver: Saver | None) -> None:
+    """Waits until the last checkpoint is there; StoppedRun on all workers if it cannot be."""
+    wrong = gather_objects(saver.finish() if saver else "")[0]
+    if wrong:
+        raise StoppedRun(wrong)
+
+
+def save_is_due(run: Run, step: int, measured: dict[str, float]) -> bool:
+    options = run.config.checkpoint
+    every = options.every_steps or run.total_steps
+    return step % every == 0 or step == run.total_steps or bool(measured and options.keep_best)
+
+
+def state_of(run: Run, counts: Counts, measured: dict[str, float]) -> dict[str, Any]:
+    """What a checkpoint says beside weights and moments."""
+    score = measured.get("eval_kl_mean")
+    if score is None and "eval_accuracy" in measured:
+        score = -measured["eval_accuracy"]
+    return {
         "micro_batches_per_step": run.micro_batches_per_step,
         "shares_per_step": run.shares_per_step,
         "tokens": asdict(run.tokens),
+        "threads": run.config.cluster.threads_per_worker,
         "fingerprints": run.fingerprints,
+        **({} if score is None else {"score": score}),
         **counts.to_json(),
         "config": run.config.model_dump(mode="json"),
     }
-    save_checkpoint(
-        run.checkpoints, step, {"trainable": trained, "optimizer": moments}, state, run.config.checkpoint.keep_last
-    )
+
+
+def stop_if_taken_over(run: Run) -> None:
+    """Workers outlive a driver that is killed by a moment: what they still do must not get into the next one's run."""
+    if run.owner and not is_owner(run.folder, run.owner):
+        raise TakenOver(f"{run.folder}: another process runs this run now")
 
 
 def export(run: Run, model: Any) -> None:
@@ -474,24 +636,29 @@ def export(run: Run, model: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------- how good it is
 def measured_on_the_way(
-    run: Run, step: int, model: Any, evaluator: Evaluator | None, patient: dist.ProcessGroup | None
+    run: Run, step: int, model: Any, evaluator: Evaluator | None, watchdog: Watchdog
 ) -> dict[str, float]:
     """What metrics.jsonl gets of a measurement of the model as it is, where one is due. All workers take part."""
     every = run.config.evaluation.every_steps
     if evaluator is None or every is None or step % every or step == run.total_steps:
         return {}
     side = "sft_model" if run.config.objective == "sft" else "student"
+
+    def together(done: int, of: int) -> None:
+        gather_objects(None)  # so that one that does not answer is noticed
+        watchdog.done()
+
+    watchdog.begin()
     with autocast(model):
-        shares = gather_objects(evaluator.results(side), patient)
+        shares = gather_objects(evaluator.results(side, on_progress=together))
         results = [result for mine in shares for result in mine]
+    watchdog.begin()
     figures = figures_of(results, side)
     names = ("accuracy", "accuracy_vision", "accuracy_text", "kl_mean", "top1_agreement")
     return {f"eval_{name}": figures[name] for name in names if figures[name] is not None}
 
 
-def measure(
-    run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, patient: dist.ProcessGroup | None
-) -> None:
+def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, watchdog: Watchdog) -> None:
     """Writes evaluation.json: what the model answers to held-out questions, and what a student saves."""
     is_sft = run.config.objective == "sft"
     sides = ("sft_model",) if is_sft else SIDES
@@ -499,18 +666,23 @@ def measure(
     if evaluator:
 
         def stop_if_asked(done: int, of: int) -> None:
-            if any(gather_objects(worker.rank == 0 and run.stop_file.exists(), patient)):
+            point("evaluate", run.total_steps, worker.rank)
+            if any(gather_objects(worker.rank == 0 and run.stop_file.exists())):
                 raise AskedToStop
+            watchdog.done()
 
+        watchdog.begin()
         results = evaluator.results(*sides, on_progress=stop_if_asked)
-        everyone = gather_objects((results, evaluator.left_out), patient)
+        everyone = gather_objects((results, evaluator.left_out))
         if worker.rank == 0:
             evaluation = evaluation_of(everyone, sides, evaluator.held_out)
+    watchdog.rest()  # the workers part here
     if worker.rank == 0:
         if not is_sft:
             evaluation["model"] = layers_of(model)
             evaluation["savings"] = measure_savings(model, evaluator.typical_sample() if evaluator else None)
         write_json(run.folder / "evaluation.json", evaluation)
+        point("end", run.total_steps)
 
 
 def metrics_of(

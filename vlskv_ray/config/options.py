@@ -228,8 +228,9 @@ class ClusterConfig(_Section):
     """A Ray cluster's address. None: join the one that RAY_ADDRESS or the job names, else start one on this machine.
     "local": always start one."""
 
-    num_workers: NonNegativeInt = 1
-    """Training processes, each with a full copy of the model. 0: everything in this process, without Ray."""
+    num_workers: int | Annotated[tuple[int, int], Strict(False)] = 1
+    """Training processes, each with a full copy of the model. 0: everything in this process, without Ray.
+    [fewest, most]: as many as the cluster has room for, fewer while a machine is lost, more when it is back."""
 
     threads_per_worker: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Compute threads of a worker. None: the cluster's CPUs divided by the workers. The number decides the last bits of
@@ -238,14 +239,36 @@ class ClusterConfig(_Section):
     cpus_per_worker: PositiveFloat | None = None
     """Logical CPUs that Ray reserves for a worker. None: the workers share half of the cluster, data gets the rest."""
 
-    timeout_seconds: PositiveFloat = 300.0
-    """How long a worker may wait for the others before the run fails instead of hanging."""
+    stall_seconds: PositiveFloat = 120.0
+    """A worker that gets on with nothing for so long, and for ten times as long as its slowest micro-batch took, ends;
+    the stacks of the workers are kept in `stacks` of the run folder."""
 
     max_failures: NonNegativeInt = 3
-    """Times that lost workers are replaced and the run goes on from its newest checkpoint."""
+    """Times that lost or stalled workers are replaced and the run goes on from its newest checkpoint."""
+
+    bit_identical: bool = False
+    """Add up gradients micro-batch by micro-batch in the order of the plan: then every number of workers gives the very
+    same bits. Costs as many broadcasts a step as it has micro-batches."""
 
     network_interface: Text | None = None
     """Network interface for the workers' traffic (GLOO_SOCKET_IFNAME), such as eth0. None: let gloo choose."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _is_a_count_or_a_range(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [1, value]
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        if whole and (1 <= numbers[0] <= numbers[1] or value == 0):
+            return value
+        raise ValueError(f"wanted an integer >= 0 or a list [fewest, most], got {value!r}")
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class CheckpointConfig(_Section):
@@ -256,6 +279,14 @@ class CheckpointConfig(_Section):
 
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep; two, so that a damaged one does not lose the run."""
+
+    keep_best: NonNegativeInt = 0
+    """Best checkpoints to keep beside them, by what evaluation.every_steps measured: least KL, or with objective=sft
+    highest accuracy. One is then written at each measurement too."""
+
+    allow_changed: Annotated[tuple[Text, ...], Strict(False)] = ()
+    """What may have changed since the checkpoint that a run goes on from: model, data, versions, threads, or keys such
+    as optimizer.lr. The run then gives other numbers than one left alone."""
 
 
 class EvaluationConfig(_Section):
@@ -402,7 +433,7 @@ class Config(_Section):
     @property
     def global_batch_size(self) -> int:
         """Samples of one optimizer step, over all workers."""
-        return self.micro_batch_size * self.gradient_accumulation_steps * max(self.cluster.num_workers, 1)
+        return self.micro_batch_size * self.gradient_accumulation_steps * max(self.cluster.most_workers, 1)
 
 
 def is_section(annotation: Any) -> bool:

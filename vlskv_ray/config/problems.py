@@ -36,7 +36,7 @@ _OTHER_NAMES = {
     "scheduler.type": "lr_scheduler_type lr_scheduler",
     "scheduler.warmup_steps": "num_warmup_steps",
     "cluster.num_workers": "num_processes nproc_per_node world_size num_nodes",
-    "cluster.timeout_seconds": "ddp_timeout",
+    "cluster.stall_seconds": "ddp_timeout",
     "checkpoint.every_steps": "save_steps save_every_n_steps checkpointing_steps save_interval",
     "checkpoint.keep_last": "save_total_limit keep_last_n_checkpoints",
     "output.dir": "output_dir logging_dir default_root_dir",

@@ -1,0 +1,87 @@
+"""What notices that a worker gets on with nothing, and that a step ends its workers again and again."""
+
+import faulthandler
+import json
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+TIMES_AS_LONG = 10.0
+"""As its slowest part of the work a worker may take for the next one, where that is more than `stall_seconds`."""
+DEATHS = 3
+"""Of a step in a row, after which it is not tried again."""
+
+
+class Watchdog:
+    """Ends this process where it gets on with nothing, after writing down what each of its threads is at.
+
+    The processes that wait for it then end likewise, and all are started again from the newest checkpoint.
+    """
+
+    def __init__(self, folder: Path, rank: int, seconds: float | None) -> None:
+        """
+        Args:
+            folder: for the stacks.
+            rank: of the worker.
+            seconds: that a part of the work may take, or ten times as long as the slowest part so far, whichever is
+                more; the first part may take ten times these seconds. None: for ever.
+        """
+        self.file, self.seconds, self.slowest = None, seconds, seconds
+        if seconds is not None:
+            folder.mkdir(exist_ok=True)
+            self.path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}.txt"
+            self.file = open(self.path, "w")  # noqa: SIM115 - closed by rest()
+
+    def begin(self) -> None:
+        """Work of another kind begins: how long a part of it takes is not known yet."""
+        self.slowest = self.seconds
+        self.first = True
+        self.alive()
+
+    def alive(self) -> None:
+        """The worker has got on with something."""
+        self.heard_at = time.monotonic()
+        if self.file and self.seconds and self.slowest:
+            limit = max(self.seconds, TIMES_AS_LONG * self.slowest)
+            faulthandler.dump_traceback_later(limit, exit=True, file=self.file)
+
+    def done(self) -> None:
+        """The worker has done a part, begun when it was last heard of."""
+        took = time.monotonic() - self.heard_at
+        self.slowest = took if self.first or self.slowest is None else max(took, self.slowest)
+        self.first = False
+        self.alive()
+
+    def rest(self) -> None:
+        """The worker has ended well."""
+        if self.file:
+            faulthandler.cancel_dump_traceback_later()
+            self.file.close()
+            with suppress(OSError):
+                self.path.unlink()
+
+
+class Attempts:
+    """Which step is being made, in attempt.json, so that one which ends its workers each time is known for it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.died: Counter[str] = Counter()
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            found = json.loads(self.path.read_text())
+            self.died.update({str(step): int(count) for step, count in found["died"].items()})
+            self.died[str(int(found["step"]))] += 1
+
+    def poisoned(self) -> int | None:
+        """A step that was begun three times and never finished."""
+        return next((int(step) for step, count in self.died.items() if count >= DEATHS), None)
+
+    def begin(self, step: int) -> None:
+        self.died.pop(str(step - 1), None)
+        with suppress(OSError):
+            self.path.write_text(json.dumps({"step": step, "died": self.died}))
+
+    def end(self) -> None:
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)

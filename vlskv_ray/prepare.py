@@ -93,6 +93,8 @@ def prepare(
         )
     limits = Limits(max_length, data.max_images_per_sample, data.image_processing_batch_size)
 
+    shares = micro_batches_per_step if config.cluster.bit_identical else max(1, config.cluster.most_workers)
+
     def loader_of(tokens: Tokens) -> Loader:
         plan = Plan(
             tables,
@@ -100,7 +102,7 @@ def prepare(
             micro_batch_size=config.micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
             group_by_length=config.objective == "sft",  # the model that it trains is a stock one, which pads
-            shares_per_step=saved.state["shares_per_step"] if saved else max(1, config.cluster.most_workers),
+            shares_per_step=saved.state["shares_per_step"] if saved else shares,
             tokens=tokens,
         )
         return Loader(sources, plan, model.name_or_path, model.revision, limits)

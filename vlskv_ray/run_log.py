@@ -1,5 +1,6 @@
 """A run's own files, a JSON line a step, and what is taken back of them when it goes on from an earlier step."""
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -20,9 +21,9 @@ class RunLog:
 
     def __init__(self, folder: Path, start: int, *, order: bool, tensorboard: bool) -> None:
         take_back(folder, start)
-        names = ("metrics", "rejected", "warnings", *(("order",) if order else ()))
-        self.files = {name: open(folder / f"{name}.jsonl", "ab", buffering=0) for name in names}  # noqa: SIM115
-        self.waiting = dict.fromkeys(names, b"")
+        names = ("metrics", "rejected", *(("order",) if order else ()))
+        self.folder, self.files = folder, {name: _opened(folder, name) for name in names}
+        self.waiting = dict.fromkeys((*names, "warnings"), b"")
         self.warned: set[str] = set()
         self.latest_step = start
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) if tensorboard else None
@@ -65,11 +66,17 @@ class RunLog:
     def _line(self, name: str, value: Any) -> None:
         self.waiting[name] += json.dumps(value).encode() + b"\n"
         try:
+            if name not in self.files:
+                self.files[name] = _opened(self.folder, name)
             while self.waiting[name]:
                 self.waiting[name] = self.waiting[name][self.files[name].write(self.waiting[name]) :]
         except OSError as error:
             if name != "warnings":
                 self.warn(f"{name}.jsonl cannot be written: {error.strerror}; its lines wait until it can")
+
+
+def _opened(folder: Path, name: str) -> io.FileIO:
+    return open(folder / f"{name}.jsonl", "ab", buffering=0)
 
 
 def take_back(folder: Path, step: int) -> None:

@@ -266,7 +266,6 @@ def train_step(
     Raises:
         StoppedRun: loss or gradient is not finite; on every worker, before the update.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
     gradients.flat.zero_()
     total = torch.zeros_like(gradients.flat) if in_plan_order else gradients.flat
     of_micro_batches = []
@@ -280,10 +279,10 @@ def train_step(
             of_batch += of_part
         of_micro_batches.append(of_batch)
         on_micro_batch()
-        point("micro_batch", batch.step, rank)
+        point("micro_batch", batch.step, this_rank())
         if in_plan_order:
             add_of_all_workers(total, gradients.flat)
-    point("reduce", micro_batches[0].step, rank)
+    point("reduce", micro_batches[0].step, this_rank())
     if in_plan_order:
         gradients.flat.copy_(total)
     elif dist.is_initialized():
@@ -425,6 +424,10 @@ def take(batches: Iterator[Batch], step: int, count: int) -> tuple[list[Batch], 
     taken = list(islice(batches, count))
     assert [b.step for b in taken] == [step] * count, f"step {step}: got {[b.step for b in taken]}, out of plan"
     return taken, time.perf_counter() - began
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gather_objects(mine: Any) -> list[Any]:
@@ -645,6 +648,7 @@ def measured_on_the_way(
     side = "sft_model" if run.config.objective == "sft" else "student"
 
     def together(done: int, of: int) -> None:
+        point("evaluate_on_the_way", step, this_rank())
         gather_objects(None)  # so that one that does not answer is noticed
         watchdog.done()
 

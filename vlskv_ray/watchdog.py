@@ -60,6 +60,7 @@ class Watchdog:
             self.file.close()
             with suppress(OSError):
                 self.path.unlink()
+                self.path.parent.rmdir()  # if it is empty: stacks of others stay
 
 
 class Attempts:

@@ -87,7 +87,7 @@ class Plan:
         group_by_length: put samples of similar length (number of images, then length of text) into one micro-batch, for
             a model that pads it. Otherwise samples are put together so that all shares of a step have about as many
             tokens, and no worker waits long for another.
-        shares_per_step: into how many the micro-batches of a step are dealt: the workers that the run starts with.
+        shares_per_step: into how many the micro-batches of a step are dealt: as many as the run has workers.
         tokens: of a sample, about.
     """
 

@@ -25,11 +25,12 @@ from test_report_page import PLOTS, SECTIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlskv_ray.train
-from vlskv_ray import evaluate
+from vlskv_ray import evaluate, faults
 from vlskv_ray.cluster import ray_cluster
 from vlskv_ray.data.images import load_image
 from vlskv_ray.evaluate import SIDES
 from vlskv_ray.figures import decimal, percent
+from vlskv_ray.lease import owned
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 
 
@@ -307,7 +308,7 @@ def test_all_of_a_configs_problems_at_once(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_two_commands_never_run_one_run(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with vlskv_ray.train.owned(files / "runs" / "taken"):
+    with owned(files / "runs" / "taken"):
         assert main(files / "run.yaml", "output.name=taken") == 2
         assert "another process runs this run" in capsys.readouterr().err
 
@@ -343,12 +344,25 @@ def test_ctrl_c_and_sigterm_save_first(files: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ with Ray
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of faults that happen to workers of the cluster."""
+    return tmp_path_factory.mktemp("planned")
+
+
+@pytest.fixture(scope="module")
+def cluster(planned: Path) -> Iterator[dict[str, str]]:
     """One local cluster for all tests; the environment that makes commands join it."""
-    with ray_cluster("local"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(faults.FOLDER, str(planned))
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        context = ray_cluster("local")
+        context.__enter__()
+    try:
         import ray
 
         yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONUNBUFFERED": "1"}
+    finally:
+        context.__exit__(None, None, None)
 
 
 def start(cluster: dict[str, str], files: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -377,14 +391,14 @@ def wait_for_steps(run: Path, count: int, process: "subprocess.Popen[str]") -> N
     raise AssertionError(f"{run}: step {count} did not come\n{process.communicate()[0]}")
 
 
-def worker_processes() -> list[int]:
-    """Process ids of the training workers on this machine that descend from this process."""
+def worker_processes(title: bytes = b"RayTrainWorker") -> list[int]:
+    """Process ids of the processes of that title that descend from this process: those of its cluster."""
     parents, workers = {}, []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if b"RayTrainWorker" in (entry / "cmdline").read_bytes():
+                if title in (entry / "cmdline").read_bytes():
                     workers.append(int(entry.name))
             except OSError:  # it has ended meanwhile
                 continue
@@ -506,3 +520,73 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(cluster: dict[str, str], 
     assert untimed(run) == untimed(left_alone)
     assert lines(run / "order.jsonl") == lines(left_alone / "order.jsonl")
     assert lines(run / "rejected.jsonl") == lines(left_alone / "rejected.jsonl")
+
+
+# ---------------------------------------------------------------------------------------- anything killed, any moment
+def plan_faults(planned: Path, *wanted: tuple[str, int, int, str]) -> None:
+    """Phase, step, rank and action of what is to happen next."""
+    for path in planned.iterdir():
+        path.unlink()
+    for i, (phase, step, rank, action) in enumerate(wanted):
+        fault = {"phase": phase, "step": step, "rank": rank, "action": action}
+        (planned / f"{i:02}.json").write_text(json.dumps(fault))
+
+
+def assert_ended_as(run: Path, alone: Path) -> None:
+    assert_same_weights(run, alone)
+    for name in ("trainable", "optimizer"):
+        path = f"checkpoints/step-00000021/{name}.safetensors"
+        assert (run / path).read_bytes() == (alone / path).read_bytes()
+    assert untimed(run) == untimed(alone)
+    assert lines(run / "order.jsonl") == lines(alone / "order.jsonl")
+    assert lines(run / "rejected.jsonl") == lines(alone / "rejected.jsonl")
+    assert (
+        json.loads((run / "evaluation.json").read_text())["student"]
+        == (json.loads((alone / "evaluation.json").read_text())["student"])
+    )
+
+
+@pytest.mark.ray
+def test_workers_killed_at_any_moment(cluster: dict[str, str], files: Path, left_alone: Path, planned: Path) -> None:
+    """One run in which both workers die at moments all over a step, a save, a measurement and the run; test_faults.py
+    has many more of them, without Ray."""
+    moments = [("reduce", 5, 1), ("save_renamed", 8, 0), ("evaluate_on_the_way", 10, 1), ("end", 21, 0)]
+    plan_faults(planned, *((phase, step, rank, "kill") for phase, step, rank in moments))
+    finish(start(cluster, files, "output.name=often", f"cluster.max_failures={len(moments)}"))
+    assert len(list(planned.glob("*.done"))) == len(moments)
+    assert_ended_as(files / "runs" / "often", left_alone)
+
+
+@pytest.mark.ray
+def test_the_controller_and_a_data_worker_killed(
+    cluster: dict[str, str], files: Path, left_alone: Path, planned: Path
+) -> None:
+    """While the workers wait in the middle of a step."""
+    plan_faults(planned, ("micro_batch", 6, 1, "wait"), ("micro_batch", 13, 0, "wait"))
+    process = start(cluster, files, "output.name=headless")
+    for i, title in enumerate((b"MapWorker", b"TrainController")):
+        wait_until((planned / f"{i:02}.json.done").exists, process)
+        victims = worker_processes(title)
+        assert victims, title
+        os.kill(victims[0], signal.SIGKILL)
+        (planned / f"{i:02}.json.go").touch()
+    assert "Ray's controller of this run was lost" in finish(process)
+    assert_ended_as(files / "runs" / "headless", left_alone)
+
+
+def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+@pytest.mark.ray
+def test_a_worker_that_does_not_answer(cluster: dict[str, str], files: Path, left_alone: Path, planned: Path) -> None:
+    """Stopped in the middle of a step: the other one notices, says what it waited for, and both are started again."""
+    plan_faults(planned, ("micro_batch", 6, 1, "stop"))
+    run = files / "runs" / "stalled"
+    finish(start(cluster, files, "output.name=stalled", "cluster.stall_seconds=3"))
+    assert_ended_as(run, left_alone)
+    stacks = "".join(path.read_text() for path in (run / "stacks").iterdir())
+    assert "Timeout (" in stacks and "all_reduce" in stacks

@@ -200,6 +200,7 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
                     if not is_lost_controller(error.__cause__) or failures == config.cluster.max_failures:
                         raise
                     say(config, "Ray's controller of this run was lost; it is started again with the workers")
+                    free_cpus_of_lost_workers(run)
                     take_back(run.folder, newest_step(run.checkpoints))
             raise AssertionError("not reached")
         finally:
@@ -211,6 +212,15 @@ def is_lost_controller(error: BaseException | None) -> bool:
     from ray.exceptions import RayActorError
 
     return isinstance(error, RayActorError)
+
+
+def free_cpus_of_lost_workers(run: Run) -> None:
+    """A controller that dies leaves the placement group of its workers behind, whose CPUs the next ones need."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with suppress(OSError):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(run.placement_group_file.read_text())))
 
 
 def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
@@ -257,14 +267,20 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
 def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray runs on each worker: where `train_worker` meets Ray Train."""
     import ray.train
+    import ray.util
 
+    run: Run = settings["run"]
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size())
+    group = ray.util.get_current_placement_group()
+    if worker.rank == 0 and group is not None:
+        with suppress(OSError):
+            run.placement_group_file.write_text(group.id.hex())
 
     def batches_from(step: int) -> Iterator[Batch]:
         return ray_batches(ray.train.get_dataset_shard("train"))  # `fit` has it begin at the same step
 
-    return train_worker(settings["run"], worker, batches_from)
+    return train_worker(run, worker, batches_from)
 
 
 def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[dict[str, Any], int | None]:

@@ -72,6 +72,11 @@ class Run:
         return self.folder / "STOP"
 
     @property
+    def placement_group_file(self) -> Path:
+        """The id of what Ray reserved for the workers."""
+        return self.folder / "ray" / "placement_group"
+
+    @property
     def attempt_file(self) -> Path:
         """Which step is being made, see `Attempts`."""
         return self.folder / "attempt.json"

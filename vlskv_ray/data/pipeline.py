@@ -1,13 +1,13 @@
 """The data graph: rows of the plan in, micro-batches out. The one module of the data that knows Ray."""
 
 import functools
-import os
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vlskv_ray.data.chat import Limits, encode, num_image_features
-from vlskv_ray.data.collate import Batch, Encoded, collate, from_row, to_row
+from vlskv_ray.data.collate import Batch, Encoded, collate, from_row
 from vlskv_ray.data.plan import Plan
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.data.sources import Source
@@ -96,16 +96,28 @@ def local_batches(loader: Loader, start: int, stop: int) -> Iterator[Batch]:
     return map(loader, loader.plan.rows(start, stop))
 
 
-class DataWorker:
-    """A process that makes micro-batches for as long as a run lasts, so that it imports and reads model files once:
-    Ray ends processes of plain tasks whenever the training does not keep up with them, and starts new ones."""
+def data_worker() -> type:
+    """A class whose processes make micro-batches for as long as a run lasts, so that each imports and reads model files
+    once: Ray ends processes of plain tasks whenever the training does not keep up with them, and starts new ones.
 
-    def __init__(self, loader: Loader) -> None:
-        os.nice(10)  # it works ahead: where CPUs are shared, the step that is being made comes first
-        self.loader = loader
+    It is made here, and opens its loader itself, so that Ray's own processes, which pass it on, need not import all
+    that it needs: seconds of each of them, at every start of the workers.
+    """
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return to_row(self.loader(row))
+    class DataWorker:
+        def __init__(self, loader: bytes) -> None:
+            import os
+            import pickle
+
+            os.nice(10)  # it works ahead: where CPUs are shared, the step that is being made comes first
+            self.loader = pickle.loads(loader)
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            from vlskv_ray.data.collate import to_row
+
+            return to_row(self.loader(row))
+
+    return DataWorker
 
 
 def ray_dataset(loader: Loader, start: int, stop: int, *, cpus_per_task: float, num_tasks: int) -> Any:
@@ -122,7 +134,8 @@ def ray_dataset(loader: Loader, start: int, stop: int, *, cpus_per_task: float, 
     context.target_max_block_size = 1  # byte: every row ends a block. repartition() would want a CPU of its own
     items = ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // ROWS_PER_TASK)))
     processes = ray.data.ActorPoolStrategy(min_size=1, max_size=num_tasks)
-    return items.map(DataWorker, fn_constructor_args=(loader,), num_cpus=cpus_per_task, compute=processes)
+    arguments = (pickle.dumps(loader),)
+    return items.map(data_worker(), fn_constructor_args=arguments, num_cpus=cpus_per_task, compute=processes)
 
 
 def ray_batches(shard: Any) -> Iterator[Batch]:

@@ -38,6 +38,12 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 30
 
 
+def test_the_best_ones_are_kept_beside_them(tmp_path: Path) -> None:
+    for step, score in enumerate([5.0, 1.0, 3.0, float("nan"), 2.0, 9.0], start=1):
+        save_checkpoint(tmp_path, step, TENSORS, {"score": score} if step != 5 else {}, keep_last=1, keep_best=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000006"]
+
+
 def test_no_checkpoint_is_step_0(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == newest_step(tmp_path / "nowhere") == 0
 

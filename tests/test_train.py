@@ -151,6 +151,10 @@ def test_a_run_in_one_process(files: Path, capsys: pytest.CaptureFixture[str]) -
     assert "gradient_accumulation_steps was 4 and is 3" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.num_workers=3") == 2
     assert "3 workers cannot share the 4 micro-batches of a step equally" in capsys.readouterr().err
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.num_workers=[1,4]") == 2
+    assert "3 workers cannot share the 4 micro-batches of a step equally" in capsys.readouterr().err
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.threads_per_worker=2") == 2
+    assert "threads_per_worker was 1 and is 2; use --resume never" in capsys.readouterr().err
 
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "--resume", "never", "--num-samples", "9") == 0
     older = [path for path in run.parent.iterdir() if path.name.startswith("here-until-")]
@@ -192,7 +196,12 @@ def test_what_a_run_was_made_of_must_not_change(
     weights = load_file(model / "model.safetensors")
     save_file({name: weight + 1 for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
     assert main(files / "run.yaml", *options) == 2
-    assert "the model changed since" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "the model changed since" in refused and "allow it with checkpoint.allow_changed=[model]" in refused
+    assert main(files / "run.yaml", *options, "optimizer.lr=1e-5", "checkpoint.allow_changed=[model]") == 2
+    assert "checkpoint.allow_changed=[optimizer.lr]" in capsys.readouterr().err
+    assert main(files / "run.yaml", *options, "checkpoint.allow_changed=[model]") == 0
+    shutil.rmtree(tmp_path / "run" / "final")
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     shutil.copytree(teacher_folder(), model, dirs_exist_ok=True)
     assert main(files / "run.yaml", *options) == 0  # what was missing of a finished run is made again

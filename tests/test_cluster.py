@@ -89,6 +89,15 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+@pytest.mark.parametrize(("cpus", "node", "most"), [(4, 2, 2), (2, 2, 2), (32, 8, 8), (16, 16, 3)])
+def test_elastic_workers_leave_cpus_for_data_on_any_nodes(cpus: float, node: float, most: int) -> None:
+    """Ray fills each node with as many workers as fit there."""
+    reserved = reserve(ClusterConfig(num_workers=(1, most)), DATA, cpus, node)
+    on_a_node = int(node // reserved.cpus_per_worker)
+    assert on_a_node * cpus / node >= most  # all of them fit
+    assert node - on_a_node * reserved.cpus_per_worker >= reserved.cpus_per_task  # on one node that is left
+
+
 def test_more_threads_than_cpus_are_warned_of() -> None:
     config = Config.model_validate({"model": {"name_or_path": "x"}, "data": {"sources": ["shapes"]}})
     config = config.model_copy(update={"cluster": ClusterConfig(num_workers=2)})

@@ -45,6 +45,8 @@ class Cluster:
     cpus: float
     joined: bool
     """It was there before; otherwise it was started for this run, on this machine."""
+    largest_node: float = 0.0
+    """Its CPUs."""
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     import ray
 
     if ray.is_initialized():
-        yield Cluster(float(ray.cluster_resources().get("CPU", 0)), joined=True)
+        yield _cluster(joined=True)
         return
     level = "ERROR" if quiet else "INFO"
     options: dict[str, Any] = {
@@ -89,23 +91,38 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     if not joined:
         ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
     try:
-        yield Cluster(float(ray.cluster_resources().get("CPU", 0)), joined)
+        yield _cluster(joined)
     finally:
         ray.shutdown()
 
 
-def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float) -> Reserved:
+def _cluster(joined: bool) -> Cluster:
+    import ray
+
+    nodes = [float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return Cluster(sum(nodes), joined, max(nodes, default=0.0))
+
+
+def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node: float = 0.0) -> Reserved:
     """How a cluster of so many CPUs is shared out between training and data, where the config leaves it open.
 
     Workers take half of it and data tasks the rest. Ray starts no data task for which no CPU is free, and the workers
-    would wait for it forever, so that is refused.
+    would wait for it forever, so that is refused. Where the number of workers follows the cluster, Ray puts as many on
+    each node as fit there: they are given so much that something is left for data on whatever nodes there are.
     """
-    workers = max(cluster.most_workers, 1)
-    per_worker = cluster.cpus_per_worker
+    workers, elastic = max(cluster.most_workers, 1), cluster.fewest_workers < cluster.most_workers
+    per_worker, per_task = cluster.cpus_per_worker, data.cpus_per_task
+    if elastic:
+        node = largest_node or cpus
+        on_a_node = max(1, math.ceil(workers * node / cpus))
+        per_worker = per_worker or math.floor(1e4 * node / (on_a_node + 0.5)) / 1e4
+        workers = min(workers, int(cpus // per_worker)) or 1  # as many as there are at first
+        left = node - node // per_worker * per_worker  # on one node, which may be all that there will be
+        per_task = per_task or max(0.1, min(1.0, math.floor(1e4 * left) / 1e4))
     if per_worker is None:
         share = cpus / 2 / workers
         per_worker = float(math.floor(share)) if share >= 1 else math.floor(share * 1e4) / 1e4  # whole above 1
-    per_task = data.cpus_per_task or (1.0 if cpus - workers * per_worker >= 2 else 0.5)
+    per_task = per_task or (1.0 if cpus - workers * per_worker >= 2 else 0.5)
     if workers * per_worker + per_task > cpus + 1e-6:
         raise ValueError(
             f"cluster.num_workers: {workers} workers of {per_worker:g} CPUs and one data task of {per_task:g} need "
@@ -228,8 +245,10 @@ def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
             f"\nwarning: {threads} threads of all workers together on {cluster.cpus:g} CPUs get into each other's way; "
             f"lower cluster.threads_per_worker or cluster.num_workers"
         )
+    least, most = config.cluster.fewest_workers, config.cluster.most_workers
+    workers = f"{least} to {most}" if least < most else f"{most}"
     return (
-        f"{where} {cluster.cpus:g} CPUs: {config.cluster.most_workers} workers x {reserved.threads_per_worker} threads "
+        f"{where} {cluster.cpus:g} CPUs: {workers} workers x {reserved.threads_per_worker} threads "
         f"({reserved.cpus_per_worker:g} CPUs each), up to {reserved.num_tasks} data tasks of "
         f"{reserved.cpus_per_task:g} CPUs{crowded}"
     )

@@ -47,7 +47,7 @@ def dry_run(run: Run, loader: Loader) -> float:
     here = config.cluster.address == "local" or not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
     reserved = None
     if config.cluster.most_workers and here:
-        reserved = reserve(config.cluster, config.data, os.cpu_count() or 1)
+        reserved = reserve(config.cluster, config.data, os.cpu_count() or 1, os.cpu_count() or 1)
     threads = threads_of(config.cluster, os.cpu_count() or 1)
     torch.set_num_threads(threads)
     batches, data_seconds = try_data(run, loader)

@@ -35,6 +35,10 @@ FOR_EVER = 30 * 24 * 3600
 """Seconds that workers wait for each other: of one that ends they hear at once, and of one that stalls the watchdog."""
 
 
+ROOM_IS_LOOKED_FOR_EVERY = 30.0
+"""Seconds, where the number of workers follows the cluster."""
+
+
 class RunFailed(RuntimeError):
     """The run ended by an error that is not the user's input; its cause is the error."""
 
@@ -188,7 +192,7 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
     """A TorchTrainer with gloo on the cluster there is, or on this machine."""
     config = run.config
     with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
-        reserved = reserve(config.cluster, config.data, cluster.cpus)
+        reserved = reserve(config.cluster, config.data, cluster.cpus, cluster.largest_node)
         run = with_threads(run, reserved.threads_per_worker)
         say(config, f"cluster       {describe(config, reserved, cluster)}")
         say(config, "starting      the workers, which takes Ray a while: up to a minute on two cores")
@@ -249,6 +253,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             num_workers=config.cluster.num_workers,
             resources_per_worker={"CPU": reserved.cpus_per_worker},
             placement_strategy="SPREAD",
+            elastic_resize_monitor_interval_s=ROOM_IS_LOOKED_FOR_EVERY,
         ),
         datasets={"train": dataset},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),

@@ -1,0 +1,154 @@
+"""What takes minutes, for `make test-faults` and `make soak`: nodes lost and back, and kills at random moments."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from test_train import lines, worker_processes, write_config, write_files
+
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
+
+
+def command(folder: Path, environment: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
+    log = open(folder / "log.txt", "a")  # noqa: SIM115 - the process has its own
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlskv_ray.train", "--config", str(folder / "run.yaml"), *arguments],
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def last_step(run: Path) -> int:
+    try:
+        return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def wait_for(
+    happened: Callable[[], bool], process: "subprocess.Popen[str]", folder: Path, seconds: float = 300
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
+        time.sleep(0.1)
+
+
+def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
+    """Two nodes on one machine, 1 or 2 workers: one goes on alone, and shares the work when the other is back."""
+    from ray.cluster_utils import Cluster
+
+    write_files(tmp_path)
+    write_config(
+        tmp_path,
+        teacher_folder(),
+        epochs=400,
+        cluster={"num_workers": [1, 2], "threads_per_worker": 1},
+        checkpoint={"every_steps": 20},
+        evaluation={},
+        output={"dir": str(tmp_path / "runs"), "name": "run", "order": True, "tensorboard": False},
+    )
+    run = tmp_path / "runs" / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15", "RAY_AUTH_MODE": "disabled"}.items():
+            patch.setenv(name, value)
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        try:
+            second = nodes.add_node(num_cpus=2)
+            process = command(tmp_path, os.environ | {"RAY_ADDRESS": nodes.address})
+            wait_for(lambda: last_step(run) >= 50, process, tmp_path)
+            assert len(worker_processes()) == 2
+            nodes.remove_node(second, allow_graceful=False)
+            lost_at = last_step(run)
+            wait_for(lambda: len(worker_processes()) == 1 and last_step(run) > lost_at + 50, process, tmp_path)
+            nodes.add_node(num_cpus=2)
+            back_at = last_step(run)
+            wait_for(lambda: len(worker_processes()) == 2 and last_step(run) > back_at + 50, process, tmp_path)
+            process.send_signal(signal.SIGTERM)  # it has shown what it can; stop and look
+            assert process.wait(120) == 143, (tmp_path / "log.txt").read_text()
+        finally:
+            nodes.shutdown()
+    order = lines(run / "order.jsonl")
+    assert [line["step"] for line in order] == list(range(1, len(order) + 1))
+    bad = {"chat.jsonl:9", "chat.jsonl:14", "chat.jsonl:22"}
+    for epoch in range(len(order) // 7):
+        of_epoch = order[7 * epoch : 7 * epoch + 7]
+        seen = Counter(uid for line in of_epoch for batch in line["micro_batches"] for uid in batch)
+        assert len(seen) == 49 and set(seen.values()) == {1} and not bad & set(seen)
+
+
+VICTIMS = (b"RayTrainWorker", b"RayTrainWorker", b"MapWorker", b"TrainController", b"")  # the last: the command itself
+
+
+def kill_one(process: "subprocess.Popen[str]", dice: random.Random) -> str:
+    """Ends a process of the run at once; its kind, empty where there was none of that kind."""
+    title = dice.choice(VICTIMS)
+    pids = worker_processes(title) if title else [process.pid]
+    if not pids:
+        return ""
+    with suppress(ProcessLookupError):
+        os.kill(dice.choice(pids), signal.SIGKILL)
+    return title.decode() or "command"
+
+
+def test_killed_at_random_moments(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
+    """For SOAK_SECONDS, every 20 seconds on average; every run that is finished meanwhile ended as the one left alone."""
+    write_files(tmp_path)
+    config = write_config(
+        tmp_path,
+        teacher_folder(),
+        epochs=2,
+        cluster={"num_workers": 2, "threads_per_worker": 1, "address": "local", "max_failures": 1000},
+        checkpoint={"every_steps": 20},
+        evaluation={},
+        output={"dir": str(tmp_path / "runs"), "name": "alone", "order": True, "tensorboard": False},
+    )
+    content = yaml.safe_load(config.read_text())
+    content["data"]["sources"].append({"name": "shapes", "num_samples": 3000})
+    config.write_text(yaml.dump(content))
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    assert command(tmp_path, environment).wait(300) == 0, (tmp_path / "log.txt").read_text()
+    alone, dice = tmp_path / "runs" / "alone", random.Random(0)
+    kills: Counter[str] = Counter()
+    finished, process = 0, command(tmp_path, environment, "output.name=run-0")
+    until = time.monotonic() + float(os.environ.get("SOAK_SECONDS", "90"))
+    while time.monotonic() < until or process is not None:
+        pause = time.monotonic() + dice.expovariate(1 / 20)
+        while process.poll() is None and time.monotonic() < (pause if pause < until else until + 300):
+            time.sleep(0.05)
+        if process.poll() is None:
+            kills[kill_one(process, dice)] += 1
+            continue
+        log = (tmp_path / "log.txt").read_text()
+        if process.returncode == 0:
+            assert_ended_alike(tmp_path / "runs" / f"run-{finished}", alone)
+            finished += 1
+            if time.monotonic() >= until:
+                break
+        else:  # killed itself, or the same step three times by chance
+            assert process.returncode == -signal.SIGKILL or "was begun 3 times" in log.splitlines()[-1], log
+        process = command(tmp_path, environment, f"output.name=run-{finished}")
+    print(f"{sum(kills.values())} kills ({dict(kills)}), {finished} runs ended as the one left alone")
+    assert finished and sum(kills.values()) >= 2
+
+
+def assert_ended_alike(run: Path, alone: Path) -> None:
+    assert_same_weights(run, alone)
+    assert untimed(run) == untimed(alone)
+    for name in ("order", "rejected"):
+        assert lines(run / f"{name}.jsonl") == lines(alone / f"{name}.jsonl")
+    last = max(path.name for path in (alone / "checkpoints").iterdir())
+    for name in ("trainable", "optimizer"):
+        file = f"checkpoints/{last}/{name}.safetensors"
+        assert (run / file).read_bytes() == (alone / file).read_bytes()

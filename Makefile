@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test teacher figures clean
+.PHONY: train test test-faults soak teacher figures clean
 
 train: .venv/installed
 	$(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml
@@ -11,7 +11,15 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not faults'
+
+# Every process of a run killed at every moment, and nodes that are lost: about 20 minutes on 2 cores.
+test-faults: .venv/installed-test
+	$(BIN)/python -m pytest -m faults
+
+# Kills at random moments for ten minutes, while runs come to their end.
+soak: .venv/installed-test
+	SOAK_SECONDS=600 $(BIN)/python -m pytest -s tests/test_faults_ray.py -k random
 
 # The teacher that ships with the package, from random weights: see docs/teacher.md. Runs that are finished are not made
 # again, one that was stopped goes on.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,9 +14,75 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_train import lines, worker_processes, write_config, write_files
+from test_train import (  # noqa: F401 - some of them fixtures
+    assert_ended_as,
+    assert_same_weights,
+    cluster,
+    files,
+    left_alone,
+    lines,
+    plan_faults,
+    planned,
+    start,
+    untimed,
+    wait_until,
+    worker_processes,
+    write_config,
+    write_files,
+)
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults]
+pytestmark = pytest.mark.ray
+MOMENTS = [
+    ("step", 0),
+    ("micro_batch", 2),
+    ("reduce", 5),
+    ("updated", 6),
+    ("save_tensors", 8),
+    ("save_renamed", 12),
+    ("save_committed", 16),
+    ("evaluate_on_the_way", 10),
+    ("updated", 14),
+    ("evaluate", 21),
+    ("end", 21),
+]
+"""Of a run of three epochs of 7 steps: phase, and steps that were done before."""
+OF_RANK_0 = {"save_tensors", "save_renamed", "save_committed", "end"}
+VICTIMS = {"worker 0": b"RayTrainWorker", "worker 1": b"RayTrainWorker", "data worker": b"MapWorker"}
+VICTIMS |= {"controller": b"TrainController", "command": b""}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_each_process_killed_at_each_moment(
+    cluster: dict[str, str],  # noqa: F811
+    files: Path,  # noqa: F811
+    left_alone: Path,  # noqa: F811
+    planned: Path,  # noqa: F811
+    victim: str,
+) -> None:
+    """One run that loses the same kind of process at all of these moments."""
+    rank = int(victim[-1]) if victim[-1].isdigit() else 0
+    moments = sorted(
+        ((phase, step) for phase, step in MOMENTS if not (rank and phase in OF_RANK_0)), key=lambda m: m[1]
+    )
+    of_a_worker = victim.startswith("worker")
+    plan_faults(planned, *((phase, step, rank, "kill" if of_a_worker else "wait") for phase, step in moments))
+    name = f"output.name=matrix-{victim.replace(' ', '-')}"
+    arguments = (name, f"cluster.max_failures={2 * len(moments)}")
+    process = start(cluster, files, *arguments)
+    for i in range(0 if of_a_worker else len(moments)):
+        wait_until((planned / f"{i:02}.json.done").exists, process)
+        title = VICTIMS[victim]
+        for pid in worker_processes(title)[:1] if title else [process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        (planned / f"{i:02}.json.go").touch()  # whatever outlives it goes on
+        if victim == "command":
+            process.communicate()
+            process = start(cluster, files, *arguments)
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out
+    assert len(list(planned.glob("*.done"))) == len(moments)
+    assert_ended_as(files / "runs" / name.partition("=")[2], left_alone)
 
 
 def command(folder: Path, environment: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
@@ -45,6 +112,7 @@ def wait_for(
         time.sleep(0.1)
 
 
+@pytest.mark.faults
 def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
     """Two nodes on one machine, 1 or 2 workers: one goes on alone, and shares the work when the other is back."""
     from ray.cluster_utils import Cluster
@@ -88,12 +156,9 @@ def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[
         assert len(seen) == 49 and set(seen.values()) == {1} and not bad & set(seen)
 
 
-VICTIMS = (b"RayTrainWorker", b"RayTrainWorker", b"MapWorker", b"TrainController", b"")  # the last: the command itself
-
-
 def kill_one(process: "subprocess.Popen[str]", dice: random.Random) -> str:
     """Ends a process of the run at once; its kind, empty where there was none of that kind."""
-    title = dice.choice(VICTIMS)
+    title = dice.choice(list(VICTIMS.values()))
     pids = worker_processes(title) if title else [process.pid]
     if not pids:
         return ""
@@ -103,7 +168,7 @@ def kill_one(process: "subprocess.Popen[str]", dice: random.Random) -> str:
 
 
 def test_killed_at_random_moments(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
-    """For SOAK_SECONDS, every 20 seconds on average; every run that is finished meanwhile ended as the one left alone."""
+    """For SOAK_SECONDS, every 20 seconds on average; each run that is finished meanwhile ends as the one left alone."""
     write_files(tmp_path)
     config = write_config(
         tmp_path,
@@ -115,7 +180,7 @@ def test_killed_at_random_moments(tmp_path: Path, teacher_folder: Callable[..., 
         output={"dir": str(tmp_path / "runs"), "name": "alone", "order": True, "tensorboard": False},
     )
     content = yaml.safe_load(config.read_text())
-    content["data"]["sources"].append({"name": "shapes", "num_samples": 3000})
+    content["data"]["sources"].append({"name": "shapes", "num_samples": 800})
     config.write_text(yaml.dump(content))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     assert command(tmp_path, environment).wait(300) == 0, (tmp_path / "log.txt").read_text()

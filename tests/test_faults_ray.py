@@ -156,6 +156,53 @@ def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[
         assert len(seen) == 49 and set(seen.values()) == {1} and not bad & set(seen)
 
 
+@pytest.mark.faults
+def test_a_node_that_is_about_to_go_is_saved_for(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
+    """Told that a node is drained, the run saves at once, and goes on from there with the workers that are left."""
+    from ray.cluster_utils import Cluster
+
+    write_files(tmp_path)
+    write_config(
+        tmp_path,
+        teacher_folder(),
+        epochs=400,
+        cluster={"num_workers": [1, 2], "threads_per_worker": 1},
+        checkpoint={"every_steps": 100_000},
+        evaluation={},
+        output={"dir": str(tmp_path / "runs"), "name": "run", "order": True, "tensorboard": False},
+    )
+    run = tmp_path / "runs" / "run"
+    settings = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        try:
+            second = nodes.add_node(num_cpus=2)
+            process = command(tmp_path, os.environ | {"RAY_ADDRESS": nodes.address})
+            wait_for(lambda: last_step(run) >= 20, process, tmp_path)
+            drain = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+            drain += ["--node-id", second.node_id, "--deadline-remaining-seconds", "12"]
+            ray_command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address]
+            subprocess.run([*ray_command, *drain], check=True, capture_output=True, text=True)
+            checkpoints = run / "checkpoints"
+            wait_for(lambda: any(checkpoints.glob("step-*/COMMIT")), process, tmp_path, seconds=15)
+            nodes.remove_node(second, allow_graceful=False)
+            wait_for(lambda: len(worker_processes()) == 1 and last_step(run) > 0, process, tmp_path)
+            (saved,) = (int(path.name[5:]) for path in checkpoints.iterdir())
+            wait_for(lambda: last_step(run) > saved + 20, process, tmp_path)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 143, (tmp_path / "log.txt").read_text()
+        finally:
+            nodes.shutdown()
+    order = lines(run / "order.jsonl")
+    assert [line["step"] for line in order] == list(range(1, len(order) + 1))
+
+
 def kill_one(process: "subprocess.Popen[str]", dice: random.Random) -> str:
     """Ends a process of the run at once; its kind, empty where there was none of that kind."""
     title = dice.choice(list(VICTIMS.values()))

@@ -192,6 +192,9 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
     """A TorchTrainer with gloo on the cluster there is, or on this machine."""
     config = run.config
     with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
+        # nodes of a cluster may be taken away with notice; this machine is not, and watching costs a process
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", str(int(cluster.joined)))
+        run = replace(run, watches_nodes=os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1")
         reserved = reserve(config.cluster, config.data, cluster.cpus, cluster.largest_node)
         run = with_threads(run, reserved.threads_per_worker)
         say(config, f"cluster       {describe(config, reserved, cluster)}")
@@ -276,7 +279,12 @@ def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     run: Run = settings["run"]
     context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size())
+
+    def is_warned() -> bool:
+        return ray.train.get_preemption_info() is not None  # the same on all workers
+
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    worker = Worker(rank, world_size, is_warned if run.watches_nodes else lambda: False)
     group = ray.util.get_current_placement_group()
     if worker.rank == 0 and group is not None:
         with suppress(OSError):

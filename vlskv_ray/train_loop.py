@@ -55,6 +55,8 @@ class Run:
     shares_per_step: int = 1
     tokens: Tokens = Tokens()  # noqa: RUF009 - cannot be changed
     """By which the plan shares out work, see `Plan`; fixed when a run starts."""
+    watches_nodes: bool = False
+    """The cluster may tell that a node is about to be taken away."""
     owner: str = ""
     """Whose the run folder is while this holds, see `lease`."""
     cache: TeacherCache | None = None
@@ -88,6 +90,8 @@ class Worker:
 
     rank: int = 0
     world_size: int = 1
+    is_warned: Callable[[], bool] = lambda: False
+    """Whether a node of the workers is about to be taken away; all of them ask equally often, and hear the same."""
 
 
 class AskedToStop(Exception):  # noqa: N818 - nothing went wrong
@@ -152,7 +156,7 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
     )
     watchdog.begin()
     batches = batches_from(step)
-    stopped, failure, first_step = False, None, step
+    stopped, failure, first_step, warned = False, None, step, False
 
     while step < run.total_steps and not stopped:
         point("step", step, worker.rank)
@@ -189,7 +193,9 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
                 log.step(metrics, counts.latest_rejected, counts.latest_ids, with_metrics=due)
             counts.check(config.data.max_rejected_fraction, whole_epoch=step % run.steps_per_epoch == 0)
             stopped = result.stop
-            if stopped or save_is_due(run, step, measured):
+            newly_warned = worker.is_warned() and not warned
+            warned |= newly_warned
+            if stopped or newly_warned or save_is_due(run, step, measured):
                 stop_if_ruined(trained, step)
                 counts.gather()
                 if saver:

@@ -33,8 +33,9 @@ from vlskv_ray.dry_run import dry_run
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.prepare import prepare
+from vlskv_ray.step import GradientBuffer, build_optimizer, objective_of, train_step
 from vlskv_ray.train import train
-from vlskv_ray.train_loop import GradientBuffer, build_optimizer, model_of, objective_of, train_step
+from vlskv_ray.train_loop import model_of
 
 WARM_UP = 4
 """Steps that do not count: workers, data tasks and memory get going."""

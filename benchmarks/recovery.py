@@ -27,7 +27,9 @@ from vlskv_ray.model import presets
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.prepare import prepare
 from vlskv_ray.run_log import RunLog
-from vlskv_ray.train_loop import Counts, GradientBuffer, Saver, build_optimizer, model_of
+from vlskv_ray.saving import Counts, Saver
+from vlskv_ray.step import GradientBuffer, build_optimizer
+from vlskv_ray.train_loop import model_of
 
 CONFIG = """
 micro_batch_size: 8

@@ -39,8 +39,8 @@ from vlskv_ray.data.collate import Batch, collate, supervised_positions
 from vlskv_ray.distill import Objective, distillation_loss
 from vlskv_ray.evaluation import toggled
 from vlskv_ray.model import presets
+from vlskv_ray.step import GradientBuffer, train_step
 from vlskv_ray.teacher_cache import TeacherCache
-from vlskv_ray.train_loop import GradientBuffer, train_step
 
 TEMPERATURE = 2.0
 

@@ -27,7 +27,8 @@ from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import local_batches
 from vlskv_ray.prepare import prepare
-from vlskv_ray.train_loop import Worker, train_worker
+from vlskv_ray.run import Worker
+from vlskv_ray.train_loop import train_worker
 
 LOCAL = {"num_workers": 0, "threads_per_worker": 1}
 STEPS, PER_EPOCH, EVERY = 14, 7, 4

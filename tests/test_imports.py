@@ -9,7 +9,7 @@ import vlskv_ray
 
 PACKAGE = Path(vlskv_ray.__file__).parent
 KNOW_RAY = {"cache.py", "cluster.py", "train.py", "data/pipeline.py"}
-KNOW_THE_CONFIG = {"cache.py", "cluster.py", "evaluate.py", "prepare.py", "train.py", "train_loop.py"}
+KNOW_THE_CONFIG = {"cache.py", "cluster.py", "evaluate.py", "prepare.py", "run.py", "step.py", "train.py"}
 
 
 def imports(file: Path) -> set[str]:

@@ -19,8 +19,9 @@ from transformers import AutoModelForImageTextToText
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded
 from vlskv_ray.model.build import build_whole, find_model
 from vlskv_ray.model.swiftkv import BACKBONES
+from vlskv_ray.run import Run, Worker
 from vlskv_ray.sft import cross_entropy_loss
-from vlskv_ray.train_loop import Run, Worker, train_worker
+from vlskv_ray.train_loop import train_worker
 
 QUERIES_OF_NEW_LAYER = "model.language_model.layers.7.self_attn.q_proj.weight"
 

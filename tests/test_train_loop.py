@@ -19,18 +19,11 @@ from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import Batch, Encoded
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.shapes import ShapesSource
+from vlskv_ray.distill import Objective
 from vlskv_ray.model.build import build_student, find_model, trainable_parameters
-from vlskv_ray.train_loop import (
-    GradientBuffer,
-    Objective,
-    Run,
-    StoppedRun,
-    Worker,
-    build_optimizer,
-    learning_rate_schedule,
-    train_step,
-    train_worker,
-)
+from vlskv_ray.run import Run, StoppedRun, Worker
+from vlskv_ray.step import GradientBuffer, build_optimizer, learning_rate_schedule, train_step
+from vlskv_ray.train_loop import train_worker
 
 MICRO_BATCHES = 4
 

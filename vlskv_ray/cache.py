@@ -15,7 +15,9 @@ from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.distill import shared_pass
 from vlskv_ray.prepare import check_cache, prepare
-from vlskv_ray.train_loop import Run, autocast, model_of
+from vlskv_ray.run import Run
+from vlskv_ray.step import autocast
+from vlskv_ray.train_loop import model_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

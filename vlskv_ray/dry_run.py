@@ -19,16 +19,9 @@ from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.distill import shared_pass
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.train_loop import (
-    GradientBuffer,
-    Run,
-    StepResult,
-    autocast,
-    build_optimizer,
-    model_of,
-    objective_of,
-    train_step,
-)
+from vlskv_ray.run import Run
+from vlskv_ray.step import GradientBuffer, StepResult, autocast, build_optimizer, objective_of, train_step
+from vlskv_ray.train_loop import model_of
 
 TRIED_SAMPLES = 64
 TIMED_MICRO_BATCHES = 6
@@ -78,8 +71,9 @@ def dry_run(run: Run, loader: Loader) -> float:
     print(f"parameters    {sum(p.numel() for p in parameters):,}, {sum(p.numel() for p in trained.values()):,} trained")
     print(
         f"memory        a worker: {size(sum(parameters.values()) - moving)} frozen weights, {size(moving)} trained, "
-        f"{size(moving)} gradients, {size(2 * moving)} optimizer, {size(peak)} activations and logits (logits at "
-        f"most {size(logits)}); this process, with its libraries, {size(process)}"
+        f"{size(moving)} gradients, {size(2 * moving)} optimizer, {size(3 * moving)} more while one saves, "
+        f"{size(peak)} activations and logits (logits at most {size(logits)}); this process, with its libraries, "
+        f"{size(process)}"
     )
     print(
         f"time          {seconds:.3g} s a micro-batch with {threads} thread{'s' * (threads > 1)}; the one above "

@@ -34,8 +34,8 @@ from vlskv_ray.model.build import (
     swiftkv_config,
     with_layers,
 )
+from vlskv_ray.run import Run
 from vlskv_ray.teacher_cache import IN_MEMORY, TeacherCache
-from vlskv_ray.train_loop import Run
 
 SAMPLES_TRIED = 32
 """From which the length of samples and the size of a teacher cache are estimated."""

@@ -21,7 +21,7 @@ from vlskv_ray.figures import (
     savings_note,
     savings_rows,
 )
-from vlskv_ray.train_loop import Run
+from vlskv_ray.run import Run
 
 AVERAGED = {
     "loss": "loss",

@@ -27,8 +27,9 @@ from vlskv_ray.model_card import write_model_card
 from vlskv_ray.prepare import REMEDY, check_cache, prepare, run_folder, say
 from vlskv_ray.report import closing, write_summary
 from vlskv_ray.report_page import write_report
+from vlskv_ray.run import Run, StoppedRun, Worker
 from vlskv_ray.run_log import take_back
-from vlskv_ray.train_loop import Run, StoppedRun, Worker, train_worker
+from vlskv_ray.train_loop import train_worker
 from vlskv_ray.watchdog import DEATHS
 
 FOR_EVER = 30 * 24 * 3600

@@ -99,7 +99,7 @@ def test_impossible_layers_are_refused(
 
 
 def test_trained_weights_are_float32_in_a_bfloat16_model(student: Callable[..., Any], encoded: list[Encoded]) -> None:
-    from vlskv_ray.train_loop import autocast
+    from vlskv_ray.step import autocast
 
     model = student(dtype=torch.bfloat16)
     assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}

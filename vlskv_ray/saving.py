@@ -1,0 +1,212 @@
+"""The state of a run on storage: what a worker counts, writing it beside the training, and going on from it."""
+
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share
+from vlskv_ray.data.collate import Batch
+from vlskv_ray.distill import LossSums
+from vlskv_ray.lease import is_owner
+from vlskv_ray.model.build import find_model, load_processor
+from vlskv_ray.run import Run, StoppedRun, TakenOver, gather_objects
+from vlskv_ray.run_log import RunLog
+
+TRIES, SECONDS_BETWEEN_TRIES = 3, 5.0
+"""Of writing the last checkpoint, where the disk does not take it."""
+
+
+class Counts:
+    """What was seen since the run began: samples, rows left out by reason, and those of the latest step; how long
+    samples were in tokens, and how many images they had; and the seconds all steps took."""
+
+    def __init__(self, saved: dict[str, Any] | None = None) -> None:
+        saved = saved or {"seen": 0, "rejected": {}, "seconds": 0.0, "lengths": {}, "images": {}}
+        self.seen, self.reasons, self.seconds = saved["seen"], Counter(saved["rejected"]), saved["seconds"]
+        self.lengths, self.images = Counter(saved["lengths"]), Counter(saved["images"])
+        self.mine: list[tuple[int, int]] = []  # length and images of this worker's samples since the last gathering
+        self.latest_rejected: list[dict[str, str]] = []
+        self.latest_ids: list[list[str]] = []
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "seen": self.seen,
+            "rejected": dict(self.reasons),
+            "seconds": self.seconds,
+            "lengths": dict(self.lengths),
+            "images": dict(self.images),
+        }
+
+    def gather(self) -> None:
+        """Adds up what the workers counted each for itself: all of them call this at the same steps."""
+        for lengths_and_images in gather_objects(self.mine):
+            self.lengths.update(str(length) for length, _ in lengths_and_images)
+            self.images.update(str(images) for _, images in lengths_and_images)
+        self.mine = []
+
+    def add(
+        self,
+        micro_batches: Sequence[Batch],
+        sums: LossSums,
+        gathered: Sequence[tuple[int, list[str], list[Any]]],
+    ) -> None:
+        for batch in micro_batches:
+            self.mine += zip(batch.attention_mask.sum(1).tolist(), batch.num_images.tolist(), strict=True)
+        self.seen += int(sums.samples + sums.rejected)
+        self.latest_ids = [ids for _, ids, _ in gathered]
+        self.latest_rejected = [row for _, _, rejected in gathered for row in rejected]
+        self.reasons.update(row["reason"] for row in self.latest_rejected)
+
+    def check(self, max_fraction: float, whole_epoch: bool) -> None:
+        """StoppedRun once more rows are left out than allowed; within an epoch, of the first hundred as many as of a
+        hundred."""
+        rejected = sum(self.reasons.values())
+        if rejected > max_fraction * (self.seen if whole_epoch else max(self.seen, 100)):
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
+            example = self.latest_rejected[0] if self.latest_rejected else {"id": "?", "detail": "?"}
+            raise StoppedRun(
+                f"{rejected} of the {self.seen} samples so far had to be left out ({reasons}), more than "
+                f"data.max_rejected_fraction={max_fraction}. For one, {example['id']}: {example['detail']} - all are "
+                f"listed in rejected.jsonl of the run folder; mend the data, or raise data.max_rejected_fraction"
+            )
+
+
+def resume(run: Run, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, Counts]:
+    """Takes weights, moments and counts from the newest checkpoint, if there is one; returns the step to go on with."""
+    saved = newest_checkpoint(run.checkpoints, warn=lambda _: None)  # the driver has told
+    steps = gather_objects(saved.step if saved else 0)
+    if len(set(steps)) > 1:  # then it is tried once more
+        raise RuntimeError(f"{run.checkpoints}: workers see checkpoints of different steps: {steps}")
+    if saved is None:
+        return 0, Counts()
+    weights = saved.tensors("trainable")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    for key, moment in saved.tensors("optimizer").items():
+        name, _, kind = key.rpartition(".")
+        optimizer.state[trained[name]][kind] = moment
+    return saved.step, Counts(saved.state)
+
+
+class Saver:
+    """Writes checkpoints beside the training, which waits for a copy of what is saved and no longer."""
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        self.run, self.log = run, log
+        self.writing: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.latest: Callable[[], None] | None = None
+
+    def save(
+        self,
+        step: int,
+        trained: dict[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        counts: Counts,
+        measured: dict[str, float],
+    ) -> None:
+        """Begins to write; tells first what became of the one before."""
+        self.wait()
+        moments = {
+            f"{name}.{key}": value.clone()
+            for name, parameter in trained.items()
+            for key, value in optimizer.state[parameter].items()
+        }
+        weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        options = self.run.config.checkpoint
+        state = state_of(self.run, counts, measured)
+
+        def write() -> None:
+            try:
+                stop_if_taken_over(self.run)
+                tensors = {"trainable": weights, "optimizer": moments}
+                save_checkpoint(self.run.checkpoints, step, tensors, state, options.keep_last, options.keep_best)
+            except Exception as error:  # raised again, or told, in the thread that trains
+                self.error = error
+
+        self.latest = write
+        self._start()
+
+    def wait(self) -> Exception | None:
+        """Until nothing is being written. A disk that did not take it costs a warning and a checkpoint, not the run."""
+        if self.writing:
+            self.writing.join()
+        error, self.error, self.writing = self.error, None, None
+        if error and not isinstance(error, OSError):
+            raise error
+        if error:
+            self.log.warn(f"a checkpoint could not be written: {error}; the next one is tried when it is due")
+        return error
+
+    def finish(self) -> str:
+        """Until the last one is written, tried a few times; what is wrong if it cannot be."""
+        for attempt in range(TRIES):
+            error = self.wait()
+            if error is None:
+                return ""
+            if attempt + 1 < TRIES:
+                time.sleep(SECONDS_BETWEEN_TRIES)
+                self._start()
+        return f"the last checkpoint could not be written ({error}); make room, and the same command goes on"
+
+    def _start(self) -> None:
+        assert self.latest is not None
+        self.writing = threading.Thread(target=self.latest)
+        self.writing.start()
+
+
+def finish_saving(saver: Saver | None) -> None:
+    """Waits until the last checkpoint is there; StoppedRun on all workers if it cannot be."""
+    wrong = gather_objects(saver.finish() if saver else "")[0]
+    if wrong:
+        raise StoppedRun(wrong)
+
+
+def save_is_due(run: Run, step: int, measured: dict[str, float]) -> bool:
+    options = run.config.checkpoint
+    every = options.every_steps or run.total_steps
+    return step % every == 0 or step == run.total_steps or bool(measured and options.keep_best)
+
+
+def state_of(run: Run, counts: Counts, measured: dict[str, float]) -> dict[str, Any]:
+    """What a checkpoint says beside weights and moments."""
+    score = measured.get("eval_kl_mean")
+    if score is None and "eval_accuracy" in measured:
+        score = -measured["eval_accuracy"]
+    return {
+        "micro_batches_per_step": run.micro_batches_per_step,
+        "shares_per_step": run.shares_per_step,
+        "tokens": asdict(run.tokens),
+        "threads": run.config.cluster.threads_per_worker,
+        "fingerprints": run.fingerprints,
+        **({} if score is None else {"score": score}),
+        **counts.to_json(),
+        "config": run.config.model_dump(mode="json"),
+    }
+
+
+def stop_if_taken_over(run: Run) -> None:
+    """Workers outlive a driver that is killed by a moment: what they still do must not get into the next one's run."""
+    if run.owner and not is_owner(run.folder, run.owner):
+        raise TakenOver(f"{run.folder}: another process runs this run now")
+
+
+def export(run: Run, model: Any) -> None:
+    """Writes `final/`: the model as a Hugging Face folder with its processor."""
+    final, aside = run.folder / "final", run.folder / ".writing-final"
+    shutil.rmtree(aside, ignore_errors=True)
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(aside)
+    load_processor(find_model(run.config.model.name_or_path, run.config.model.revision)).save_pretrained(aside)
+    share(aside)
+    if final.exists():  # written by this very run before it was killed at its last step
+        shutil.rmtree(final)
+    aside.rename(final)

@@ -42,7 +42,7 @@ class Terminal(io.StringIO):
 
 
 def step(number: int, **metrics: Any) -> str:
-    always = {"step": number, "loss": 0.5, "top1_agreement": 0.9, "tokens_per_second": 1234.5}
+    always = {"step": number, "loss": 0.5, "top1_agreement": 0.9, "tokens_per_second": 1234.5, "step_seconds": 2.0}
     return json.dumps(always | metrics) + "\n"
 
 
@@ -59,7 +59,7 @@ def test_a_terminal_gets_one_line_redrawn(tmp_path: Path) -> None:
     _, first, second = out.getvalue().removeprefix("\r\x1b[K").split("\r\x1b[K")
     assert first == "step 1/10  loss 0.5  image 0.25  agree 90%  1,234 tok/s"
     assert second.startswith("step 2/10  loss 0.5  image 0.25  text 0.125  agree 90%  1,234 tok/s  ")
-    assert second.endswith(" left\n")
+    assert second.endswith("  0:16 left\n")  # by the seconds that steps take, whatever else there was between them
 
 
 def test_a_log_gets_plain_lines_and_always_the_last(tmp_path: Path) -> None:

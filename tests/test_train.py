@@ -143,12 +143,19 @@ def test_a_run_in_one_process(files: Path, capsys: pytest.CaptureFixture[str]) -
 
     assert main(files / "run.yaml", "output.name=here", "epochs=1") == 0
     assert "already finished" in capsys.readouterr().out
+    (run / "final" / "model.safetensors").write_bytes(b"junk")  # seen, and made again from the last checkpoint
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "data.max_rejected_fraction=0.2") == 0
+    assert "already finished" not in capsys.readouterr().out and load_file(run / "final" / "model.safetensors")
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "optimizer.lr=1e-4") == 2
     assert "cannot go on from here: optimizer.lr was 0.003 and is 0.0001; use --resume never" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "--num-samples", "9") == 2
     assert "the data changed since" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "gradient_accumulation_steps=3") == 2
     assert "gradient_accumulation_steps was 4 and is 3" in capsys.readouterr().err
+    for fixed in ("model.num_key_value_layers=4", "gradient_accumulation_steps=2"):
+        allowed = f"checkpoint.allow_changed=[{fixed.partition('=')[0]}]"
+        assert main(files / "run.yaml", "output.name=here", "epochs=1", fixed, allowed) == 2
+        assert "use --resume never to start anew, or another output.name\n" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.num_workers=3") == 2
     assert "3 workers cannot share the 4 micro-batches of a step equally" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.num_workers=[1,4]") == 2
@@ -293,6 +300,21 @@ WRONG = {
 }
 
 
+def test_a_dry_run_that_is_killed_leaves_no_process(files: Path) -> None:
+    """Those that keep the other CPUs busy meanwhile end with it."""
+    options = ["cluster.num_workers=2", "micro_batch_size=50", "data.sources=[{name: shapes, num_samples: 400}]"]
+    arguments = ["--config", str(files / "run.yaml"), "--dry-run", *options]
+    process = subprocess.Popen([sys.executable, "-m", "vlskv_ray.train", *arguments], stdout=subprocess.DEVNULL)
+    wait_until(lambda: bool(worker_processes(b"spawn_main")), process)
+    (beside,) = worker_processes(b"spawn_main")
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{beside}/stat").exists() and Path(f"/proc/{beside}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("option", WRONG)
 def test_wrong_input_is_one_line_and_exit_status_2(
     files: Path, capsys: pytest.CaptureFixture[str], option: str
@@ -427,7 +449,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 def left_alone(cluster: dict[str, str], files: Path) -> Path:
     """The run of two gloo workers on the real files."""
     out = finish(start(cluster, files))
-    assert "joined a cluster of" in out and "CPUs: 2 workers x 1 threads" in out
+    assert "joined a cluster of" in out and "CPUs: 2 workers x 1 thread (" in out
     assert "9 samples left out: 3 image_missing, 3 json_line, 3 too_long" in out
     return files / "runs" / "run"
 

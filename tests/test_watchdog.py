@@ -56,7 +56,7 @@ def test_without_a_limit_nothing_ends(tmp_path: Path) -> None:
 def die(path: Path, *steps: int) -> int | None:
     """A process that begins these steps and dies in the last; what it was told of poison at its start."""
     attempts = Attempts(path)
-    poisoned = attempts.poisoned()
+    poisoned = attempts.poisoned(20)
     for step in steps:
         attempts.begin(step)
     return poisoned
@@ -77,8 +77,12 @@ def test_a_step_that_was_done_after_all_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "junk", ["", "{", "[]", '{"step": null, "died": {}}', '{"died": 3}', '{"step": 1, "died": {"x": "y"}}']
+    "junk",
+    [
+        *("", "{", "[]", "[" * 100_000, '{"step": null, "died": {}}', '{"died": 3}', '{"step": 1e999, "died": {}}'),
+        *('{"step": 1, "died": {"x": 5}}', '{"step": 99, "died": {"-1": 9, "99": 9}}'),
+    ],
 )
 def test_junk_is_no_attempt(tmp_path: Path, junk: str) -> None:
     (tmp_path / "attempt.json").write_text(junk)
-    assert Attempts(tmp_path / "attempt.json").poisoned() is None
+    assert Attempts(tmp_path / "attempt.json").poisoned(20) is None

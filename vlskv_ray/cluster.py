@@ -6,10 +6,12 @@ import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TextIO
 
 from vlskv_ray.config import ClusterConfig, Config, DataConfig
@@ -172,34 +174,35 @@ class ProgressLine:
         self.live = self.out.isatty()
         self.metrics, self.warnings = Follower(metrics), Follower(metrics.with_name("warnings.jsonl"))
         self.began, self.printed_at = time.monotonic(), -math.inf
-        self.first: tuple[float, int] | None = None
+        self.seconds: deque[float] = deque(maxlen=100)
         self.latest: dict[str, Any] = {}
 
     def update(self) -> None:
         """Reads what is new and shows the latest step."""
+        for line in self.warnings.new_lines():
+            text = f"warning: {json.loads(line)['warning']}"
+            self._write(text, lasting=True) if self.shown else print(text, file=sys.stderr)
         if not self.shown:
             return
-        for line in self.warnings.new_lines():
-            self._write(f"warning: {json.loads(line)['warning']}", lasting=True)
         lines = self.metrics.new_lines()
         if self.metrics.taken_back:  # by new workers, which go on from their checkpoint
-            self.first = None
             self._write("a worker was lost; all were started again from the newest checkpoint", lasting=True)
         if not lines:
             if self.live and not self.latest:
                 self._write(f"starting {duration(time.monotonic() - self.began)}")
             return
-        self.latest |= json.loads(lines[-1])  # a step may have samples of one modality only: show the other's last
-        self.first = self.first or (time.monotonic(), self.latest["step"])
+        for line in lines:
+            self.latest |= json.loads(line)  # a step may have samples of one modality only: show the other's last
+            self.seconds.append(self.latest["step_seconds"])
         is_last = self.latest["step"] >= self.total_steps
         if self.live or is_last or time.monotonic() - self.printed_at >= 10:
-            self._write(self.text(*self.first), lasting=is_last)
+            self._write(self.text(), lasting=is_last)
             self.printed_at = time.monotonic()
         if is_last and self.afterwards:
             self._write(self.afterwards, lasting=True)
             self.afterwards = ""
 
-    def text(self, began: float, first_step: int) -> str:
+    def text(self) -> str:
         """The latest step in one line."""
         m = self.latest
         parts = [f"step {m['step']}/{self.total_steps}"]
@@ -208,9 +211,8 @@ class ProgressLine:
         shares = {"top1_agreement": "agree", "token_accuracy": "right"}
         parts += [f"{label} {m[key]:.0%}" for key, label in shares.items() if key in m]
         parts += [f"{m['tokens_per_second']:,.0f} tok/s"]
-        if m["step"] > first_step:
-            per_step = (time.monotonic() - began) / (m["step"] - first_step)
-            parts.append(f"{duration((self.total_steps - m['step']) * per_step)} left")
+        if len(self.seconds) > 1:
+            parts.append(f"{duration((self.total_steps - m['step']) * fmean(self.seconds))} left")
         return "  ".join(parts)
 
     def close(self) -> None:
@@ -245,9 +247,10 @@ def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
             f"lower cluster.threads_per_worker or cluster.num_workers"
         )
     least, most = config.cluster.fewest_workers, config.cluster.most_workers
-    workers = f"{least} to {most}" if least < most else f"{most}"
+    threads = reserved.threads_per_worker
+    workers = f"{least} to {most} workers" if least < most else f"{most} worker{'s' * (most > 1)}"
     return (
-        f"{where} {cluster.cpus:g} CPUs: {workers} workers x {reserved.threads_per_worker} threads "
+        f"{where} {cluster.cpus:g} CPUs: {workers} x {threads} thread{'s' * (threads > 1)} "
         f"({reserved.cpus_per_worker:g} CPUs each), up to {reserved.num_tasks} data tasks of "
         f"{reserved.cpus_per_task:g} CPUs{crowded}"
     )

@@ -52,8 +52,9 @@ def owned(folder: Path) -> Iterator[str]:
             yield owner
         finally:
             ended.set()
-            with suppress(OSError):  # the folder may have been moved
-                _write(folder, owner, LEFT)
+            with suppress(OSError):  # the folder may have been moved, and another's be in its place
+                if is_owner(folder, owner):
+                    _write(folder, owner, LEFT)
             if folder.exists() and os.listdir(folder) == [".lock"]:
                 shutil.rmtree(folder)  # nothing came of it
 

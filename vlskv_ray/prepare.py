@@ -37,8 +37,13 @@ from vlskv_ray.model.build import (
 from vlskv_ray.run import Run
 from vlskv_ray.teacher_cache import IN_MEMORY, TeacherCache
 
+FEW_STEPS = 20
 SAMPLES_TRIED = 32
 """From which the length of samples and the size of a teacher cache are estimated."""
+FIXED = {"objective", "micro_batch_size", "gradient_accumulation_steps"} | {
+    f"model.{name}" for name in ("num_key_value_layers", "key_value_group_size", "num_hidden_layers")
+}
+"""What a checkpoint cannot go on with another value of: it decides which weights train, and what a step is."""
 REMEDY = "use --resume never to start anew, or another output.name"
 
 
@@ -136,8 +141,16 @@ def prepare(
         if threads[0] != threads[1]:
             changed["threads"] = f"cluster.threads_per_worker was {threads[0]} and is {threads[1]}"
         refuse_changes(config, saved, changed)
+        if saved.step > total_steps:
+            raise ValueError(f"{saved.path}: is beyond the {total_steps} steps that the run would have; {REMEDY}")
     run = replace(run, held_out=held_out_of(config, limits))
     say(config, start_block(run, plan, text_config))
+    if run.total_steps < FEW_STEPS and config.objective == "distill":
+        say(
+            config,
+            f"warning: {run.total_steps} steps with optimizer.lr={config.optimizer.lr} may leave the student worse "
+            f"than it starts; raise epochs or lower the learning rate",
+        )
     if config.model.teacher_cache != "off":
         run = replace(run, cache=teacher_cache_of(run, text_config))
         loader = replace(loader, cache=run.cache)
@@ -245,24 +258,28 @@ def check_resumable(config: Config, saved: SavedState | None) -> int:
             changed.pop("gradient_accumulation_steps", None)
         refuse_changes(config, saved, {key: f"{key} was {was} and is {now}" for key, (was, now) in changed.items()})
         count = saved.state["micro_batches_per_step"]
-    uneven = [workers for workers in range(fewest, most + 1) if count % workers]
+    uneven = next((workers for workers in range(fewest, most + 1) if count % workers), None)
     if uneven:
-        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-        since = "which were fixed when this run started; " if saved else "so raise gradient_accumulation_steps, or "
-        raise ValueError(
-            f"cluster.num_workers: {uneven[0]} workers cannot share the {count} micro-batches of a step equally, "
-            f"{since}wanted one of {fitting}"
-        )
+        of_a_step = f"{uneven} workers cannot share the {count} micro-batches of a step equally"
+        if saved:
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            remedy = f"which were fixed when this run started; wanted one of {fitting}"
+        else:
+            all_of_them = math.lcm(*range(fewest, min(most, 64) + 1))
+            remedy = f"gradient_accumulation_steps={all_of_them // math.gcd(all_of_them, most)} would let all of them"
+        raise ValueError(f"cluster.num_workers: {of_a_step}, {remedy}")
     return count
 
 
 def refuse_changes(config: Config, saved: SavedState, changed: dict[str, str]) -> None:
     """ValueError for what is not as it was at this checkpoint and not in `checkpoint.allow_changed`, by its name."""
-    refused = {name: text for name, text in changed.items() if name not in config.checkpoint.allow_changed}
+    allowed = set(config.checkpoint.allow_changed) - FIXED
+    refused = {name: text for name, text in changed.items() if name not in allowed}
     if refused:
+        possible = [] if refused.keys() & FIXED else list(refused)
         raise ValueError(
-            f"{saved.path}: cannot go on from here: {', '.join(refused.values())}; {REMEDY}, or allow it with "
-            f"checkpoint.allow_changed=[{','.join(refused)}]"
+            f"{saved.path}: cannot go on from here: {', '.join(refused.values())}; {REMEDY}"
+            + (f", or allow it with checkpoint.allow_changed=[{','.join(possible)}]" if possible else "")
         )
 
 

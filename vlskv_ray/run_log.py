@@ -26,7 +26,10 @@ class RunLog:
         self.waiting = dict.fromkeys((*names, "warnings"), b"")
         self.warned: set[str] = set()
         self.latest_step = start
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) if tensorboard else None
+        self.tensorboard = None
+        with suppress(OSError):  # as below: metrics.jsonl has all of it
+            if tensorboard:
+                self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def step(
         self,

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from vlskv_ray.checkpoint import has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
 from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
@@ -123,6 +125,8 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
             with suppress(OSError):  # a full disk may be what it is about
                 write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
             reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
+            if "OutOfMemory" in reason:
+                reason = "the memory of a machine was full, whoever filled it, and Ray ended processes of this run"
             print(f"error: {reason}; all of it is in {shown(folder / 'error.log')}{advice(cause)}", file=sys.stderr)
             return FAILED
         if outcome["status"] == "refused":
@@ -152,11 +156,17 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end and what it left is there and whole."""
+    """Whether a run came to its end and what it left is there and whole, as far as that is quickly seen."""
     try:
-        written = (folder / "report.html").exists() and any(folder.glob("final/*.safetensors"))
+        weights = list(folder.glob("final/*.safetensors"))
+        for path in weights:
+            with safe_open(path, "pt"):  # which compares the size with what its header says
+                pass
+        for name in ("final/config.json", "evaluation.json"):
+            json.loads((folder / name).read_text())
+        written = bool(weights) and (folder / "report.html").exists()
         return written and "steps" in json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, SafetensorError):
         return False
 
 
@@ -170,14 +180,14 @@ def advice(error: BaseException) -> str:
     """What to change where the memory was not enough, as far as an error tells."""
     text = str(error)
     if "OutOfMemory" in text or "low on memory" in text:
-        sure = "the memory was not enough"
+        sure = "if it was this run's"
     elif "SIGKILL" in text or "unexpectedly" in text:
         sure = "a process was ended from outside, as a machine does that has no memory left"
     else:
         return ""
     return (
         f"\n{sure}: --dry-run tells what a worker takes; lower micro_batch_tokens, micro_batch_size, "
-        f"model.logits_memory_mib or cluster.num_workers, and the same command goes on from the newest checkpoint"
+        f"model.logits_memory_mib or cluster.num_workers; the same command goes on from the newest checkpoint there is"
     )
 
 
@@ -217,9 +227,9 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
 
 def is_lost_controller(error: BaseException | None) -> bool:
     """Whether the process died that holds the workers together; those that Ray can replace are no such case."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
-    return isinstance(error, RayActorError)
+    return isinstance(error, RayActorError | OutOfMemoryError)
 
 
 def free_cpus_of_lost_workers(run: Run) -> None:

@@ -53,7 +53,7 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
     config, output = run.config, run.config.output
     torch.set_num_threads(config.cluster.threads_per_worker or 1)
     attempts = Attempts(run.attempt_file) if worker.rank == 0 else None
-    poisoned = gather_objects(attempts.poisoned() if attempts else None)[0]
+    poisoned = gather_objects(attempts.poisoned(run.total_steps) if attempts else None)[0]
     if poisoned is not None:
         if attempts:
             attempts.end()  # whoever starts the run again wants it tried

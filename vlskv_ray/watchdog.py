@@ -30,6 +30,9 @@ class Watchdog:
         self.file, self.seconds, self.slowest = None, seconds, seconds
         if seconds is not None:
             folder.mkdir(exist_ok=True)
+            for path in folder.glob(f"*-rank-{rank}.txt"):
+                if not path.stat().st_size:  # of one that was killed: it had nothing to say
+                    path.unlink(missing_ok=True)
             self.path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}.txt"
             self.file = open(self.path, "w")  # noqa: SIM115 - closed by rest()
 
@@ -69,14 +72,16 @@ class Attempts:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.died: Counter[str] = Counter()
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = json.loads(self.path.read_text())
-            self.died.update({str(step): int(count) for step, count in found["died"].items()})
-            self.died[str(int(found["step"]))] += 1
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            found = json.loads(path.read_text())
+            died = Counter({str(int(step)): int(count) for step, count in found["died"].items()})
+            died[str(int(found["step"]))] += 1
+            self.died = died
 
-    def poisoned(self) -> int | None:
-        """A step that was begun three times and never finished."""
-        return next((int(step) for step, count in self.died.items() if count >= DEATHS), None)
+    def poisoned(self, total_steps: int) -> int | None:
+        """A step of so many that was begun three times and never finished."""
+        steps = (int(step) for step, count in self.died.items() if count >= DEATHS)
+        return next((step for step in steps if 0 <= step < total_steps), None)
 
     def begin(self, step: int) -> None:
         self.died.pop(str(step - 1), None)

@@ -408,6 +408,8 @@ class Config(_Section):
             problems["text_loss_weight"] = "0 like vision_loss_weight: nothing would be learnt; raise one of them"
         if self.model.revision and os.path.isabs(self.model.name_or_path):
             problems["model.revision"] = f"the folder {self.model.name_or_path} has no revisions; remove it"
+        if self.checkpoint.keep_best and not (self.evaluation.every_steps and self.evaluation.sources):
+            problems["checkpoint.keep_best"] = "nothing is measured on the way; set evaluation.sources and every_steps"
         if self.objective == "sft" and self.model.teacher_cache != "off":
             problems["model.teacher_cache"] = "there is no teacher with objective=sft; remove it"
         if self.objective == "sft":

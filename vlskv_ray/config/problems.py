@@ -108,7 +108,9 @@ def _wanted(schema: dict[str, Any]) -> str:
             return "keys below it"
         case "array":
             count, most = schema.get("minItems", 0), schema.get("maxItems")
-            return f"a list of {count} values" if count == most else f"a list of at least {count}"
+            if count == most:
+                return f"a list of {count} values"
+            return f"a list of at least {count}" if count else "a list"
         case "string":
             return "text"
         case "boolean":

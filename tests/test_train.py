@@ -614,10 +614,12 @@ def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -
 
 @pytest.mark.ray
 def test_a_worker_that_does_not_answer(cluster: dict[str, str], files: Path, left_alone: Path, planned: Path) -> None:
-    """Stopped in the middle of a step: the other one notices, says what it waited for, and both are started again."""
-    plan_faults(planned, ("micro_batch", 6, 1, "stop"))
+    """Stopped in the middle of a step: the other one notices, says what it waited for, and both are started again; as
+    they are when one is asked to end before."""
+    plan_faults(planned, ("micro_batch", 2, 1, "term"), ("micro_batch", 6, 1, "stop"))
     run = files / "runs" / "stalled"
     finish(start(cluster, files, "output.name=stalled", "cluster.stall_seconds=3"))
     assert_ended_as(run, left_alone)
     stacks = "".join(path.read_text() for path in (run / "stacks").iterdir())
     assert "Timeout (" in stacks and "all_reduce" in stacks
+    assert len(list(planned.glob("*.done"))) == 2

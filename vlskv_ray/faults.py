@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 FOLDER = "VLSKV_RAY_FAULTS"
-ACTIONS = ("kill", "stop", "wait")
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 LONGEST_WAIT = 60.0  # seconds
 
 
@@ -38,10 +38,11 @@ def point(phase: str, step: int, rank: int = 0) -> None:
 
 
 def _happen(action: str, path: Path) -> None:
-    """kill: this process ends at once. stop: it does not answer any more. wait: until the test has made `path`.go."""
+    """kill: this process ends at once. term: it is asked to. stop: it does not answer any more. wait: until the test
+    has made `path`.go."""
     if action == "wait":
         until = time.monotonic() + LONGEST_WAIT
         while not path.with_name(f"{path.name}.go").exists() and time.monotonic() < until:
             time.sleep(0.01)
     else:
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action])
+        os.kill(os.getpid(), SIGNALS[action])

@@ -45,7 +45,7 @@ def test_one_that_is_slow_goes_on(tmp_path: Path) -> None:
     """The first part may take ten times as long, and each ten times as long as the slowest so far."""
     assert work(tmp_path / "stacks", 0.2, [1.0, 3.0])[0] == 0
     assert not (tmp_path / "stacks").exists()
-    assert work(tmp_path / "stacks", 0.2, [0.01, 1.0])[0] == 1
+    assert work(tmp_path / "stacks", 0.2, [0.01, 5.0])[0] == 1
 
 
 def test_without_a_limit_nothing_ends(tmp_path: Path) -> None:

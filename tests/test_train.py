@@ -601,7 +601,7 @@ def test_the_controller_and_a_data_worker_killed(
         assert victims, title
         os.kill(victims[0], signal.SIGKILL)
         (planned / f"{i:02}.json.go").touch()
-    assert "Ray's controller of this run was lost" in finish(process)
+    assert "Ray's controller of this run was lost or gave up" in finish(process)
     assert_ended_as(files / "runs" / "headless", left_alone)
 
 
@@ -610,6 +610,16 @@ def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -
     while not happened():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
+
+
+def test_what_ray_gives_up_on_is_started_again() -> None:
+    """A worker that dies while its group is being started; not what is wrong with the run itself."""
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
+    from ray.train import ControllerError
+
+    lost = vlskv_ray.train.is_lost_controller
+    assert lost(ActorDiedError()) and lost(ControllerError(ActorDiedError())) and lost(OutOfMemoryError("full"))
+    assert not lost(ControllerError(ValueError("x"))) and not lost(ValueError("x")) and not lost(None)
 
 
 @pytest.mark.ray

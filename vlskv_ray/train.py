@@ -217,7 +217,9 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
                 except RunFailed as error:
                     if not is_lost_controller(error.__cause__) or failures == config.cluster.max_failures:
                         raise
-                    say(config, "Ray's controller of this run was lost; it is started again with the workers")
+                    say(
+                        config, "Ray's controller of this run was lost or gave up; it is started again with the workers"
+                    )
                     free_cpus_of_lost_workers(run)
                     take_back(run.folder, newest_step(run.checkpoints))
             raise AssertionError("not reached")
@@ -226,9 +228,13 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
 
 
 def is_lost_controller(error: BaseException | None) -> bool:
-    """Whether the process died that holds the workers together; those that Ray can replace are no such case."""
+    """Whether the process died that holds the workers together, or gave up because one of theirs died while they were
+    being started; what Ray replaces itself is no such case."""
     from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.train import ControllerError
 
+    if isinstance(error, ControllerError):
+        error = error.controller_failure
     return isinstance(error, RayActorError | OutOfMemoryError)
 
 

@@ -51,12 +51,13 @@ def dry_run(run: Run, loader: Loader) -> float:
     model = model_of(run)
     trained = trainable_parameters(model)
     largest = max(batches, key=lambda batch: int(batch.attention_mask.sum()))
-    result, gflop, peak = counted_step(run, model, largest)
+    step_on = steps_of(run, model)
+    result, gflop, peak = counted(step_on, largest)
     timed = batches[:TIMED_MICRO_BATCHES]
     neighbours = min(config.cluster.most_workers or 1, (os.cpu_count() or 1) // threads) - 1 if here else 0
     with busy_neighbours(run, timed, neighbours):  # they share caches and memory with each other
-        seconds = mean(seconds_of(run, model, timed))
-        cached = seconds_of(run, model, [with_states(model, batch) for batch in timed]) if run.cache else [0.0]
+        seconds = mean(seconds_of(step_on, timed))
+        cached = seconds_of(step_on, [with_states(model, batch) for batch in timed]) if run.cache else [0.0]
 
     parameters = {p: p.numel() * p.element_size() for p in model.parameters()}
     moving = sum(parameters[p] for p in trained.values())
@@ -93,30 +94,30 @@ def dry_run(run: Run, loader: Loader) -> float:
     return step
 
 
-def counted_step(run: Run, model: Any, batch: Batch) -> tuple[StepResult, float, int]:
-    """A step's result, its operations in GFLOP, and the most bytes that it held at once."""
-    step = steps_of(run, model)
-    with flop_counter() as counter:
-        result = step(batch)  # the first one: it makes the optimizer's moments, which are counted apart
-    return result, counter.get_total_flops() / 1e9, peak_bytes(lambda: step(batch))
-
-
-def seconds_of(run: Run, model: Any, batches: Sequence[Batch]) -> list[float]:
-    """What a step on each of some micro-batches takes."""
-    step, seconds = steps_of(run, model), []
-    for batch in batches:
-        began = time.perf_counter()
-        step(batch)
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
 def steps_of(run: Run, model: Any) -> Callable[[Batch], StepResult]:
     """A function that makes a step on one micro-batch."""
     trained = trainable_parameters(model)
     optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
     objective, most = objective_of(run.config), run.config.micro_batch_tokens
     return lambda batch: train_step(model, optimizer, gradients, [batch], objective, max_tokens=most)
+
+
+def counted(step_on: Callable[[Batch], StepResult], batch: Batch) -> tuple[StepResult, float, int]:
+    """The result of a first step, its operations in GFLOP, and the most bytes that a second one held at once: the first
+    makes the optimizer's moments, which are counted apart."""
+    with flop_counter() as counter:
+        result = step_on(batch)
+    return result, counter.get_total_flops() / 1e9, peak_bytes(lambda: step_on(batch))
+
+
+def seconds_of(step_on: Callable[[Batch], StepResult], batches: Sequence[Batch]) -> list[float]:
+    """What a step on each of some micro-batches takes."""
+    seconds = []
+    for batch in batches:
+        began = time.perf_counter()
+        step_on(batch)
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def with_states(model: Any, batch: Batch) -> Batch:
@@ -150,12 +151,12 @@ def busy_neighbours(run: Run, batches: Sequence[Batch], count: int) -> Iterator[
 def _keep_stepping(run: Run, rows: Sequence[dict[str, Any]], started: Any, parent: int) -> None:
     """Until it is killed, or the dry run is gone however it ended."""
     torch.set_num_threads(threads_of(run.config.cluster, os.cpu_count() or 1))
-    model = model_of(run)
+    step_on = steps_of(run, model_of(run))
     started.release()
     for row in itertools.cycle(rows):
         if os.getppid() != parent:
             break
-        seconds_of(run, model, [from_row(row)])
+        step_on(from_row(row))
 
 
 def seconds_per_step(

@@ -112,7 +112,9 @@ def prepare(
         )
         return Loader(sources, plan, model.name_or_path, model.revision, limits)
 
-    tokens = Tokens(**saved.state["tokens"]) if saved else tokens_of(loader_of(Tokens()))
+    tokens = Tokens(**saved.state["tokens"]) if saved else Tokens()
+    if not saved and config.objective == "distill":  # with sft the plan does not ask for it
+        tokens = tokens_of(loader_of(tokens))
     loader = loader_of(tokens)
     plan = loader.plan
     data_fingerprint = "-".join([plan.fingerprint(), *(source.fingerprint for source in sources)])

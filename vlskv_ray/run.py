@@ -24,7 +24,7 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     fingerprints: dict[str, str]
-    """Of model and data: a run goes on only with the same."""
+    """Of model, data and versions: a run goes on only with the same."""
     shares_per_step: int = 1
     tokens: Tokens = Tokens()  # noqa: RUF009 - cannot be changed
     """By which the plan shares out work, see `Plan`; fixed when a run starts."""

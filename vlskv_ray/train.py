@@ -36,8 +36,6 @@ from vlskv_ray.watchdog import DEATHS
 
 FOR_EVER = 30 * 24 * 3600
 """Seconds that workers wait for each other: of one that ends they hear at once, and of one that stalls the watchdog."""
-
-
 ROOM_IS_LOOKED_FOR_EVERY = 30.0
 """Seconds, where the number of workers follows the cluster."""
 

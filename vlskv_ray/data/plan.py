@@ -1,7 +1,7 @@
 """The plan: which samples make up which micro-batch of which step, as a pure function of sources, seed and epoch.
 
-A global step is a fixed list of `micro_batches_per_step` micro-batches, dealt to the workers in turn. Nothing in it
-depends on the number of workers, so a resume is a slice of the plan and another worker count deals the same cards
+A global step is a fixed list of `micro_batches_per_step` micro-batches, dealt to the workers in turn. What a plan is
+made of is fixed when a run starts, so a resume is a slice of it, and another worker count deals the same cards
 differently.
 """
 

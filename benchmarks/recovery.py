@@ -49,19 +49,20 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def train_workers(command: int) -> list[int]:
-    """Process ids of the workers of a command on this machine."""
+def processes(title: bytes, ancestor: int) -> list[int]:
+    """Process ids of the processes of that title on this machine that descend from another one."""
     parents, found = {}, []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                found += [int(entry.name)] if b"RayTrainWorker" in (entry / "cmdline").read_bytes() else []
-            except OSError:
+                if title in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:  # it has ended meanwhile
                 continue
 
     def is_below(pid: int) -> bool:
-        return pid == command or (pid in parents and is_below(parents[pid]))
+        return pid == ancestor or (pid in parents and is_below(parents[pid]))
 
     return [pid for pid in found if is_below(pid)]
 
@@ -81,7 +82,7 @@ def seconds_to_recover(folder: Path, times: int) -> list[float]:
                     raise RuntimeError((folder / "log.txt").read_text())
                 time.sleep(0.01)
             began, at = time.perf_counter(), last_step(run)
-            os.kill(train_workers(process.pid)[-1], signal.SIGKILL)
+            os.kill(processes(b"RayTrainWorker", process.pid)[-1], signal.SIGKILL)
             time.sleep(1)  # the others may finish the step that they are in
             at = max(at, last_step(run))
             while last_step(run) != at + 1:

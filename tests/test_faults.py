@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from test_train import lines, untimed, write_config, write_files
+from test_checkpoint import Evil
+from test_train import assert_same_run, lines, untimed, write_config, write_files
 from test_train_loop import free_port
 
 import vlskv_ray.train
@@ -98,15 +98,9 @@ def plant(folder: Path, *wanted: tuple[str, int, int], action: str = "kill") -> 
 
 
 def assert_same_end(folder: Path, alone: Path) -> None:
-    """Weights, moments, and everything that was logged, but for what a clock tells."""
-    a, b = (load_file(run / "final" / "model.safetensors") for run in (folder, alone))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("trainable", "optimizer"):
-        file = f"checkpoints/step-{STEPS:08d}/{name}.safetensors"
-        assert (folder / file).read_bytes() == (alone / file).read_bytes()
-    assert untimed(folder) == untimed(alone)
-    for name in ("order", "rejected"):
-        assert lines(folder / f"{name}.jsonl") == lines(alone / f"{name}.jsonl")
+    """The same run, its evaluation too, and nothing left behind on the way."""
+    assert_same_run(folder, alone)
+    assert (folder / "checkpoints" / f"step-{STEPS:08d}").is_dir()
     a, b = (json.loads((run / "evaluation.json").read_text()) for run in (folder, alone))
     for timed in (a, b):
         timed.pop("savings")
@@ -179,14 +173,6 @@ def test_a_step_that_ends_its_worker_three_times_is_not_tried_again(files: Path,
 
 
 # -------------------------------------------------------------------------------------------------- damaged on storage
-class Evil:
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.canary,)
-
-
 def damage(checkpoint: Path, file: str, how: str, canary: Path) -> None:
     path = checkpoint / file
     content = bytearray(path.read_bytes())

@@ -1,6 +1,5 @@
 """What takes minutes, for `make test-faults` and `make soak`: nodes lost and back, and kills at random moments."""
 
-import json
 import os
 import random
 import signal
@@ -8,15 +7,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from test_train import (  # noqa: F401 - some of them fixtures
     assert_ended_as,
-    assert_same_weights,
+    assert_same_run,
     cluster,
     files,
     left_alone,
@@ -30,6 +30,8 @@ from test_train import (  # noqa: F401 - some of them fixtures
     write_config,
     write_files,
 )
+
+from benchmarks.recovery import last_step
 
 pytestmark = pytest.mark.ray
 MOMENTS = [
@@ -96,13 +98,6 @@ def command(folder: Path, environment: dict[str, str], *arguments: str) -> "subp
     )
 
 
-def last_step(run: Path) -> int:
-    try:
-        return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
 def wait_for(
     happened: Callable[[], bool], process: "subprocess.Popen[str]", folder: Path, seconds: float = 300
 ) -> None:
@@ -112,41 +107,52 @@ def wait_for(
         time.sleep(0.1)
 
 
-@pytest.mark.faults
-def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
-    """Two nodes on one machine, 1 or 2 workers: one goes on alone, and shares the work when the other is back."""
+@contextmanager
+def two_nodes(folder: Path, teacher: Path, every_steps: int) -> Iterator[tuple[Any, Any, "subprocess.Popen[str]"]]:
+    """Two nodes on one machine, the second of them, and a run of 1 or 2 workers that has begun on them."""
     from ray.cluster_utils import Cluster
 
-    write_files(tmp_path)
+    write_files(folder)
     write_config(
-        tmp_path,
-        teacher_folder(),
+        folder,
+        teacher,
         epochs=400,
         cluster={"num_workers": [1, 2], "threads_per_worker": 1},
-        checkpoint={"every_steps": 20},
+        checkpoint={"every_steps": every_steps},
         evaluation={},
-        output={"dir": str(tmp_path / "runs"), "name": "run", "order": True, "tensorboard": False},
+        output={"dir": str(folder / "runs"), "name": "run", "order": True, "tensorboard": False},
     )
-    run = tmp_path / "runs" / "run"
+    settings = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        "RAY_AUTH_MODE": "disabled",
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15", "RAY_AUTH_MODE": "disabled"}.items():
+        for name, value in settings.items():
             patch.setenv(name, value)
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         try:
             second = nodes.add_node(num_cpus=2)
-            process = command(tmp_path, os.environ | {"RAY_ADDRESS": nodes.address})
-            wait_for(lambda: last_step(run) >= 50, process, tmp_path)
-            assert len(worker_processes()) == 2
-            nodes.remove_node(second, allow_graceful=False)
-            lost_at = last_step(run)
-            wait_for(lambda: len(worker_processes()) == 1 and last_step(run) > lost_at + 50, process, tmp_path)
-            nodes.add_node(num_cpus=2)
-            back_at = last_step(run)
-            wait_for(lambda: len(worker_processes()) == 2 and last_step(run) > back_at + 50, process, tmp_path)
-            process.send_signal(signal.SIGTERM)  # it has shown what it can; stop and look
-            assert process.wait(120) == 143, (tmp_path / "log.txt").read_text()
+            yield nodes, second, command(folder, os.environ | {"RAY_ADDRESS": nodes.address})
         finally:
             nodes.shutdown()
+
+
+@pytest.mark.faults
+def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
+    """1 or 2 workers on two nodes: one goes on alone, and shares the work when the other is back."""
+    run = tmp_path / "runs" / "run"
+    with two_nodes(tmp_path, teacher_folder(), every_steps=20) as (nodes, second, process):
+        wait_for(lambda: last_step(run) >= 50, process, tmp_path)
+        assert len(worker_processes()) == 2
+        nodes.remove_node(second, allow_graceful=False)
+        lost_at = last_step(run)
+        wait_for(lambda: len(worker_processes()) == 1 and last_step(run) > lost_at + 50, process, tmp_path)
+        nodes.add_node(num_cpus=2)
+        back_at = last_step(run)
+        wait_for(lambda: len(worker_processes()) == 2 and last_step(run) > back_at + 50, process, tmp_path)
+        process.send_signal(signal.SIGTERM)  # it has shown what it can; stop and look
+        assert process.wait(120) == 143, (tmp_path / "log.txt").read_text()
     order = lines(run / "order.jsonl")
     assert [line["step"] for line in order] == list(range(1, len(order) + 1))
     bad = {"chat.jsonl:9", "chat.jsonl:14", "chat.jsonl:22"}
@@ -159,46 +165,21 @@ def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[
 @pytest.mark.faults
 def test_a_node_that_is_about_to_go_is_saved_for(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
     """Told that a node is drained, the run saves at once, and goes on from there with the workers that are left."""
-    from ray.cluster_utils import Cluster
-
-    write_files(tmp_path)
-    write_config(
-        tmp_path,
-        teacher_folder(),
-        epochs=400,
-        cluster={"num_workers": [1, 2], "threads_per_worker": 1},
-        checkpoint={"every_steps": 100_000},
-        evaluation={},
-        output={"dir": str(tmp_path / "runs"), "name": "run", "order": True, "tensorboard": False},
-    )
     run = tmp_path / "runs" / "run"
-    settings = {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-        "RAY_AUTH_MODE": "disabled",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        try:
-            second = nodes.add_node(num_cpus=2)
-            process = command(tmp_path, os.environ | {"RAY_ADDRESS": nodes.address})
-            wait_for(lambda: last_step(run) >= 20, process, tmp_path)
-            drain = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
-            drain += ["--node-id", second.node_id, "--deadline-remaining-seconds", "12"]
-            ray_command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address]
-            subprocess.run([*ray_command, *drain], check=True, capture_output=True, text=True)
-            checkpoints = run / "checkpoints"
-            wait_for(lambda: any(checkpoints.glob("step-*/COMMIT")), process, tmp_path, seconds=15)
-            nodes.remove_node(second, allow_graceful=False)
-            wait_for(lambda: len(worker_processes()) == 1 and last_step(run) > 0, process, tmp_path)
-            (saved,) = (int(path.name[5:]) for path in checkpoints.iterdir())
-            wait_for(lambda: last_step(run) > saved + 20, process, tmp_path)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(120) == 143, (tmp_path / "log.txt").read_text()
-        finally:
-            nodes.shutdown()
+    with two_nodes(tmp_path, teacher_folder(), every_steps=100_000) as (nodes, second, process):
+        wait_for(lambda: last_step(run) >= 20, process, tmp_path)
+        drain = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+        drain += ["--node-id", second.node_id, "--deadline-remaining-seconds", "12"]
+        ray_command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address]
+        subprocess.run([*ray_command, *drain], check=True, capture_output=True, text=True)
+        checkpoints = run / "checkpoints"
+        wait_for(lambda: any(checkpoints.glob("step-*/COMMIT")), process, tmp_path, seconds=15)
+        nodes.remove_node(second, allow_graceful=False)
+        wait_for(lambda: len(worker_processes()) == 1 and last_step(run) > 0, process, tmp_path)
+        (saved,) = (int(path.name[5:]) for path in checkpoints.iterdir())
+        wait_for(lambda: last_step(run) > saved + 20, process, tmp_path)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143, (tmp_path / "log.txt").read_text()
     order = lines(run / "order.jsonl")
     assert [line["step"] for line in order] == list(range(1, len(order) + 1))
 
@@ -244,7 +225,7 @@ def test_killed_at_random_moments(tmp_path: Path, teacher_folder: Callable[..., 
             continue
         log = (tmp_path / "log.txt").read_text()
         if process.returncode == 0:
-            assert_ended_alike(tmp_path / "runs" / f"run-{finished}", alone)
+            assert_same_run(tmp_path / "runs" / f"run-{finished}", alone)
             finished += 1
             if time.monotonic() >= until:
                 break
@@ -253,14 +234,3 @@ def test_killed_at_random_moments(tmp_path: Path, teacher_folder: Callable[..., 
         process = command(tmp_path, environment, f"output.name=run-{finished}")
     print(f"{sum(kills.values())} kills ({dict(kills)}), {finished} runs ended as the one left alone")
     assert finished and sum(kills.values()) >= 2
-
-
-def assert_ended_alike(run: Path, alone: Path) -> None:
-    assert_same_weights(run, alone)
-    assert untimed(run) == untimed(alone)
-    for name in ("order", "rejected"):
-        assert lines(run / f"{name}.jsonl") == lines(alone / f"{name}.jsonl")
-    last = max(path.name for path in (alone / "checkpoints").iterdir())
-    for name in ("trainable", "optimizer"):
-        file = f"checkpoints/{last}/{name}.safetensors"
-        assert (run / file).read_bytes() == (alone / file).read_bytes()

@@ -25,6 +25,7 @@ from test_report_page import PLOTS, SECTIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlskv_ray.train
+from benchmarks.recovery import processes
 from vlskv_ray import evaluate, faults
 from vlskv_ray.cluster import ray_cluster
 from vlskv_ray.data.images import load_image
@@ -424,20 +425,7 @@ def wait_for_steps(run: Path, count: int, process: "subprocess.Popen[str]") -> N
 
 def worker_processes(title: bytes = b"RayTrainWorker") -> list[int]:
     """Process ids of the processes of that title that descend from this process: those of its cluster."""
-    parents, workers = {}, []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if title in (entry / "cmdline").read_bytes():
-                    workers.append(int(entry.name))
-            except OSError:  # it has ended meanwhile
-                continue
-
-    def is_ours(pid: int) -> bool:
-        return pid == os.getpid() or (pid in parents and is_ours(parents[pid]))
-
-    return [pid for pid in workers if is_ours(pid)]
+    return processes(title, os.getpid())
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
@@ -547,10 +535,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(cluster: dict[str, str], 
     while worker_processes() and time.monotonic() < deadline:
         time.sleep(0.1)
     finish(start(cluster, files, *arguments))
-    assert_same_weights(run, left_alone)
-    assert untimed(run) == untimed(left_alone)
-    assert lines(run / "order.jsonl") == lines(left_alone / "order.jsonl")
-    assert lines(run / "rejected.jsonl") == lines(left_alone / "rejected.jsonl")
+    assert_same_run(run, left_alone)
 
 
 # ---------------------------------------------------------------------------------------- anything killed, any moment
@@ -563,14 +548,22 @@ def plan_faults(planned: Path, *wanted: tuple[str, int, int, str]) -> None:
         (planned / f"{i:02}.json").write_text(json.dumps(fault))
 
 
-def assert_ended_as(run: Path, alone: Path) -> None:
+def assert_same_run(run: Path, alone: Path) -> None:
+    """Weights, moments, and everything that was logged, but for what a clock tells."""
     assert_same_weights(run, alone)
+    last = max(path.name for path in (alone / "checkpoints").iterdir())
     for name in ("trainable", "optimizer"):
-        path = f"checkpoints/step-00000021/{name}.safetensors"
-        assert (run / path).read_bytes() == (alone / path).read_bytes()
+        file = f"checkpoints/{last}/{name}.safetensors"
+        assert (run / file).read_bytes() == (alone / file).read_bytes()
     assert untimed(run) == untimed(alone)
-    assert lines(run / "order.jsonl") == lines(alone / "order.jsonl")
-    assert lines(run / "rejected.jsonl") == lines(alone / "rejected.jsonl")
+    for name in ("order", "rejected"):
+        assert lines(run / f"{name}.jsonl") == lines(alone / f"{name}.jsonl")
+
+
+def assert_ended_as(run: Path, alone: Path) -> None:
+    """And what was measured of the student."""
+    assert_same_run(run, alone)
+    assert (run / "checkpoints" / "step-00000021").is_dir()
     assert (
         json.loads((run / "evaluation.json").read_text())["student"]
         == (json.loads((alone / "evaluation.json").read_text())["student"])

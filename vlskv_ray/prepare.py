@@ -4,12 +4,14 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 import vlskv_ray
@@ -23,7 +25,7 @@ from vlskv_ray.data.collate import IGNORE_INDEX, Encoded
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.plan import Plan, Table, Tokens, first_of_mixture
 from vlskv_ray.data.questions import HeldOut
-from vlskv_ray.data.sources import open_sources
+from vlskv_ray.data.sources import Source, open_sources
 from vlskv_ray.model.build import (
     check_growth,
     find_model,
@@ -87,7 +89,7 @@ def prepare(
     config = config.model_copy(update={"model": model, "data": data})
 
     sources = tuple(open_sources(data.sources, cache_dir=data.cache_dir))
-    tables = [Table(source.num_images, source.text_bytes, source.weight) for source in sources]
+    tables = [Table(source.num_rows, source.weight) for source in sources]
     if num_samples is not None:
         tables = first_of_mixture(tables, num_samples)
     micro_batches_per_step = check_resumable(config, saved)
@@ -100,22 +102,21 @@ def prepare(
 
     shares = micro_batches_per_step if config.cluster.bit_identical else max(1, config.cluster.most_workers)
 
-    def loader_of(tokens: Tokens) -> Loader:
+    def loader_of(lengths: NDArray[np.uint16]) -> Loader:
         plan = Plan(
             tables,
+            lengths,
             seed=config.seed,
             micro_batch_size=config.micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
             group_by_length=config.objective == "sft",  # the model that it trains is a stock one, which pads
             shares_per_step=saved.state["shares_per_step"] if saved else shares,
-            tokens=tokens,
         )
         return Loader(sources, plan, model.name_or_path, model.revision, limits)
 
-    tokens = Tokens(**saved.state["tokens"]) if saved else Tokens()
-    if not saved and config.objective == "distill":  # with sft the plan does not ask for it
-        tokens = tokens_of(loader_of(tokens))
-    loader = loader_of(tokens)
+    unknown = np.broadcast_to(np.uint16(0), sum(table.rows for table in tables))
+    tokens = Tokens(**saved.state["tokens"]) if saved else tokens_of(loader_of(unknown))
+    loader = loader_of(lengths_of(sources, tables, tokens))
     plan = loader.plan
     data_fingerprint = "-".join([plan.fingerprint(), *(source.fingerprint for source in sources)])
     total_steps = min(config.epochs * plan.steps_per_epoch, config.max_steps or sys.maxsize)
@@ -168,15 +169,23 @@ def tokens_of(loader: Loader) -> Tokens:
     samples = some_samples(loader)
     if not samples:
         return Tokens()
-    tables, about = loader.plan.tables, []
-    for sample, (table, row) in samples:
-        about.append((tables[table].num_images[row], tables[table].text_bytes[row], len(sample.input_ids)))
+    estimates = [(source.num_images, source.text_bytes) for source in loader.sources]
+    about = [(*(of[row] for of in estimates[table]), len(sample.input_ids)) for sample, (table, row) in samples]
     return Tokens.fitted(*zip(*about, strict=True))
+
+
+def lengths_of(sources: Sequence[Source], tables: Sequence[Table], tokens: Tokens) -> NDArray[np.uint16]:
+    """About how many tokens each sample of a plan has."""
+    parts = [
+        tokens.of(source.num_images[: table.rows], source.text_bytes[: table.rows])
+        for source, table in zip(sources, tables, strict=True)
+    ]
+    return np.concatenate(parts)
 
 
 def some_samples(loader: Loader) -> list[tuple[Encoded, tuple[int, int]]]:
     """Samples from all over the data that can be used, and the table and row of each."""
-    rows = sum(map(len, loader.plan.tables))
+    rows = len(loader.plan.lengths)
     numbers = np.linspace(0, rows - 1, min(rows, SAMPLES_TRIED), dtype=np.int64).tolist()
     loader = replace(loader, cache=None)
     return [(sample, loader.plan.locate(number)) for number in numbers for sample in loader.samples([number])[0]]
@@ -220,7 +229,7 @@ def check_cache(run: Run, loader: Loader) -> None:
     """
     assert run.cache is not None
     text = load_config(find_model(run.config.model.name_or_path, run.config.model.revision)).text_config
-    rows = sum(map(len, loader.plan.tables))
+    rows = len(loader.plan.lengths)
     tried = some_samples(loader)
     lengths = [len(sample.input_ids) + 2 * int((sample.labels != IGNORE_INDEX).sum()) for sample, _ in tried] or [0]
     states = float(np.mean(lengths)) * text.hidden_size * (2 if run.config.model.dtype == "bfloat16" else 4)
@@ -302,7 +311,7 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
     accumulation = run.micro_batches_per_step // workers
     model = config.model
     revision = f" at {model.revision}" if model.revision else ""
-    rows = " + ".join(str(len(table)) for table in plan.tables)
+    rows = " + ".join(str(table.rows) for table in plan.tables)
     held_out = f", {len(run.held_out.rows())} held out to measure on" if run.held_out else ""
     what = "all weights train on the answers"
     if config.objective == "distill":

@@ -52,6 +52,11 @@ class Run:
         return self.folder / "ray" / "placement_group"
 
     @property
+    def first_step_file(self) -> Path:
+        """The first of the steps that the data workers are at, see `ray_dataset`."""
+        return self.folder / "ray" / "first_step"
+
+    @property
     def attempt_file(self) -> Path:
         """Which step is being made, see `Attempts`."""
         return self.folder / "attempt.json"

@@ -22,7 +22,8 @@ from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, res
 from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
 from vlskv_ray.config import Config, dump_config, load_config_and_notices
 from vlskv_ray.data.collate import Batch
-from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
+from vlskv_ray.data.pipeline import Loader, begin_at, executions, local_batches, ray_batches, ray_dataset
+from vlskv_ray.data.plan import ROWS_IN_MEMORY
 from vlskv_ray.dry_run import dry_run
 from vlskv_ray.lease import owned
 from vlskv_ray.model_card import write_model_card
@@ -105,6 +106,8 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
         if saved is None and ((folder / "summary.json").exists() or has_checkpoints(folder / "checkpoints")):
             raise ValueError(f"{folder}: holds a run, but no checkpoint of it that is whole; {REMEDY}")
         run, loader = prepare(config, saved, num_samples, owner)
+        if len(loader.plan.lengths) > ROWS_IN_MEMORY:
+            loader = replace(loader, plan=loader.plan.with_lengths_in(folder / "lengths.npy"))
         if saved and saved.step >= run.total_steps and is_finished(folder):
             print(f"this run is already finished; `--resume never` starts it anew\n{closing(folder)}")
             return DONE
@@ -256,8 +259,8 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
     def dataset() -> Any:  # called at every start of the workers, when it is known which step comes next
         return ray_dataset(
             loader,
-            newest_step(run.checkpoints),
-            run.total_steps,
+            executions(newest_step(run.checkpoints), run.total_steps, run.micro_batches_per_step).step,
+            run.first_step_file,
             cpus_per_task=reserved.cpus_per_task,
             num_tasks=reserved.num_tasks,
         )
@@ -306,7 +309,11 @@ def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
             run.placement_group_file.write_text(group.id.hex())
 
     def batches_from(step: int) -> Iterator[Batch]:
-        return ray_batches(ray.train.get_dataset_shard("train"))  # `fit` has it begin at the same step
+        shard = ray.train.get_dataset_shard("train")
+        for first_step in executions(step, run.total_steps, run.micro_batches_per_step):
+            if worker.rank == 0:  # the steps before are done, and Ray begins when every worker has come here
+                begin_at(run.first_step_file, first_step)
+            yield from ray_batches(shard)
 
     return train_worker(run, worker, batches_from)
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import batch_of, picture
@@ -12,8 +13,16 @@ from conftest import batch_of, picture
 from vlskv_ray.config import SourceConfig
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import IGNORE_INDEX, TENSORS, Batch, Encoded, from_row, to_row
-from vlskv_ray.data.pipeline import Loader, local_batches, ray_batches, ray_dataset
-from vlskv_ray.data.plan import Plan, Table
+from vlskv_ray.data.pipeline import (
+    ROWS_PER_EXECUTION,
+    Loader,
+    begin_at,
+    executions,
+    local_batches,
+    ray_batches,
+    ray_dataset,
+)
+from vlskv_ray.data.plan import Plan, Table, Tokens
 from vlskv_ray.data.sources import open_sources
 
 
@@ -69,8 +78,9 @@ def rows_of(folder: Path) -> Path:
 
 def loader_of(file: Path, model: Path, **options: int) -> Loader:
     sources = open_sources([SourceConfig(path=str(file))])
-    tables = [Table(source.num_images, source.text_bytes) for source in sources]
-    plan = Plan(tables, seed=0, **{"micro_batch_size": 3, "micro_batches_per_step": 1} | options)
+    tables = [Table(source.num_rows) for source in sources]
+    lengths = np.concatenate([Tokens().of(source.num_images, source.text_bytes) for source in sources])
+    plan = Plan(tables, lengths, seed=0, **{"micro_batch_size": 3, "micro_batches_per_step": 1} | options)
     return Loader(tuple(sources), plan, str(model), None, Limits(max_length=300))
 
 
@@ -99,7 +109,7 @@ def test_a_micro_batch_does_not_depend_on_its_neighbours(teacher_folder: Callabl
 
 @pytest.mark.ray
 def test_data_want_no_cpu_but_their_own(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """Where training holds all other CPUs, every micro-batch still comes, in the order of the plan."""
+    """Where training holds all other CPUs, every micro-batch still comes, in the order of the plan, part by part."""
     import ray
 
     loader = loader_of(rows_of(tmp_path), teacher_folder())
@@ -107,12 +117,37 @@ def test_data_want_no_cpu_but_their_own(teacher_folder: Callable[..., Path], tmp
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     come: list[Batch] = []
     try:
-        data = ray_dataset(loader, 0, 12, cpus_per_task=1.0, num_tasks=1)
+        data = ray_dataset(loader, 5, tmp_path / "first", cpus_per_task=1.0, num_tasks=1)
         data.context.execution_options.preserve_order = True  # as `vlskv_ray.train` has it
         [shard] = data.streaming_split(1)
-        thread = threading.Thread(target=lambda: come.extend(ray_batches(shard)), daemon=True)
+
+        def consume() -> None:
+            for first_step in (0, 5, 10):
+                begin_at(tmp_path / "first", first_step)
+                come.extend(ray_batches(shard))
+
+        thread = threading.Thread(target=consume, daemon=True)
         thread.start()
         thread.join(120)  # seconds: what waits for a CPU waits forever
     finally:
         ray.shutdown()
-    assert len(come) == len(wanted) and all(same(a, b) for a, b in zip(come, wanted, strict=True))
+    assert len(come) == 15  # the last part goes on, as the plan does; a run takes no more than it needs
+    assert all(same(a, b) for a, b in zip(come, wanted, strict=False))
+
+
+def test_a_long_run_is_told_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of at most ROWS_PER_EXECUTION micro-batches, all of one size, from the first step to the last."""
+    assert list(executions(3, 3, 2)) == []
+    assert list(executions(0, 150, 2)) == [0]
+    for start, stop, per_step in [(0, 10**6, 2), (7, 32769, 1), (5, 10**5, 512), (0, 12, 2**16)]:
+        parts = executions(start, stop, per_step)
+        assert parts[0] == start and parts[-1] < stop <= parts[-1] + parts.step
+        assert parts.step == 1 or parts.step * per_step <= ROWS_PER_EXECUTION
+
+
+def test_where_an_execution_begins_is_told_in_place(tmp_path: Path) -> None:
+    """The file keeps its size, so a disk that has become full takes it."""
+    path = tmp_path / "first_step"
+    for step in (0, 123456789, 7):
+        begin_at(path, step)
+        assert int(path.read_text()) == step and path.stat().st_size == 20

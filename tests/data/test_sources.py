@@ -481,7 +481,6 @@ def test_pickled_sources_read_the_same(folder: Path) -> None:
         assert len(pickled) < 8000
         assert (copy.name, copy.weight, copy.num_rows) == (source.name, source.weight, 15)
         assert outcomes(copy) == outcomes(source)
-        assert np.array_equal(copy.num_images, source.num_images)
 
 
 def test_glob_characters_in_file_names_are_literal(folder: Path) -> None:

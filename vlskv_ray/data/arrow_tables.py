@@ -34,6 +34,10 @@ class ArrowSource:
     def num_rows(self) -> int:
         return len(self.dataset)
 
+    def __getstate__(self) -> dict[str, Any]:
+        nothing = {"num_images": np.empty(0, np.int32), "text_bytes": np.empty(0, np.int64)}  # workers only read rows
+        return self.__dict__ | nothing
+
     def uid(self, row: int) -> str:
         return f"{self.name}:{row + 1}"
 

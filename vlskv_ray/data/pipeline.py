@@ -4,6 +4,7 @@ import functools
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from vlskv_ray.data.chat import Limits, encode, num_image_features
@@ -16,6 +17,8 @@ from vlskv_ray.teacher_cache import TeacherCache, content_key
 
 ROWS_PER_TASK = 8
 """Plan rows of one data task: enough to hide what a task costs, few enough that the first rows come soon."""
+ROWS_PER_EXECUTION = 2**15
+"""Plan rows that Ray is told of at a time: it keeps a note of each block of them, and takes seconds to begin."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -105,40 +108,64 @@ def data_worker() -> type:
     """
 
     class DataWorker:
-        def __init__(self, loader: bytes) -> None:
+        def __init__(self, loader: bytes, first_step: str) -> None:
             import os
             import pickle
+            from pathlib import Path
 
             os.nice(10)  # it works ahead: where CPUs are shared, the step that is being made comes first
-            self.loader = pickle.loads(loader)
+            self.loader, self.first_step = pickle.loads(loader), int(Path(first_step).read_text())
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             from vlskv_ray.data.collate import to_row
 
-            return to_row(self.loader(row))
+            plan = self.loader.plan
+            step, micro_batch = divmod(int(row["item"]), plan.micro_batches_per_step)
+            return to_row(self.loader(plan.row(self.first_step + step, micro_batch)))
 
     return DataWorker
 
 
-def ray_dataset(loader: Loader, start: int, stop: int, *, cpus_per_task: float, num_tasks: int) -> Any:
-    """The micro-batches of steps [start, stop) as a Ray dataset, one row and one block each.
+def executions(start: int, stop: int, micro_batches_per_step: int) -> range:
+    """The first steps of the parts in which Ray is told of steps [start, stop), as few and as equal as can be."""
+    at_most = max(1, ROWS_PER_EXECUTION // micro_batches_per_step)
+    parts = max(1, -(-(stop - start) // at_most))
+    return range(start, stop, max(1, -(-(stop - start) // parts)))
 
-    One-row blocks and `preserve_order` make `streaming_split` deal them to the workers exactly in turn.
+
+def begin_at(first_step: Path, step: int) -> None:
+    """Says in that file where the next execution begins. It stays as long as it is, so a full disk takes it too."""
+    with open(first_step, "r+" if first_step.exists() else "w") as file:
+        file.write(f"{step:20}")
+
+
+def ray_dataset(loader: Loader, steps: int, first_step: Path, *, cpus_per_task: float, num_tasks: int) -> Any:
+    """The micro-batches of so many steps as a Ray dataset, one row and one block each.
+
+    One-row blocks and `preserve_order` make `streaming_split` deal them to the workers exactly in turn. What Ray is
+    given are numbers, of which its data workers make rows of the plan; so a dataset of some steps serves a run of any
+    length, being executed again and again (`executions`).
+
+    Args:
+        loader: makes the micro-batches.
+        steps: of one execution.
+        first_step: see `begin_at`; on storage that all nodes share.
+        cpus_per_task, num_tasks: of the data workers.
     """
     import ray.data
 
-    rows = list(loader.plan.rows(start, stop))
+    rows = steps * loader.plan.micro_batches_per_step
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # byte: every row ends a block. repartition() would want a CPU of its own
-    items = ray.data.from_items(rows, override_num_blocks=max(1, -(-len(rows) // ROWS_PER_TASK)))
+    items = ray.data.from_items(list(range(rows)), override_num_blocks=max(1, -(-rows // ROWS_PER_TASK)))
     processes = ray.data.ActorPoolStrategy(min_size=1, max_size=num_tasks)
-    arguments = (pickle.dumps(loader),)
+    arguments = (pickle.dumps(loader), str(first_step))
     return items.map(data_worker(), fn_constructor_args=arguments, num_cpus=cpus_per_task, compute=processes)
 
 
 def ray_batches(shard: Any) -> Iterator[Batch]:
-    """This worker's micro-batches, in the order of the plan."""
+    """This worker's micro-batches of one execution, in the order of the plan."""
     for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):
         yield from map(from_row, table.to_pylist())

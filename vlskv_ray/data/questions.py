@@ -27,9 +27,9 @@ class HeldOut:
 
     def rows(self) -> list[tuple[int, int]]:
         """Source and row of each sample."""
-        tables = [Table(source.num_images, source.text_bytes, source.weight) for source in self.sources]
-        count = sum(map(len, tables)) if self.num_samples is None else self.num_samples
-        return [(k, row) for k, table in enumerate(first_of_mixture(tables, count)) for row in range(len(table))]
+        tables = [Table(source.num_rows, source.weight) for source in self.sources]
+        count = sum(table.rows for table in tables) if self.num_samples is None else self.num_samples
+        return [(k, row) for k, table in enumerate(first_of_mixture(tables, count)) for row in range(table.rows)]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Source(Protocol):
 
     `name` is unique among the sources of a run and begins every uid; `weight` is as in the spec. `num_images`,
     int32[num_rows], and `text_bytes`, int64[num_rows], estimate what a row holds; 0 for a row that cannot be used.
+    Workers have no use for them, so they may be missing from what travels.
     """
 
     @property

@@ -16,6 +16,7 @@ from vlskv_ray.distill import (
     LossSums,
     Objective,
     distillation_loss,
+    frozen_states,
     kl_divergence,
     rows_per_chunk,
     shared_pass,
@@ -285,3 +286,18 @@ def test_kl_is_finite_at_the_edges() -> None:
     for student in (torch.zeros(2, 3), ruled_out * 2):
         kl, gradient = kl_divergence(student, ruled_out, 2.0)
         assert kl.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("text_model_type", ["llama", "qwen3"])
+def test_one_pass_serves_students_of_every_n(
+    student: Callable[..., Any], encoded: list[Encoded], text_model_type: str
+) -> None:
+    """What each of them would have kept of the frozen part by a pass of its own, bit for bit."""
+    batch = batch_of(encoded)
+    together = frozen_states(student(text_model_type, num_key_value_layers=5), batch, [1, 2, 3, 5])
+    assert list(together) == [1, 2, 3, 5]
+    for layer, states in together.items():
+        with torch.no_grad():
+            alone = shared_pass(student(text_model_type, num_key_value_layers=layer), batch)
+        for name in ("trunk", "teacher", "teacher_input"):
+            assert torch.equal(getattr(states, name), getattr(alone, name)), (layer, name)

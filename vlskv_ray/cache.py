@@ -5,18 +5,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from vlskv_ray.cluster import duration, ray_cluster
+from vlskv_ray.cluster import Cluster, duration, ray_cluster
 from vlskv_ray.command import DONE, exit_status, run_parser, shown, up_to
 from vlskv_ray.config import load_config_and_notices
+from vlskv_ray.data.collate import Batch, Encoded, FrozenStates
 from vlskv_ray.data.pipeline import Loader
-from vlskv_ray.distill import shared_pass
+from vlskv_ray.distill import frozen_states
 from vlskv_ray.prepare import check_cache, prepare
 from vlskv_ray.run import Run
 from vlskv_ray.step import autocast
+from vlskv_ray.teacher_cache import TeacherCache
 from vlskv_ray.train_loop import model_of
 
 
@@ -37,72 +42,110 @@ def fill(options: argparse.Namespace, overrides: list[str]) -> int:
     run, loader = prepare(config, num_samples=options.num_samples)
     assert run.cache is not None
     check_cache(run, loader)
-    rows = list(rows_of(run, loader))
-    wanted, made, done = sum(len(row["samples"]) for row in rows), 0, 0
-    left_out: Counter[str] = Counter()
+    caches = SeveralCaches({run.config.model.num_key_value_layers or 0: run.cache})
     with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
-        workers = min(options.workers or max(1, int(cluster.cpus)), len(rows))
-        print(f"filling       {wanted} samples, {workers} processes", flush=True)
-        began = told = time.monotonic()
-        for result in results(run, loader, rows, workers, cpus=cluster.cpus / workers):
-            done, made = done + result["samples"], made + result["made"]
-            left_out.update(result["left_out"])
-            if result["full"]:
-                raise OSError(f"{run.cache.folder}: the disk is full; {made} samples were made")
-            now = time.monotonic()
-            if now - told >= 10 and done > wanted / 50:
-                print(f"{done} of {wanted}  {duration((now - began) * (wanted - done) / done)} left", flush=True)
-                told = now
-    reasons = f": {', '.join(f'{count} x {reason}' for reason, count in left_out.most_common())}" if left_out else ""
-    count = sum(left_out.values())
-    print(
-        f"{made} made, {wanted - made - count} were there, {count} left out{reasons}; "
-        f"in {shown(run.cache.folder)}, for runs with model.teacher_cache=disk"
-    )
+        fill_ahead(run, loader, caches, cluster, options.workers)
     return DONE
 
 
-def rows_of(run: Run, loader: Loader) -> Iterator[dict[str, Any]]:
-    """Rows of the run's plan, without samples that come a second time."""
-    seen: set[int] = set()
-    for row in loader.plan.rows(0, run.total_steps):
-        numbers = [int(number) for number in row["samples"] if int(number) not in seen]
-        seen.update(numbers)
-        if numbers:
-            yield {"samples": numbers, "step": 0, "micro_batch": 0}
+class SeveralCaches:
+    """The caches of one teacher for several N, which one pass over the samples fills together."""
+
+    def __init__(self, by_layer: dict[int, TeacherCache]) -> None:
+        self.by_layer = by_layer
+        self.first = next(iter(by_layer.values()))
+
+    @property
+    def full(self) -> bool:
+        return any(cache.full for cache in self.by_layer.values())
+
+    def __contains__(self, key: str) -> bool:
+        return all(key in cache for cache in self.by_layer.values())
+
+    def get(self, key: str, uid: str) -> Encoded | None:
+        """The sample as the first of them has it; None where one lacks it or has it damaged."""
+        found = [cache.get(key, uid) for cache in self.by_layer.values()]
+        return None if any(of_one is None for of_one in found) else found[0]
+
+    def put_batch(self, batch: Batch, states: dict[int, FrozenStates]) -> None:
+        """Keeps the samples of a batch that are not there yet, from its states for each N."""
+        for layer, cache in self.by_layer.items():
+            cache.put_batch(batch, states[layer].trunk, states[layer].teacher, states[layer].teacher_input)
+
+
+def fill_ahead(run: Run, loader: Loader, caches: SeveralCaches, cluster: Cluster, workers: int | None = None) -> None:
+    """Makes what is missing of the samples of a run, on all CPUs, and says so. OSError where the disk is full."""
+    wanted = samples_of(run, loader)
+    made = done = 0
+    left_out: Counter[str] = Counter()
+    workers = min(workers or max(1, int(cluster.cpus)), -(-len(wanted) // run.config.micro_batch_size))
+    print(f"filling       {len(wanted)} samples, {workers} process{'es' * (workers > 1)}", flush=True)
+    began = told = time.monotonic()
+    for result in results(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers):
+        done, made = done + result["samples"], made + result["made"]
+        left_out.update(result["left_out"])
+        if result["full"]:
+            raise OSError(f"{caches.first.folder}: the disk is full; {made} samples were made")
+        now = time.monotonic()
+        if now - told >= 10 and done > len(wanted) / 50:
+            print(f"{done} of {len(wanted)}  {duration((now - began) * (len(wanted) - done) / done)} left", flush=True)
+            told = now
+    reasons = f": {', '.join(f'{count} x {reason}' for reason, count in left_out.most_common())}" if left_out else ""
+    count = sum(left_out.values())
+    folders = ", ".join(str(shown(cache.folder)) for cache in caches.by_layer.values())
+    print(
+        f"{made} made, {len(wanted) - made - count} were there, {count} left out{reasons}; "
+        f"in {folders}, for runs with model.teacher_cache=disk",
+        flush=True,
+    )
+
+
+def samples_of(run: Run, loader: Loader) -> NDArray[np.int64]:
+    """The samples that a run sees, each once."""
+    seen = np.zeros(len(loader.plan.lengths) + 1, dtype=bool)  # the last one stands for NO_SAMPLE
+    for step in range(run.total_steps):
+        seen[loader.plan.micro_batches(step)] = True
+        if step % run.steps_per_epoch == 0 and seen[:-1].all():
+            break
+    return np.flatnonzero(seen[:-1])
 
 
 class CacheWorker:
     """A process that runs teacher and trunk over samples and keeps what they make of them."""
 
-    def __init__(self, run: Run, loader: Loader) -> None:
+    def __init__(self, run: Run, loader: Loader, caches: SeveralCaches) -> None:
         torch.set_num_threads(run.config.cluster.threads_per_worker or 1)
-        self.run, self.loader, self.model = run, loader, model_of(run)
+        model = run.config.model.model_copy(
+            update={"num_key_value_layers": max(caches.by_layer), "key_value_group_size": None}
+        )
+        run = replace(run, config=run.config.model_copy(update={"model": model}))
+        self.loader, self.caches, self.model = replace(loader, cache=caches), caches, model_of(run)
 
     @torch.no_grad()
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        cache = self.run.cache
-        assert cache is not None
-        batch = self.loader(row)
+    def __call__(self, numbers: list[int]) -> dict[str, Any]:
+        batch = self.loader({"samples": numbers, "step": 0, "micro_batch": 0})
         made = 0
         if batch.sample_ids and batch.trunk is None:
-            made = sum(key not in cache for key in batch.keys)
+            made = sum(key not in self.caches for key in batch.keys)
             with autocast(self.model):
-                states = shared_pass(self.model, batch)
-            cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
+                states = frozen_states(self.model, batch, self.caches.by_layer)
+            self.caches.put_batch(batch, states)
         left_out = Counter(rejected["reason"] for rejected in batch.rejected)
-        return {"samples": len(row["samples"]), "made": made, "left_out": dict(left_out), "full": cache.full}
+        return {"samples": len(numbers), "made": made, "left_out": dict(left_out), "full": self.caches.full}
 
 
 def results(
-    run: Run, loader: Loader, rows: list[dict[str, Any]], workers: int, cpus: float
+    run: Run, loader: Loader, caches: SeveralCaches, samples: NDArray[np.int64], workers: int, cpus: float
 ) -> Iterator[dict[str, Any]]:
-    """What the workers say of each row, as they are done."""
+    """What the workers say of a few samples after another, as they are done."""
     import ray
     from ray.util import ActorPool
 
-    processes = [ray.remote(num_cpus=min(1.0, cpus))(CacheWorker).remote(run, loader) for _ in range(workers)]
-    yield from ActorPool(processes).map_unordered(lambda process, row: process.__call__.remote(row), rows)
+    worker = ray.remote(num_cpus=min(1.0, cpus))(CacheWorker)
+    processes = [worker.remote(run, loader, caches) for _ in range(workers)]
+    size = run.config.micro_batch_size
+    at_once = (samples[at : at + size].tolist() for at in range(0, len(samples), size))
+    yield from ActorPool(processes).map_unordered(lambda process, few: process.__call__.remote(few), at_once)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ positions, as is the teacher's last layer; none of this changes a gradient (Swif
 Shapes: B samples, T tokens, D hidden, V vocabulary, n supervised positions of the micro-batch.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlskv_ray.data.collate import Batch, supervised_positions
+from vlskv_ray.data.collate import Batch, FrozenStates, supervised_positions
 from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
 from vlskv_ray.teacher_cache import TeacherCache
 
@@ -60,6 +61,8 @@ class LossSums:
     samples: float = 0.0
     tokens: float = 0.0
     rejected: float = 0.0
+    cached: float = 0.0
+    """Samples whose frozen states came from the teacher cache."""
 
     @property
     def supervised_tokens(self) -> float:
@@ -98,6 +101,31 @@ def shared_pass(model: Any, batch: Batch) -> States:
     assert swiftkv.student_input is not None and swiftkv.teacher_input is not None
     states = (swiftkv.student, teacher, swiftkv.student_input, swiftkv.teacher_input, swiftkv.trunk)
     return States(*(x[0] for x in states))
+
+
+@torch.no_grad()
+def frozen_states(model: Any, batch: Batch, layers: Iterable[int]) -> dict[int, FrozenStates]:
+    """What students with any of these N need of the frozen part of the model, by one forward.
+
+    The teacher is the same for all of them, and what enters its layer N is the trunk of a student with that N. `model`
+    may be built with any N: its own student is of no account here.
+    """
+    trunks: dict[int, Tensor] = {}
+    backbone = swiftkv_backbone(model)
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            trunks[layer] = arguments[0][0]
+
+        return backbone.layers[layer].register_forward_pre_hook(hook)
+
+    handles = [keep(layer) for layer in layers]
+    try:
+        states = shared_pass(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: FrozenStates(trunk, states.teacher, states.teacher_input) for layer, trunk in trunks.items()}
 
 
 def cached_pass(model: Any, batch: Batch) -> States:
@@ -203,6 +231,7 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
             objective.cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
     else:
         states = cached_pass(model, batch)
+        sums.cached = sums.samples
     head = model.get_output_embeddings()
     kl, teacher_ce, student_ce, agrees = DivergenceAtHead.apply(
         states.student,

@@ -256,6 +256,8 @@ def metrics_of(
         "data_wait_seconds": data_wait,
         "step_seconds": seconds,
     }
+    if run.cache is not None:
+        metrics["cached_samples"] = int(sums.cached)
     is_sft = run.config.objective == "sft"
     if count:
         metrics |= {"loss": sums.loss / count, "token_accuracy" if is_sft else "top1_agreement": sums.top1 / count}

@@ -12,6 +12,7 @@ from vlskv_ray.config.options import (
     OutputConfig,
     SchedulerConfig,
     SourceConfig,
+    TuneConfig,
     changed_keys,
     source_from_text,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "OutputConfig",
     "SchedulerConfig",
     "SourceConfig",
+    "TuneConfig",
     "changed_keys",
     "dump_config",
     "load_config",

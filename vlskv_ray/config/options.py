@@ -339,6 +339,68 @@ class OutputConfig(_Section):
         return name
 
 
+DISTRIBUTIONS = ("grid", "choice", "uniform", "loguniform")
+"""How values of an option are drawn, as Ray Tune names it; a bare list is a grid."""
+
+
+class TuneConfig(_Section):
+    """A sweep over options, for `python -m vlskv_ray.tune`. A run by itself does not look at it."""
+
+    space: dict[str, Any] = {}
+    """What is tried, by option: a list or {grid: [...]}, of which every combination is a trial; {choice: [...]},
+    {uniform: [least, most]} or {loguniform: [least, most]}, which are drawn for each trial."""
+
+    draws: Annotated[int, Field(gt=0, le=10_000)] = 1
+    """Times that every combination of the grids is tried, with new draws of all else. With search=optuna: trials."""
+
+    search: Literal["random", "optuna"] = "random"
+    """optuna: draws depend on what came before, by the library of that name (`pip install optuna`)."""
+
+    scheduler: Literal["fifo", "asha"] = "fifo"
+    """asha: trials that fall behind at a measurement (evaluation.every_steps) are stopped early."""
+
+    metric: Literal["kl", "accuracy"] = "kl"
+    """What asha and optuna go by: the KL divergence from the teacher on held-out samples, or accuracy there."""
+
+    max_concurrent_trials: PositiveInt | None = None
+    """Trials at a time. None: as many as the cluster has CPUs for, of workers and data tasks of each."""
+
+    max_accuracy_drop: Fraction = 0.01
+    """How much accuracy, of 1, the recommended setting may lose against the teacher."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _is_a_space(cls, value: Any) -> Any:
+        return dict(_drawn(value, "")) if isinstance(value, dict) else value
+
+
+def _drawn(space: dict[str, Any], below: str) -> Iterator[tuple[str, Any]]:
+    """Options and what they are drawn from, {distribution: values}; sections may be nested or dotted."""
+    for name, wanted in space.items():
+        key = f"{below}{name}"
+        if isinstance(wanted, list):
+            wanted = {"grid": wanted}
+        if not isinstance(wanted, dict) or not wanted:
+            raise ValueError(f"{key}: wanted a list of values or one of {', '.join(DISTRIBUTIONS)}, got {wanted!r}")
+        if not wanted.keys() & set(DISTRIBUTIONS):
+            yield from _drawn(wanted, f"{key}.")
+            continue
+        [how, values], *more = wanted.items()
+        if more:
+            raise ValueError(f"{key}: wanted one of {', '.join(DISTRIBUTIONS)}, got {', '.join(wanted)}")
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{key}.{how}: wanted a list of values, got {values!r}")
+        if how in ("uniform", "loguniform"):
+            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+            if len(values) != 2 or not numbers or not values[0] < values[1]:
+                raise ValueError(f"{key}.{how}: wanted two numbers [least, most], got {values!r}")
+            if how == "loguniform" and values[0] <= 0:
+                raise ValueError(f"{key}.{how}: wanted numbers above 0, got {values!r}")
+        if key.split(".")[0] in ("output", "tune"):
+            raise ValueError(f"{key}: cannot be tried; a sweep names its runs itself")
+        yield key, {how: values}
+
+
 class Config(_Section):
     """One run, complete."""
 
@@ -401,6 +463,9 @@ class Config(_Section):
     output: OutputConfig = Field(default_factory=OutputConfig)
     """The run folder."""
 
+    tune: TuneConfig = Field(default_factory=TuneConfig)
+    """A sweep."""
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         problems = {}
@@ -459,6 +524,7 @@ _DECIDES_NO_NUMBER = (
     "checkpoint",
     "cluster",
     "evaluation",
+    "tune",
     "data.image_processing_batch_size",
     "data.num_proc",
     "data.cpus_per_task",

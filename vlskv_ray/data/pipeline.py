@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vlskv_ray.data.chat import Limits, encode, num_image_features
 from vlskv_ray.data.collate import Batch, Encoded, collate, from_row
@@ -13,7 +13,14 @@ from vlskv_ray.data.plan import Plan
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.data.sources import Source
 from vlskv_ray.model.build import find_model, load_config, load_processor
-from vlskv_ray.teacher_cache import TeacherCache, content_key
+from vlskv_ray.teacher_cache import content_key
+
+
+class Cache(Protocol):
+    """Where a loader looks for samples that need no work: a `TeacherCache`, or several together."""
+
+    def get(self, key: str, uid: str) -> Encoded | None: ...
+
 
 ROWS_PER_TASK = 8
 """Plan rows of one data task: enough to hide what a task costs, few enough that the first rows come soon."""
@@ -38,7 +45,7 @@ class Loader:
     revision: str | None
     """Of the model, whose processor prepares the samples."""
     limits: Limits
-    cache: TeacherCache | None = None
+    cache: Cache | None = None
 
     def __call__(self, row: dict[str, Any]) -> Batch:
         """Loads, decodes, tokenises and collates the samples of a row; those that cannot be used are listed.

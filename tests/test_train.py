@@ -585,7 +585,8 @@ def test_workers_killed_at_any_moment(cluster: dict[str, str], files: Path, left
 def test_the_controller_and_a_data_worker_killed(
     cluster: dict[str, str], files: Path, left_alone: Path, planned: Path
 ) -> None:
-    """While the workers wait in the middle of a step."""
+    """While the workers wait in the middle of a step; and the next controller again, while it starts its workers, which
+    have not come so far as to say what is reserved for them."""
     plan_faults(planned, ("micro_batch", 6, 1, "wait"), ("micro_batch", 13, 0, "wait"))
     process = start(cluster, files, "output.name=headless")
     for i, title in enumerate((b"MapWorker", b"TrainController")):
@@ -594,7 +595,11 @@ def test_the_controller_and_a_data_worker_killed(
         assert victims, title
         os.kill(victims[0], signal.SIGKILL)
         (planned / f"{i:02}.json.go").touch()
-    assert "Ray's controller of this run was lost or gave up" in finish(process)
+    wait_until(lambda: worker_processes(b"TrainController") not in ([], victims), process)
+    wait_until(lambda: bool(worker_processes()), process)
+    for pid in worker_processes(b"TrainController"):
+        os.kill(pid, signal.SIGKILL)
+    assert finish(process).count("Ray's controller of this run was lost or gave up") == 2
     assert_ended_as(files / "runs" / "headless", left_alone)
 
 

@@ -48,6 +48,8 @@ class Cluster:
     """It was there before; otherwise it was started for this run, on this machine."""
     largest_node: float = 0.0
     """Its CPUs."""
+    alone: bool = True
+    """This process came to the cluster for the run, and does nothing else there."""
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     import ray
 
     if ray.is_initialized():
-        yield _cluster(joined=True)
+        yield _cluster(joined=True, alone=False)
         return
     level = "ERROR" if quiet else "INFO"
     options: dict[str, Any] = {
@@ -97,11 +99,11 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def _cluster(joined: bool) -> Cluster:
+def _cluster(joined: bool, alone: bool = True) -> Cluster:
     import ray
 
     nodes = [float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return Cluster(sum(nodes), joined, max(nodes, default=0.0))
+    return Cluster(sum(nodes), joined, max(nodes, default=0.0), alone)
 
 
 def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node: float = 0.0) -> Reserved:

@@ -221,7 +221,7 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
                     say(
                         config, "Ray's controller of this run was lost or gave up; it is started again with the workers"
                     )
-                    free_cpus_of_lost_workers(run)
+                    free_cpus_of_lost_workers(run, alone=cluster.alone)
                     take_back(run.folder, newest_step(run.checkpoints))
             raise AssertionError("not reached")
         finally:
@@ -239,13 +239,24 @@ def is_lost_controller(error: BaseException | None) -> bool:
     return isinstance(error, RayActorError | OutOfMemoryError)
 
 
-def free_cpus_of_lost_workers(run: Run) -> None:
-    """A controller that dies leaves the placement group of its workers behind, whose CPUs the next ones need."""
+def free_cpus_of_lost_workers(run: Run, alone: bool) -> None:
+    """A controller that dies leaves the placement group of its workers behind, whose CPUs the next ones need.
+
+    Args:
+        run: whose workers they were.
+        alone: nothing but this run was begun by this process: then whatever it has reserved is meant, also for workers
+            that had not come so far as to write down what holds them.
+    """
     import ray
+    from ray.util import placement_group_table
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    with suppress(OSError):
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(run.placement_group_file.read_text())))
+    groups = {run.placement_group_file.read_text()} if run.placement_group_file.exists() else set()
+    if alone:
+        job = ray.get_runtime_context().get_job_id()  # a group's id ends in that of the job
+        groups |= {group for group in placement_group_table() if group.endswith(job)}
+    for group in groups:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:

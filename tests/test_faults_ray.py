@@ -220,6 +220,7 @@ def test_killed_at_random_moments(tmp_path: Path, teacher_folder: Callable[..., 
         pause = time.monotonic() + dice.expovariate(1 / 20)
         while process.poll() is None and time.monotonic() < (pause if pause < until else until + 300):
             time.sleep(0.05)
+        assert time.monotonic() < until + 300, (tmp_path / "log.txt").read_text()  # it hangs
         if process.poll() is None:
             kills[kill_one(process, dice)] += 1
             continue

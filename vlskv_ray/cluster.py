@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,9 +169,15 @@ class ProgressLine:
     """Follows what a run adds to metrics.jsonl: one line redrawn on a terminal, plain lines now and then elsewhere."""
 
     def __init__(
-        self, metrics: Path, total_steps: int, shown: bool = True, out: TextIO | None = None, afterwards: str = ""
+        self,
+        metrics: Path,
+        total_steps: int,
+        shown: bool = True,
+        out: TextIO | None = None,
+        afterwards: str = "",
+        on_metrics: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.total_steps, self.shown, self.afterwards = total_steps, shown, afterwards
+        self.total_steps, self.shown, self.afterwards, self.on_metrics = total_steps, shown, afterwards, on_metrics
         self.out = out or sys.stdout
         self.live = self.out.isatty()
         self.metrics, self.warnings = Follower(metrics), Follower(metrics.with_name("warnings.jsonl"))
@@ -180,13 +186,15 @@ class ProgressLine:
         self.latest: dict[str, Any] = {}
 
     def update(self) -> None:
-        """Reads what is new and shows the latest step."""
+        """Reads what is new, tells it and shows the latest step."""
         for line in self.warnings.new_lines():
             text = f"warning: {json.loads(line)['warning']}"
             self._write(text, lasting=True) if self.shown else print(text, file=sys.stderr)
+        lines = self.metrics.new_lines()
+        for line in lines if self.on_metrics else ():
+            self.on_metrics(json.loads(line))  # type: ignore[misc]
         if not self.shown:
             return
-        lines = self.metrics.new_lines()
         if self.metrics.taken_back:  # by new workers, which go on from their checkpoint
             self._write("a worker was lost; all were started again from the newest checkpoint", lasting=True)
         if not lines:

@@ -155,7 +155,7 @@ def prepare(
             f"than it starts; raise epochs or lower the learning rate",
         )
     if config.model.teacher_cache != "off":
-        run = replace(run, cache=teacher_cache_of(run, text_config))
+        run = replace(run, cache=teacher_cache_of(run, text_config.num_key_value_layers))
         loader = replace(loader, cache=run.cache)
     trained_on = {(source.name, source.fingerprint) for source in sources}
     for source in run.held_out.sources if run.held_out else ():
@@ -204,15 +204,15 @@ def dtype_of(config: Config, saved: SavedState | None, text: Any) -> str:
     return chosen
 
 
-def teacher_cache_of(run: Run, text: Any) -> TeacherCache:
-    """The teacher cache of a run, named by all that the states of a sample depend on."""
+def teacher_cache_of(run: Run, num_key_value_layers: int) -> TeacherCache:
+    """The teacher cache of a run with that N, named by all that the states of a sample depend on."""
     options, data = run.config.model, run.config.data
     files = find_model(options.name_or_path, options.revision)
     stats = [path.stat() for path in sorted(files.folder.glob("*.safetensors"))] if files.folder else []
     depends_on = {
         "model": run.fingerprints["model"],
         "written": [stat.st_mtime_ns for stat in stats],  # the fingerprint does not look at all of a large file
-        "num_key_value_layers": text.num_key_value_layers,
+        "num_key_value_layers": num_key_value_layers,
         "dtype": options.dtype,
         "limits": [data.max_length, data.max_images_per_sample],
         "transformers": version("transformers"),

@@ -41,6 +41,10 @@ ROOM_IS_LOOKED_FOR_EVERY = 30.0
 """Seconds, where the number of workers follows the cluster."""
 
 
+Told = Callable[[dict[str, Any]], None] | None
+"""What is told every line of metrics.jsonl."""
+
+
 class RunFailed(RuntimeError):
     """The run ended by an error that is not the user's input; its cause is the error."""
 
@@ -88,17 +92,31 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
-def train(config: Config, *, num_samples: int | None = None, resume: str = "auto") -> int:
-    """A whole run, from config to `final/` and summary.json; the exit status. ValueError for what the user can mend."""
+def train(
+    config: Config,
+    *,
+    num_samples: int | None = None,
+    resume: str = "auto",
+    on_metrics: Told = None,
+) -> int:
+    """A whole run, from config to `final/` and summary.json.
+
+    Args:
+        config: of the run.
+        num_samples: use only the first so many samples of the mixture.
+        resume: "auto", "never" or "must", as on the command line.
+        on_metrics: told every line of metrics.jsonl, in the calling thread; what it raises ends the run.
+
+    Returns:
+        the exit status of the command.
+
+    Raises:
+        ValueError: for what the user can mend.
+    """
     began = time.monotonic()
     folder = run_folder(config)
     if resume == "never" and folder.exists():
-        with owned(folder):  # not one that is running
-            older = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
-            while older.exists():
-                older = older.with_name(f"{older.name}-")
-            folder.rename(older)  # nothing is deleted
-        say(config, f"moved the older run to {shown(older)}")
+        say(config, f"moved the older run to {shown(moved_aside(folder))}")
     with owned(folder) as owner:
         saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
         if saved is None and resume == "must":
@@ -119,7 +137,7 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
             say(config, f"resume        from step {saved.step}")
         start = run_here if config.cluster.most_workers == 0 else run_on_ray
         try:
-            outcome, asked_by = start(run, loader)
+            outcome, asked_by = start(run, loader, on_metrics)
         except RunFailed as error:
             cause = error.__cause__
             assert cause is not None
@@ -154,6 +172,16 @@ def train(config: Config, *, num_samples: int | None = None, resume: str = "auto
         write_model_card(folder)
         say(config, closing(folder))
         return DONE
+
+
+def moved_aside(folder: Path) -> Path:
+    """Gives a folder that nobody is using another name, and returns that: nothing is deleted."""
+    with owned(folder):
+        older = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+        while older.exists():
+            older = older.with_name(f"{older.name}-")
+        folder.rename(older)
+    return older
 
 
 def is_finished(folder: Path) -> bool:
@@ -192,15 +220,17 @@ def advice(error: BaseException) -> str:
     )
 
 
-def run_here(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
+def run_here(run: Run, loader: Loader, on_metrics: Told = None) -> tuple[dict[str, Any], int | None]:
     """Everything in this process, without Ray: `cluster.num_workers: 0`."""
     run = with_threads(run, run.config.cluster.threads_per_worker or os.cpu_count() or 1)
-    return watch(
-        run, lambda: train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps)), apart=False
-    )
+
+    def work() -> dict[str, Any]:
+        return train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps))
+
+    return watch(run, work, apart=False, on_metrics=on_metrics)
 
 
-def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
+def run_on_ray(run: Run, loader: Loader, on_metrics: Told = None) -> tuple[dict[str, Any], int | None]:
     """A TorchTrainer with gloo on the cluster there is, or on this machine."""
     config = run.config
     with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
@@ -214,7 +244,7 @@ def run_on_ray(run: Run, loader: Loader) -> tuple[dict[str, Any], int | None]:
         try:
             for failures in range(config.cluster.max_failures + 1):
                 try:
-                    return watch(run, lambda: fit(run, loader, reserved), apart=True)
+                    return watch(run, lambda: fit(run, loader, reserved), apart=True, on_metrics=on_metrics)
                 except RunFailed as error:
                     if not is_lost_controller(error.__cause__) or failures == config.cluster.max_failures:
                         raise
@@ -329,13 +359,16 @@ def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return train_worker(run, worker, batches_from)
 
 
-def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[dict[str, Any], int | None]:
+def watch(
+    run: Run, work: Callable[[], dict[str, Any]], apart: bool, on_metrics: Told = None
+) -> tuple[dict[str, Any], int | None]:
     """Runs `work` in a thread while this one shows progress and takes signals.
 
     Args:
         run: whose folder to watch.
         work: returns the outcome.
         apart: the work itself is done by other processes, so that it can be left before it has ended.
+        on_metrics: told every line of metrics.jsonl.
 
     Returns:
         what `work` returned, and the signal that asked it to stop, if one did.
@@ -366,7 +399,13 @@ def watch(run: Run, work: Callable[[], dict[str, Any]], apart: bool) -> tuple[di
     run.stop_file.unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", dump_config(run.config))
     shown_at = run.config.output.level in ("debug", "info")
-    progress = ProgressLine(run.folder / "metrics.jsonl", run.total_steps, shown_at, afterwards=measuring(run))
+    progress = ProgressLine(
+        run.folder / "metrics.jsonl",
+        run.total_steps,
+        shown_at,
+        afterwards=measuring(run),
+        on_metrics=on_metrics,
+    )
     before = {}
     if threading.current_thread() is threading.main_thread():  # others, as in a sweep, take no signals
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,0 +1,489 @@
+"""The command `python -m vlskv_ray.tune`: trials over a space of options on Ray Tune, and the frontier they draw.
+
+Each trial is a run like any other, by the driver function of `vlskv_ray.train`, in a folder named by its values. That
+is all that a sweep is resumed from: trials that have come to their end are not made again, others go on from their
+checkpoints; Ray's own records are thrown away.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlskv_ray.cache import SeveralCaches, fill_ahead
+from vlskv_ray.checkpoint import newest_step, write_text
+from vlskv_ray.cluster import Cluster, ray_cluster, reserve
+from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
+from vlskv_ray.config import Config, changed_keys, dump_config, load_config, load_config_and_notices
+from vlskv_ray.figures import at, read_run
+from vlskv_ray.frontier import train_command, write_frontier
+from vlskv_ray.lease import owned
+from vlskv_ray.model.build import find_model, swiftkv_config
+from vlskv_ray.model.build import load_config as load_model_config
+from vlskv_ray.prepare import check_cache, prepare, run_folder, say, teacher_cache_of
+from vlskv_ray.sweep import DONE as TRIAL_DONE
+from vlskv_ray.sweep import FAILED as TRIAL_FAILED
+from vlskv_ray.sweep import STOPPED, SweepTable, Trial, end, outcome_of, trial_of, trials_of
+from vlskv_ray.train import is_finished, moved_aside, train
+
+LOG = "log.txt"
+"""In a trial's folder: what its command would have printed."""
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # of files that nobody reads
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails has none
+    "RAY_AIR_NEW_OUTPUT": "0",  # whose tables would come between the lines of ours
+}
+METRICS = {"kl": "eval_kl_mean", "accuracy": "eval_accuracy"}
+"""What `tune.metric` is called in metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What every trial is told, the same for all of them; it travels to their processes."""
+
+    folder: Path
+    """On storage that all machines share; holds the config."""
+    metric: str
+    num_samples: int | None = None
+    cpus_per_trial: float = 1.0
+    joined: bool = False
+
+    @property
+    def trials(self) -> Path:
+        return self.folder / "trials"
+
+    @property
+    def stop_file(self) -> Path:
+        """Asks for a stop: trials that run save and leave, others do not begin."""
+        return self.folder / "STOP"
+
+    def config_of(self, trial: Trial) -> Config:
+        """What a trial runs."""
+        ours = [f"output.dir={self.trials}", f"output.name={trial.name}", "output.level=warning"]
+        config = load_config(self.folder / "config.yaml", [*trial.overrides, *ours])
+        model = config.model
+        if model.teacher_cache == "disk" and model.teacher_cache_dir is None:
+            shared = self.folder.parent / ".teacher-cache"
+            config = config.model_copy(update={"model": model.model_copy(update={"teacher_cache_dir": str(shared)})})
+        return with_share(config, self.cpus_per_trial, is_new=not newest_step(self.trials / trial.name / "checkpoints"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = run_parser("tune", "Tries settings (tune.space of the config), and says which to take.")
+    parser.add_argument("--dry-run", action="store_true", help="list the trials and end")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never", "must"),
+        default="auto",
+        help="auto: go on with an interrupted sweep of this name if there is one; never: start anew, an older one is "
+        "moved aside; must: fail where there is nothing to go on with",
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    return exit_status(lambda: tune(options, overrides))
+
+
+def tune(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what the options say. ValueError for what the user can mend."""
+    config, notices = load_config_and_notices(options.config, overrides)
+    say(config, "\n".join(notices)) if notices else None
+    check(config)
+    trials, impossible = possible_trials(config, options.config, overrides)
+    folder = run_folder(config)
+    with_draws = f"up to {config.tune.draws}" if config.tune.search == "optuna" else str(len(trials))
+    say(config, f"sweep         {with_draws} trials over {', '.join(config.tune.space)}, into {shown(folder)}")
+    for name, reason in impossible.items():
+        say(config, f"left out      {name}: {reason}")
+    if options.dry_run:
+        print("\n".join(trial.name for trial in trials))
+        return DONE
+    if options.resume == "never" and folder.exists():
+        say(config, f"moved the older sweep to {shown(moved_aside(folder))}")
+    if options.resume == "must" and not (folder / "trials").exists():
+        raise ValueError(f"{folder}: --resume must was given, but there is no sweep to go on with")
+    with owned(folder):
+        if (folder / "metrics.jsonl").exists():
+            raise ValueError(f"{folder}: holds a run, which a sweep does not touch; use another output.name")
+        write_text(folder / "config.yaml", dump_config(config))
+        sweep = Sweep(folder, config.tune.metric, options.num_samples)
+        sweep.trials.mkdir(exist_ok=True)
+        sweep.stop_file.unlink(missing_ok=True)
+        return run_sweep(config, sweep, trials, lambda trial: command_of(options, overrides, config, trial))
+
+
+def check(config: Config) -> None:
+    """ValueError where a sweep would end with nothing to choose by."""
+    options = config.tune
+    if not options.space:
+        raise ValueError(
+            "tune.space: nothing to try; wanted options and their values, such as "
+            "{model.num_key_value_layers: [2, 4], optimizer.lr: {loguniform: [1e-4, 1e-2]}}"
+        )
+    if not config.evaluation.sources:
+        raise ValueError("evaluation.sources: missing; trials are compared by what they answer to held-out samples")
+    if options.scheduler == "asha" and config.evaluation.every_steps is None:
+        raise ValueError("evaluation.every_steps: missing; tune.scheduler=asha stops trials by what is measured so")
+    if config.objective == "sft" and options.metric == "kl":
+        raise ValueError("tune.metric: kl, but objective=sft has no teacher; use accuracy")
+    if options.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise ValueError("tune.search: optuna is not installed; `pip install optuna`, or use search=random")
+
+
+def possible_trials(config: Config, file: str, overrides: list[str]) -> tuple[list[Trial], dict[str, str]]:
+    """The trials that can be, and why others cannot. ValueError where none can."""
+    if config.tune.search == "optuna":
+        return [], {}
+    possible, impossible = [], {}
+    for trial in trials_of(config):
+        try:
+            check_model(load_config(file, [*overrides, *trial.overrides]))
+            possible.append(trial)
+        except ValueError as error:
+            impossible[trial.name] = str(error).splitlines()[0].removeprefix("command line: ")
+    if not possible:
+        raise ValueError(f"tune.space: none of its {len(impossible)} trials can be: {next(iter(impossible.values()))}")
+    return possible, impossible
+
+
+def check_model(config: Config) -> int:
+    """The N of a run, 0 where it trains all of a model. ValueError where the model cannot have it."""
+    if config.objective == "sft":
+        return 0
+    model = config.model
+    wanted = load_model_config(find_model(model.name_or_path, model.revision))
+    layers: int = swiftkv_config(
+        wanted, model.num_key_value_layers, model.key_value_group_size
+    ).text_config.num_key_value_layers
+    return layers
+
+
+def command_of(options: argparse.Namespace, overrides: list[str], config: Config, trial: Trial) -> str:
+    kept = [override for override in overrides if not override.removeprefix("--").startswith(("tune.", "output.name"))]
+    return train_command(options.config, kept, trial, str(config.output.name))
+
+
+# ----------------------------------------------------------------------------------------------------------- the sweep
+def run_sweep(config: Config, sweep: Sweep, trials: list[Trial], command: Callable[[Trial], str]) -> int:
+    """Runs what is to be run, and draws the frontier; the exit status."""
+    known = known_trials(sweep, trials)
+    to_do = [trial for trial in trials if not is_over(sweep, trial)]
+    told = config.output.level in ("debug", "info")
+    table = SweepTable(known, sweep.trials, config.epochs, shown=told)
+    asked = None
+    if to_do or config.tune.search == "optuna":
+        os.environ.update(QUIET)
+        with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster, ExitStack() as held:
+            at_once = concurrent_trials(config, cluster.cpus, len(to_do) or config.tune.draws)
+            sweep = replace(sweep, cpus_per_trial=cluster.cpus / at_once, joined=cluster.joined)
+            say(config, f"cluster       {cluster.cpus:g} CPUs, {at_once} trial{'s' * (at_once > 1)} at a time")
+            for trial in to_do:
+                refuse_other_options(sweep, trial)
+            fill_caches(sweep, to_do, cluster, held)
+            asked = attend(sweep, table, lambda: run_trials(config, sweep, to_do, table, at_once))
+    table.update()
+    trials = known_trials(sweep, trials)
+    done = sum((outcome_of(sweep.trials / trial.name) or {}).get("status") == TRIAL_DONE for trial in trials)
+    if asked:
+        print(f"stopped, {done} of {len(trials)} trials are done; the same command goes on with the others")
+        return 128 + asked
+    if config.objective == "distill":
+        lines = write_frontier(sweep.folder, trials, config.tune.max_accuracy_drop, command)
+        say(config, "\n".join(["", *lines, "", f"frontier: {shown(sweep.folder / 'frontier.html')}"]))
+    else:
+        best = max(trials, key=lambda trial: accuracy_of(sweep, trial))
+        say(config, f"highest accuracy: {best.name}\ntrain it:  {command(best)}")
+    return DONE if done else FAILED
+
+
+def accuracy_of(sweep: Sweep, trial: Trial) -> float:
+    accuracy = at(read_run(sweep.trials / trial.name).evaluation, "sft_model", "accuracy")
+    return -math.inf if accuracy is None else float(accuracy)
+
+
+def known_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials of the space, and those which are there already and of which a search may have thought."""
+    found = {trial.name: trial for trial in trials}
+    for folder in sorted(sweep.trials.iterdir()):
+        if outcome := outcome_of(folder):
+            found.setdefault(folder.name, Trial(folder.name, outcome["values"]))
+    return list(found.values())
+
+
+def is_over(sweep: Sweep, trial: Trial) -> bool:
+    """Whether a trial has come to its end with the options that it would have now; one that failed is tried again."""
+    folder = sweep.trials / trial.name
+    status = (outcome_of(folder) or {}).get("status")
+    if status == TRIAL_FAILED or (status == TRIAL_DONE and not is_finished(folder)):
+        (folder / "trial.json").unlink()
+        return False
+    if status is not None:
+        refuse_other_options(sweep, trial)
+    return status is not None
+
+
+def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
+    """ValueError where a trial was begun with other options than it would have now."""
+    file = sweep.trials / trial.name / "config.yaml"
+    if not file.exists():
+        return
+    before, now = load_config(file), sweep.config_of(trial)
+    if before.model.num_key_value_layers is not None:  # a run writes down what was left open
+        same = {
+            name: getattr(before.model, name)
+            for name in ("num_key_value_layers", "key_value_group_size", "revision", "dtype")
+            if getattr(now.model, name) in (None, "auto")
+        }
+        now = now.model_copy(update={"model": now.model.model_copy(update=same)})
+    if now.data.max_length is None:
+        now = now.model_copy(update={"data": now.data.model_copy(update={"max_length": before.data.max_length})})
+    changed = changed_keys(before, now)
+    if changed:
+        told = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in changed.items())
+        raise ValueError(
+            f"{file.parent}: this trial was begun with other options: {told}; use --resume never to start the sweep "
+            f"anew, or another output.name"
+        )
+
+
+def concurrent_trials(config: Config, cpus: float, trials: int) -> int:
+    """How many trials run at once: each has a CPU for every worker and one for its data, as far as there are so many.
+
+    ValueError where more were asked for than can all have a worker and a data task.
+    """
+    workers = config.cluster.most_workers
+    needs = workers + 1 if workers else config.cluster.threads_per_worker or 1
+    wanted = config.tune.max_concurrent_trials
+    count = min(wanted or max(1, int(cpus // needs)), max(1, trials))
+    if workers:
+        reserve(config.cluster, config.data, cpus / count)
+    return count
+
+
+def with_share(config: Config, cpus: float, is_new: bool) -> Config:
+    """The config of a trial with what of the cluster it may use. One that goes on keeps its threads: they decide the
+    last bits."""
+    cluster, data = config.cluster, config.data
+    threads = cluster.threads_per_worker
+    if cluster.most_workers:
+        reserved = reserve(cluster, data, cpus)
+        data = data.model_copy(update={"cpus_per_task": reserved.cpus_per_task, "num_proc": reserved.num_tasks})
+        cluster = cluster.model_copy(update={"cpus_per_worker": reserved.cpus_per_worker})
+        threads = reserved.threads_per_worker
+    if is_new:
+        cluster = cluster.model_copy(update={"threads_per_worker": threads or max(1, int(cpus))})
+    return config.model_copy(update={"cluster": cluster, "data": data})
+
+
+def fill_caches(sweep: Sweep, trials: Sequence[Trial], cluster: Cluster, held: ExitStack) -> None:
+    """Fills the teacher caches of all trials ahead, those of one teacher by one pass over the samples."""
+    together: dict[str, list[Config]] = {}
+    for trial in trials:
+        config = sweep.config_of(trial)
+        if config.model.teacher_cache != "off":
+            layers = config.model.model_copy(update={"num_key_value_layers": None, "key_value_group_size": None})
+            seen = (layers, config.data, config.seed, config.epochs, config.max_steps, config.micro_batch_size)
+            together.setdefault(str(seen), []).append(config)
+    for configs in together.values():
+        run, loader = prepare(configs[0], num_samples=sweep.num_samples)
+        caches = {layer: teacher_cache_of(run, layer) for layer in sorted(set(map(check_model, configs)))}
+        for cache in caches.values():
+            held.enter_context(cache.in_use())  # one in memory would go with the first trial that ends
+            check_cache(replace(run, cache=cache), loader)
+        fill_ahead(run, replace(loader, cache=None), SeveralCaches(caches), cluster)
+
+
+def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None]) -> int | None:
+    """Runs `work` in a thread while this one shows the table and takes signals; the signal that asked for a stop."""
+    failure: list[BaseException] = []
+    asked: list[int] = []
+
+    def target() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again below, in the thread that can report it
+            failure.append(error)
+
+    def stop(signum: int, frame: Any) -> None:
+        asked.append(signum)
+        sweep.stop_file.touch()
+        if len(asked) == 1:
+            print("\nstopping, trials that run are saved (once more to end at once)", flush=True)
+            table.drawn = 0
+
+    with on_signals(stop):
+        thread = threading.Thread(target=target, daemon=True)
+        thread.start()
+        while thread.is_alive() and len(asked) < 2:
+            thread.join(0.5)
+            table.update()
+            for row in table.rows.values() if asked else ():
+                if row.began is not None and row.outcome is None and row.folder.exists():
+                    (row.folder / "STOP").touch()
+    if failure and not asked:
+        raise failure[0]
+    return asked[0] if asked else None
+
+
+@contextmanager
+def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+# ------------------------------------------------------------------------------------------------------------- on Ray
+def run_trials(config: Config, sweep: Sweep, trials: list[Trial], table: SweepTable, at_once: int) -> None:
+    """Has Ray Tune run trials, until none is left or a stop is asked for."""
+    from ray import tune as ray_tune
+
+    options = config.tune
+    metric, mode = METRICS[options.metric], "min" if options.metric == "kl" else "max"
+    # of a trial with workers Ray asks nothing for the process that watches them: they hold what there is
+    resources = {"memory": 1} if config.cluster.most_workers else {"CPU": sweep.cpus_per_trial}
+    algorithm, space = None, {"values": ray_tune.grid_search([trial.values for trial in trials])}
+    if options.search == "optuna":
+        algorithm, space = optuna_search(config, sweep, metric, mode), {}
+    count = config.tune.draws - len(known_trials(sweep, [])) if algorithm else 1
+    if count < 1:
+        return
+    scheduler = None
+    if options.scheduler == "asha":
+        scheduler = ray_tune.schedulers.ASHAScheduler(
+            time_attr="step", max_t=10**9, grace_period=config.evaluation.every_steps, reduction_factor=3
+        )
+    tuner = ray_tune.Tuner(
+        ray_tune.with_resources(ray_tune.with_parameters(run_trial, sweep=sweep), resources),
+        param_space=space,
+        tune_config=ray_tune.TuneConfig(
+            metric=metric,
+            mode=mode,
+            search_alg=algorithm,
+            scheduler=scheduler,
+            num_samples=count,
+            max_concurrent_trials=at_once,
+        ),
+        run_config=ray_tune.RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(sweep.folder / "ray"),
+            failure_config=ray_tune.FailureConfig(max_failures=config.cluster.max_failures),
+            verbose=0,
+            callbacks=[watcher(sweep, table)],
+        ),
+    )
+    tuner.fit()
+
+
+def values_of(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A trial's values in what Tune calls its config."""
+    values: dict[str, Any] = parameters.get("values", parameters)
+    return values
+
+
+def run_trial(parameters: dict[str, Any], *, sweep: Sweep) -> None:
+    """One trial, in a process of its own; writes down how it ended, unless it was asked to stop."""
+    from ray import tune as ray_tune
+
+    trial = trial_of(values_of(parameters))
+    folder = sweep.trials / trial.name
+    if sweep.stop_file.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", str(int(sweep.joined)))
+
+    def tell(metrics: dict[str, Any]) -> None:
+        if METRICS[sweep.metric] in metrics:
+            ray_tune.report({name: metrics[name] for name in ("step", *METRICS.values()) if name in metrics})
+
+    with open(folder / LOG, "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            status = train(sweep.config_of(trial), num_samples=sweep.num_samples, on_metrics=tell)
+        except ValueError as error:
+            print(error)
+            status = FAILED
+    if status > 128:
+        return
+    if status == DONE:
+        run = read_run(folder)
+        answers = at(run.evaluation, "student") or at(run.evaluation, "sft_model") or {}
+        end(folder, trial, TRIAL_DONE)
+        figures = {name: answers.get(key) for name, key in FINAL.items()}
+        ray_tune.report({"step": at(run.summary, "steps")} | {k: v for k, v in figures.items() if v is not None})
+    else:
+        lines = (folder / LOG).read_text().strip().splitlines()
+        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+        end(folder, trial, TRIAL_FAILED, reason.removeprefix("error: "))
+        ray_tune.report({"step": 0})  # without any result Tune says so in the middle of the table
+
+
+FINAL = {"eval_kl_mean": "kl_mean", "eval_accuracy": "accuracy"}
+"""What metrics.jsonl and evaluation.json call the same figures."""
+
+
+def watcher(sweep: Sweep, table: SweepTable) -> Any:
+    """What Tune tells of trials as they begin and end, in this process."""
+    from ray import tune as ray_tune
+
+    class Watcher(ray_tune.Callback):
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            table.begins(trial_of(values_of(trial.config)))
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            ours = trial_of(values_of(trial.config))
+            if outcome_of(sweep.trials / ours.name) is None and not sweep.stop_file.exists():
+                end(sweep.trials / ours.name, ours, STOPPED)
+                free_workers(sweep.trials / ours.name)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            ours = trial_of(values_of(trial.config))
+            lines = str(trial.error_msg or "its process ended").strip().splitlines()
+            if not sweep.stop_file.exists():
+                end(sweep.trials / ours.name, ours, TRIAL_FAILED, lines[-1])
+                free_workers(sweep.trials / ours.name)
+
+    return Watcher()
+
+
+def free_workers(folder: Path) -> None:
+    """What a trial's workers held, where the process that started them was ended."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    file = folder / "ray" / "placement_group"
+    if file.exists():
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(file.read_text())))
+        file.unlink()
+
+
+def optuna_search(config: Config, sweep: Sweep, metric: str, mode: str) -> Any:
+    """Optuna, told of the trials that are there already."""
+    from ray import tune as ray_tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    space = {}
+    for key, drawn in config.tune.space.items():
+        [(how, values)] = drawn.items()
+        space[key] = ray_tune.choice(values) if how in ("grid", "choice") else getattr(ray_tune, how)(*values)
+    points, rewards = [], []
+    for trial in known_trials(sweep, []):
+        answers = at(read_run(sweep.trials / trial.name).evaluation, "student") or {}
+        if answers.get(FINAL[metric]) is not None:
+            points.append(trial.values)
+            rewards.append(answers[FINAL[metric]])
+    known = {"points_to_evaluate": points, "evaluated_rewards": rewards} if points else {}
+    return OptunaSearch(space, metric=metric, mode=mode, seed=config.seed, **known)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

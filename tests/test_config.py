@@ -302,7 +302,8 @@ def test_a_file_that_can_not_be_read_is_one_line() -> None:
         ("checkpoint: {every_stesp: 1}", "checkpoint.every_stesp: unknown key, did you mean checkpoint.every_steps?"),
         ("checkpoint: {zzz: 1}", "checkpoint.zzz: unknown key; the keys here are every_steps, keep_last, keep_best, "),
         ("1: 2", "1: unknown key; the keys here are objective, seed, epochs, max_steps, micro_batch_size, "),
-        ("tune: {}", "tune: unknown key; the keys here are objective, seed, epochs, max_steps, micro_batch_size, "),
+        ("tuna: {}", "tuna: unknown key, did you mean tune?"),
+        ("sweeps: {}", "sweeps: unknown key; the keys here are objective, seed, epochs, max_steps, micro_batch_size, "),
         ("data.max_length: 5", "data.max_length: unknown key; in a file write `max_length:` indented below `data:`"),
         (
             r'"a\nb": 1',

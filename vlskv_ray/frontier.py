@@ -167,9 +167,7 @@ def draw(
 ) -> None:
     """Points by a cost ("prefill", "cache") and by what they keep ("accuracy") or how far off they are ("kl")."""
     values = [(getattr(point, cost), getattr(point, quality)) for point in points]
-    hull = sorted(value for value, point in zip(values, points, strict=True) if point.pareto)
-    if cost == "prefill":
-        axes.plot(*zip(*hull, strict=True), "-", color=colours(FAINT), linewidth=1.2, zorder=1)
+    axes.plot(*zip(*edge(values, upwards=quality == "accuracy"), strict=True), color=colours(FAINT), zorder=1)
     for (x, y), point in zip(values, points, strict=True):
         colour = colours(STUDENT if point.pareto else THIRD)
         axes.plot([x], [y], "o" if point.pareto else "x", color=colour, zorder=3)
@@ -193,6 +191,15 @@ def draw(
             axes.set_yscale("log")
             plain_ticks(axes.yaxis)
     axes.margins(0.15)
+
+
+def edge(values: Sequence[tuple[float, float]], upwards: bool) -> list[tuple[float, float]]:
+    """Of pairs of cost and quality those that nothing as cheap or cheaper beats, cheapest first."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(values, key=lambda value: (value[0], -value[1] if upwards else value[1])):
+        if not kept or (y > kept[-1][1] if upwards else y < kept[-1][1]):
+            kept.append((x, y))
+    return kept
 
 
 PANELS = [(cost, quality) for quality in ("accuracy", "kl") for cost in ("prefill", "cache")]

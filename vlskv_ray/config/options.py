@@ -1,5 +1,6 @@
 """Every option of a run: typed, strict and documented."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -343,10 +344,17 @@ DISTRIBUTIONS = ("grid", "choice", "uniform", "loguniform")
 """How values of an option are drawn, as Ray Tune names it; a bare list is a grid."""
 
 
+class Space(dict[str, dict[str, list[Any]]]):
+    """Options and what they are drawn from. Nobody changes it, and it hashes, as all of a config does."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
 class TuneConfig(_Section):
     """A sweep over options, for `python -m vlskv_ray.tune`. A run by itself does not look at it."""
 
-    space: dict[str, Any] = {}
+    space: Annotated[dict[str, Any], AfterValidator(Space)] = {}
     """What is tried, by option: a list or {grid: [...]}, of which every combination is a trial; {choice: [...]},
     {uniform: [least, most]} or {loguniform: [least, most]}, which are drawn for each trial."""
 

@@ -4,6 +4,7 @@ import argparse
 import errno
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,12 @@ DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Runs a command's work, which returns a status; an error that the user can do something about is one line."""
+    """Runs a command's work, which returns a status; an error that the user can do something about is one line.
+
+    Where the work itself takes no signals, SIGTERM ends it as Ctrl-C does: what it has begun is taken down.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return command()
     except ValueError as error:  # each of ours names the option, key or file, what was wanted and the remedy

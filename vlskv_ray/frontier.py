@@ -129,8 +129,9 @@ def said(
     points: Sequence[Point], best: Point | None, max_accuracy_drop: float, others: dict[str, dict[str, Any]]
 ) -> list[str]:
     """For a terminal: the points, the recommended one, and what became of the rest."""
-    lines = list(aligned([["trial", *COLUMNS], *([point.name, *cells(point, best)] for point in points)]))
+    lines: list[str] = []
     if points:
+        lines += aligned([["trial", *COLUMNS], *([point.name, *cells(point, best)] for point in points)])
         lines += ["", f"the teacher's accuracy is {percent(points[0].teacher_accuracy)}; * no other trial is better"]
     for name, outcome in others.items():
         lines.append(f"{name}: {outcome['status']}" + (f": {outcome['reason']}" if outcome.get("reason") else ""))

@@ -1,0 +1,175 @@
+"""Sweeps on real Ray Tune: all of their trials, whatever is killed, and one teacher pass for all of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vlskv_ray.tune import main
+
+N = "model.num_key_value_layers"
+
+
+def write_config(folder: Path, teacher: Path, space: dict[str, Any], **changes: Any) -> Path:
+    config = {
+        "epochs": 2,
+        "micro_batch_size": 4,
+        "model": {"name_or_path": str(teacher), "teacher_cache": "disk"},
+        "data": {"sources": [{"name": "shapes", "num_samples": 120}]},
+        "optimizer": {"lr": 1e-3},
+        "cluster": {"num_workers": 0, "address": "local"},
+        "checkpoint": {"every_steps": 10},
+        "evaluation": {"sources": [{"name": "shapes", "split": "test"}], "num_samples": 16, "max_new_tokens": 4},
+        "output": {"dir": str(folder / "runs"), "name": "sweep", "tensorboard": False},
+        "tune": {"space": space},
+    }
+    for key, value in changes.items():
+        config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
+    (folder / "sweep.yaml").write_text(yaml.dump(config, sort_keys=False))
+    return folder / "sweep.yaml"
+
+
+def start(config: Path, *arguments: str) -> "subprocess.Popen[str]":
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlskv_ray.tune", "--config", str(config), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", status: int = 0) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == status, out
+    return out
+
+
+def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 240
+    while not happened():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def points(sweep: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((sweep / "frontier.json").read_text())["points"]
+    return found
+
+
+@pytest.mark.ray
+def test_a_sweep_killed_and_stopped_ends_as_one_left_alone(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """The same trials, figures and best; what fails is told and harms no other; no trial runs a teacher."""
+    config = write_config(tmp_path, teacher_folder(), {N: [2, 4, 6], "data.max_length": [500, 6]})
+    out = finish(start(config, "output.name=alone"))
+    alone = tmp_path / "runs" / "alone"
+    assert "4 trials" in out and "left out      N6_max_length-500: model.num_key_value_layers: 6, but the text" in out
+    assert "120 made, 0 were there, 0 left out" in out and "\x1b" not in out
+    of_alone = json.loads((alone / "frontier.json").read_text())
+    assert [point["name"] for point in of_alone["points"]] == ["N2_max_length-500", "N4_max_length-500"]
+    assert of_alone["recommended"] in ("N2_max_length-500", "N4_max_length-500", None)
+    assert {name: outcome["status"] for name, outcome in of_alone["others"].items()} == {
+        "N2_max_length-6": "failed",
+        "N4_max_length-6": "failed",
+    }
+    assert "too_long" in of_alone["others"]["N2_max_length-6"]["reason"]
+    for name in ("N2_max_length-500", "N4_max_length-500"):
+        metrics = lines(alone / "trials" / name / "metrics.jsonl")
+        assert len(metrics) == 60 and all(line["cached_samples"] == line["samples"] == 4 for line in metrics)
+
+    often, trials = tmp_path / "runs" / "often", tmp_path / "runs" / "often" / "trials"
+    process = start(config, "output.name=often")
+    wait_until(lambda: any(len(lines(path)) >= 15 for path in trials.glob("*/metrics.jsonl")), process)
+    process.kill()
+    process.communicate()
+    time.sleep(5)  # until the last of its processes has ended
+    before = {path.parent.name: path.stat().st_mtime_ns for path in trials.glob("*/trial.json")}
+    process = start(config, "output.name=often", "--resume", "must")
+    began = time.time()
+    wait_until(lambda: any(path.stat().st_mtime > began for path in trials.glob("*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, 128 + signal.SIGTERM)
+    assert "of 4 trials are done; the same command goes on with the others" in out
+    assert " 0 made, 120 were there" in out.replace("\n", " ")
+    finish(start(config, "output.name=often"))
+    assert points(often) == points(alone)
+    assert json.loads((often / "frontier.json").read_text())["recommended"] == of_alone["recommended"]
+    resumed = "".join((trials / point["name"] / "log.txt").read_text() for point in points(often))
+    assert "error" not in resumed.lower()
+    after = {path.parent.name: path.stat().st_mtime_ns for path in trials.glob("*/trial.json")}
+    assert all(after[name] == when for name, when in before.items() if "500" in name)  # what was done is not redone
+
+
+@pytest.mark.faults
+def test_trials_with_workers_that_are_stopped_early_leave_their_cpus(
+    teacher_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One that falls behind is stopped, workers and all, and the next one finds room for its own."""
+    config = write_config(
+        tmp_path,
+        teacher_folder(),
+        {"optimizer.lr": [1e-3, 30.0, 20.0, 2e-3]},
+        cluster={"num_workers": 2, "address": "local"},
+        evaluation={"every_steps": 5},
+        epochs=4,
+        tune={"space": {"optimizer.lr": [1e-3, 30.0, 20.0, 2e-3]}, "scheduler": "asha"},
+        optimizer={"lr": 1e-3, "max_grad_norm": None},
+    )
+    finish(start(config))
+    found = json.loads((tmp_path / "runs" / "sweep" / "frontier.json").read_text())
+    assert "stopped early" in {outcome["status"] for outcome in found["others"].values()}
+    assert {"lr-0.001"} <= {point["name"] for point in found["points"]}
+    assert len(found["points"]) + len(found["others"]) == 4
+    assert "failed" not in {outcome["status"] for outcome in found["others"].values()}
+
+
+def test_what_cannot_be_swept_is_told_before_anything_begins(
+    teacher_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, teacher_folder(), {N: [2, 4]})
+    for arguments, said in (
+        (["tune.space={}"], "tune.space: nothing to try"),
+        (["evaluation.sources=[]"], "evaluation.sources: missing; trials are compared"),
+        (["tune.scheduler=asha"], "evaluation.every_steps: missing"),
+        (["tune.space={model.num_key_value_layers: [6, 7]}"], "none of its 2 trials can be"),
+        (["tune.space={optimizer.rate: [1]}"], "optimizer.rate: unknown key; the keys here are"),
+        (["--resume", "must"], "there is no sweep to go on with"),
+        (["cluster.num_workers=2", "cluster.cpus_per_worker=64"], "so no data would ever come"),
+    ):
+        assert main(["--config", str(config), *arguments]) == 2, arguments
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "sweep" / "ray").exists()
+
+
+def test_a_dry_run_lists_the_trials(
+    teacher_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, teacher_folder(), {N: [2, 3], "model.key_value_group_size": [1, 2]})
+    assert main(["--config", str(config), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\nN2_g1\nN2_g2\nN3_g1\n")
+    assert "left out      N3_g2: model: key_value_group_size=2 does not divide the 3 layers" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_leaves_a_run_alone(
+    teacher_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, teacher_folder(), {N: [2, 4]})
+    (tmp_path / "runs" / "sweep").mkdir(parents=True)
+    (tmp_path / "runs" / "sweep" / "metrics.jsonl").write_text("")
+    assert main(["--config", str(config)]) == 2
+    assert "holds a run, which a sweep does not touch" in capsys.readouterr().err

@@ -3,14 +3,16 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlskv_ray.cluster import Cluster, ProgressLine, Reserved, describe, duration, reserve
+from vlskv_ray.cluster import Cluster, ProgressLine, Reserved, describe, duration, has_token, reserve
 from vlskv_ray.config import ClusterConfig, Config, DataConfig, SourceConfig
 
 DATA = DataConfig(sources=(SourceConfig(name="shapes"),))
@@ -108,12 +110,16 @@ def test_more_threads_than_cpus_are_warned_of() -> None:
 
 @pytest.mark.ray
 def test_the_cluster_of_another_run_is_not_joined() -> None:
-    """Runs side by side on one machine each have their own: one that joined the other's would end with it."""
+    """Runs side by side on one machine each have their own: one that joined the other's would end with it. Nor is one
+    waited for that `ray start` has left the address of and that has ended."""
     other = (
         "import ray; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); input()"
     )
     mine = "from vlskv_ray.cluster import ray_cluster\nwith ray_cluster(None) as cluster: print(cluster.joined)"
-    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path, for Ray makes sockets below it
+    (temporary / "ray").mkdir()
+    (temporary / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": str(temporary)}
     with subprocess.Popen(
         [sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
     ) as process:
@@ -121,4 +127,55 @@ def test_the_cluster_of_another_run_is_not_joined() -> None:
         assert any(line == "up\n" for line in process.stdout)
         found = subprocess.run([sys.executable, "-c", mine], capture_output=True, text=True, env=env, timeout=120)
         process.stdin.close()
+    shutil.rmtree(temporary, ignore_errors=True)
     assert found.stdout.split() == ["False"], found.stderr
+
+
+def test_a_token_is_looked_for_where_ray_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not has_token()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert has_token()
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert not has_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / ".ray" / "auth_token"))
+    assert has_token()
+
+
+@pytest.mark.ray
+def test_who_has_no_token_joins_clusters_that_want_none(tmp_path: Path) -> None:
+    """And gets one for a cluster of their own, without a word; a cluster that cannot be joined is one line."""
+    open_one = (
+        "import ray; print(ray.init(address='local', num_cpus=1, include_dashboard=False).address_info['gcs_address'], "
+        "flush=True); input()"
+    )
+    mine = (
+        "import os, sys\nfrom vlskv_ray.cluster import ray_cluster\n"
+        "with ray_cluster(sys.argv[1]) as cluster: print(cluster.joined, os.environ.get('RAY_AUTH_MODE'))"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": str(tmp_path)}
+
+    def joined(address: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", mine, address]
+        return subprocess.run(command, capture_output=True, text=True, env=env | settings, timeout=120)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", open_one],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env | {"RAY_AUTH_MODE": "disabled"},
+    ) as process:
+        assert process.stdin and process.stdout
+        address = next(line for line in process.stdout if ":" in line).strip()
+        found = joined(address)
+        refused = joined(address, RAY_AUTH_MODE="token")
+        process.stdin.close()
+    assert found.stdout.split() == ["True", "None"], found.stderr
+    assert "name the file of its token with RAY_AUTH_TOKEN_PATH" in refused.stderr.splitlines()[-1]
+    own = joined("local")
+    assert own.stdout.split() == ["False", "token"] and own.stderr == ""
+    assert (tmp_path / ".ray" / "auth_token").exists()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 from collections import deque
@@ -17,7 +18,6 @@ from typing import Any, TextIO
 from vlskv_ray.config import ClusterConfig, Config, DataConfig
 
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",  # no cluster of ours takes orders from strangers
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "killed by `ray.kill`",  # so data workers end where a run stops early
@@ -62,12 +62,15 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         quiet: show nothing of what Ray and the workers print.
 
     Raises:
-        ValueError: a cluster that was asked for cannot be reached.
+        ValueError: a cluster that was asked for cannot be reached, or does not let this user in.
     """
     if "ray" not in sys.modules:  # what it has read already must not change under it
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if has_token():  # who has none makes one for a cluster that is started, and may still join one that is open
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield _cluster(joined=True, alone=False)
@@ -80,15 +83,16 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     }
     asked_for = address or os.environ.get("RAY_ADDRESS")
     # "auto" would join any Ray of this machine, that of another run too, and end with it
-    wanted = asked_for or ray._private.utils.read_ray_address() or "local"
+    wanted = asked_for or _left_by_ray_start(ray._private.utils.read_ray_address()) or "local"
     try:
         if wanted != "local":
             ray.init(address=wanted, **options)
-    except ConnectionError as error:
+    except (ConnectionError, AuthenticationError) as error:
         if asked_for:
+            reason = str(error).partition(". ")[0]
             raise ValueError(
-                f"cluster.address: no Ray cluster answers at {wanted!r} ({error}); "
-                f"start one with `ray start --head`, or use cluster.address=local"
+                f"cluster.address: no Ray cluster answers at {wanted!r} ({reason}); start one with `ray start --head`, "
+                f"name the file of its token with RAY_AUTH_TOKEN_PATH if it wants one, or use cluster.address=local"
             ) from error
     joined = ray.is_initialized()
     if not joined:
@@ -97,6 +101,22 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         yield _cluster(joined)
     finally:
         ray.shutdown()
+
+
+def has_token() -> bool:
+    """Whether this user has a token for Ray clusters, in one of the places where Ray looks for it."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+
+
+def _left_by_ray_start(address: str | None) -> str | None:
+    """The address that `ray start` wrote, unless its cluster is gone: Ray would wait minutes for one that is."""
+    host, _, port = (address or "").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return None
+    return address
 
 
 def _cluster(joined: bool, alone: bool = True) -> Cluster:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Read by Ray when it is imported and when it starts, so set before; what the user has set stays."""
+TOKEN = "~/.ray/auth_token"
+"""Where Ray keeps a user's token."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,11 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     Raises:
         ValueError: a cluster that was asked for cannot be reached, or does not let this user in.
     """
+    had_token = has_token()
     if "ray" not in sys.modules:  # what it has read already must not change under it
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if has_token():  # who has none makes one for a cluster that is started, and may still join one that is open
+        if had_token:  # who has none makes one for a cluster that is started, and may still join one that is open
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray.exceptions import AuthenticationError
@@ -97,6 +100,9 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     joined = ray.is_initialized()
     if not joined:
         ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
+        if not had_token:  # Ray has made one just now, for everybody to read
+            with suppress(OSError):
+                os.chmod(os.path.expanduser(TOKEN), 0o600)
     try:
         yield _cluster(joined)
     finally:
@@ -106,7 +112,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
 def has_token() -> bool:
     """Whether this user has a token for Ray clusters, in one of the places where Ray looks for it."""
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return bool(named) or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+    return bool(named) or os.path.exists(os.path.expanduser(TOKEN))
 
 
 def _left_by_ray_start(address: str | None) -> str | None:

@@ -301,7 +301,15 @@ def versions() -> str:
 
 
 def run_folder(config: Config) -> Path:
-    return Path(config.output.dir) / str(config.output.name)
+    """Where a run is written. ValueError where it would be lost."""
+    folder = Path(config.output.dir) / str(config.output.name)
+    if "/runtime_resources/working_dir_files/" in str(folder):
+        raise ValueError(
+            f"output.dir: {shown(Path(config.output.dir))} is in the copy of the working directory that Ray made for "
+            f"this job and deletes some time; wanted an absolute path on storage that all machines share, "
+            f"such as output.dir=/shared/runs"
+        )
+    return folder
 
 
 def start_block(run: Run, plan: Plan, text: Any) -> str:

@@ -7,14 +7,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from vlskv_ray.config import load_config
+from vlskv_ray.counting import flop_counter
+from vlskv_ray.data.pipeline import local_batches
+from vlskv_ray.distill import cached_pass, frozen_states, shared_pass
+from vlskv_ray.model.build import build_student, find_model
+from vlskv_ray.prepare import prepare
+from vlskv_ray.sweep import trials_of
 from vlskv_ray.tune import main
 
+ROOT = Path(__file__).parent.parent
 N = "model.num_key_value_layers"
 
 
@@ -136,6 +146,22 @@ def test_trials_with_workers_that_are_stopped_early_leave_their_cpus(
     assert "failed" not in {outcome["status"] for outcome in found["others"].values()}
 
 
+@pytest.mark.faults
+def test_optuna_goes_on_with_what_is_there(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Four trials in two goes of two: the second one is told of the first one's, and names are of their values."""
+    space = {N: [2, 4], "optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
+    tune = {"space": space, "search": "optuna", "draws": 2}
+    out = finish(start(write_config(tmp_path, teacher_folder(), space, tune=tune, epochs=1)))
+    assert "up to 2 trials over model.num_key_value_layers, optimizer.lr" in out
+    first = {point["name"]: point for point in points(tmp_path / "runs" / "sweep")}
+    assert len(first) == 2
+    finish(start(write_config(tmp_path, teacher_folder(), space, tune=tune | {"draws": 4}, epochs=1)))
+    found = {point["name"]: point for point in points(tmp_path / "runs" / "sweep")}
+    assert len(found) == 4 and all(found[name] == point for name, point in first.items())
+    for point in found.values():
+        assert point["values"][N] in (2, 4) and 1e-4 <= point["values"]["optimizer.lr"] <= 1e-2
+
+
 def test_what_cannot_be_swept_is_told_before_anything_begins(
     teacher_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,3 +199,31 @@ def test_a_sweep_leaves_a_run_alone(
     (tmp_path / "runs" / "sweep" / "metrics.jsonl").write_text("")
     assert main(["--config", str(config)]) == 2
     assert "holds a run, which a sweep does not touch" in capsys.readouterr().err
+
+
+def test_one_pass_of_the_teacher_serves_all_trials() -> None:
+    """For the sweep of configs/ less than a third of the teacher's operations that its trials would take, counted."""
+    small = ["micro_batch_size=4", "output.level=error"]
+    config = load_config(ROOT / "configs" / "sweep-shapes.yaml", small)
+    batch, without = None, 0
+    trials = trials_of(config)
+    for trial in trials:
+        changed = load_config(ROOT / "configs" / "sweep-shapes.yaml", [*trial.overrides, *small])
+        model = changed.model
+        student = build_student(find_model(model.name_or_path), model.num_key_value_layers, model.key_value_group_size)
+        if batch is None:
+            _, loader = prepare(changed)
+            batch = next(local_batches(replace(loader, cache=None), 0, 1))
+        with flop_counter() as whole, torch.no_grad():
+            states = shared_pass(student, batch)
+        cached = replace(batch, trunk=states.trunk, teacher=states.teacher, teacher_input=states.teacher_input)
+        with flop_counter() as alone, torch.no_grad():
+            cached_pass(student, cached)
+        without += config.epochs * (whole.get_total_flops() - alone.get_total_flops())
+    layers = sorted({trial.values[N] for trial in trials})
+    student = build_student(find_model(config.model.name_or_path), layers[-1])
+    assert batch is not None
+    with flop_counter() as once:
+        frozen_states(student, batch, layers)
+    assert len(trials) == 6 and without > 3 * once.get_total_flops()
+    assert without > 5 * once.get_total_flops()  # six trials, one pass, and a little for the student that comes with it

@@ -1,6 +1,7 @@
 """The command `python -m vlskv_ray.cache`: fills the teacher cache of a run ahead of it, on all CPUs."""
 
 import argparse
+import functools
 import sys
 import time
 from collections import Counter
@@ -73,13 +74,16 @@ class SeveralCaches:
             cache.put_batch(batch, states[layer].trunk, states[layer].teacher, states[layer].teacher_input)
 
 
-def fill_ahead(run: Run, loader: Loader, caches: SeveralCaches, cluster: Cluster, workers: int | None = None) -> None:
-    """Makes what is missing of the samples of a run, on all CPUs, and says so. OSError where the disk is full."""
+def fill_ahead(
+    run: Run, loader: Loader, caches: SeveralCaches, cluster: Cluster, workers: int | None = None, quiet: bool = False
+) -> None:
+    """Makes what is missing of the samples of a run, on all CPUs, and tells of it. OSError where the disk is full."""
+    tell = functools.partial(print, flush=True) if not quiet else lambda text: None
     wanted = samples_of(run, loader)
     made = done = 0
     left_out: Counter[str] = Counter()
     workers = min(workers or max(1, int(cluster.cpus)), -(-len(wanted) // run.config.micro_batch_size))
-    print(f"filling       {len(wanted)} samples, {workers} process{'es' * (workers > 1)}", flush=True)
+    tell(f"filling       {len(wanted)} samples, {workers} process{'es' * (workers > 1)}")
     began = told = time.monotonic()
     for result in results(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers):
         done, made = done + result["samples"], made + result["made"]
@@ -88,15 +92,14 @@ def fill_ahead(run: Run, loader: Loader, caches: SeveralCaches, cluster: Cluster
             raise OSError(f"{caches.first.folder}: the disk is full; {made} samples were made")
         now = time.monotonic()
         if now - told >= 10 and done > len(wanted) / 50:
-            print(f"{done} of {len(wanted)}  {duration((now - began) * (len(wanted) - done) / done)} left", flush=True)
+            tell(f"{done} of {len(wanted)}  {duration((now - began) * (len(wanted) - done) / done)} left")
             told = now
     reasons = f": {', '.join(f'{count} x {reason}' for reason, count in left_out.most_common())}" if left_out else ""
     count = sum(left_out.values())
     folders = ", ".join(str(shown(cache.folder)) for cache in caches.by_layer.values())
-    print(
+    tell(
         f"{made} made, {len(wanted) - made - count} were there, {count} left out{reasons}; "
-        f"in {folders}, for runs with model.teacher_cache=disk",
-        flush=True,
+        f"in {folders}, for runs with model.teacher_cache=disk"
     )
 
 

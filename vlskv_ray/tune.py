@@ -67,14 +67,14 @@ class Sweep:
         return self.folder / "STOP"
 
     def config_of(self, trial: Trial) -> Config:
-        """What a trial runs."""
+        """What a trial runs, but for its share of the cluster."""
         ours = [f"output.dir={self.trials}", f"output.name={trial.name}", "output.level=warning"]
         config = load_config(self.folder / "config.yaml", [*trial.overrides, *ours])
         model = config.model
         if model.teacher_cache == "disk" and model.teacher_cache_dir is None:
             shared = self.folder.parent / ".teacher-cache"
             config = config.model_copy(update={"model": model.model_copy(update={"teacher_cache_dir": str(shared)})})
-        return with_share(config, self.cpus_per_trial, is_new=not newest_step(self.trials / trial.name / "checkpoints"))
+        return config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tune(options: argparse.Namespace, overrides: list[str]) -> int:
     """Does what the options say. ValueError for what the user can mend."""
     config, notices = load_config_and_notices(options.config, overrides)
-    say(config, "\n".join(notices)) if notices else None
+    if notices:
+        say(config, "\n".join(notices))
     check(config)
     trials, impossible = possible_trials(config, options.config, overrides)
     folder = run_folder(config)
@@ -187,7 +188,7 @@ def run_sweep(config: Config, sweep: Sweep, trials: list[Trial], command: Callab
             say(config, f"cluster       {cluster.cpus:g} CPUs, {at_once} trial{'s' * (at_once > 1)} at a time")
             for trial in to_do:
                 refuse_other_options(sweep, trial)
-            fill_caches(sweep, to_do, cluster, held)
+            fill_caches(sweep, to_do, cluster, held, told)
             asked = attend(sweep, table, lambda: run_trials(config, sweep, to_do, table, at_once))
     table.update()
     trials = known_trials(sweep, trials)
@@ -283,7 +284,7 @@ def with_share(config: Config, cpus: float, is_new: bool) -> Config:
     return config.model_copy(update={"cluster": cluster, "data": data})
 
 
-def fill_caches(sweep: Sweep, trials: Sequence[Trial], cluster: Cluster, held: ExitStack) -> None:
+def fill_caches(sweep: Sweep, trials: Sequence[Trial], cluster: Cluster, held: ExitStack, told: bool) -> None:
     """Fills the teacher caches of all trials ahead, those of one teacher by one pass over the samples."""
     together: dict[str, list[Config]] = {}
     for trial in trials:
@@ -298,7 +299,7 @@ def fill_caches(sweep: Sweep, trials: Sequence[Trial], cluster: Cluster, held: E
         for cache in caches.values():
             held.enter_context(cache.in_use())  # one in memory would go with the first trial that ends
             check_cache(replace(run, cache=cache), loader)
-        fill_ahead(run, replace(loader, cache=None), SeveralCaches(caches), cluster)
+        fill_ahead(run, replace(loader, cache=None), SeveralCaches(caches), cluster, quiet=not told)
 
 
 def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None]) -> int | None:
@@ -408,7 +409,9 @@ def run_trial(parameters: dict[str, Any], *, sweep: Sweep) -> None:
 
     with open(folder / LOG, "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            status = train(sweep.config_of(trial), num_samples=sweep.num_samples, on_metrics=tell)
+            is_new = not newest_step(folder / "checkpoints")
+            config = with_share(sweep.config_of(trial), sweep.cpus_per_trial, is_new)
+            status = train(config, num_samples=sweep.num_samples, on_metrics=tell)
         except ValueError as error:
             print(error)
             status = FAILED
@@ -482,7 +485,8 @@ def optuna_search(config: Config, sweep: Sweep, metric: str, mode: str) -> Any:
             points.append(trial.values)
             rewards.append(answers[FINAL[metric]])
     known = {"points_to_evaluate": points, "evaluated_rewards": rewards} if points else {}
-    return OptunaSearch(space, metric=metric, mode=mode, seed=config.seed, **known)
+    seed = config.seed + len(points)  # the same seed would draw once more what was drawn first
+    return OptunaSearch(space, metric=metric, mode=mode, seed=seed, **known)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ teacher: .venv/installed
 figures: .venv/installed
 	$(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml
 	$(BIN)/python -m vlskv_ray.compare runs/quickstart --result --into README.md --block quickstart
-	for depth in 2-1 2-2 4-2 6-1 6-2; do $(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml \
-		model.num_key_value_layers=$${depth%-*} model.key_value_group_size=$${depth#*-} output.name=depth-$$depth || exit; done
-	$(BIN)/python -m vlskv_ray.compare runs/depth-2-? runs/quickstart runs/depth-4-? runs/depth-6-? --into docs/depths.md
+	$(BIN)/python -m vlskv_ray.tune --config configs/sweep-shapes.yaml
+	$(BIN)/python -m vlskv_ray.tune --config configs/sweep-shapes.yaml \
+		'tune.space={model.num_key_value_layers: [1, 2, 3, 4, 5, 6, 7], model.key_value_group_size: [1, 2]}'
+	$(BIN)/python -m vlskv_ray.compare runs/sweep-shapes/trials/* --into docs/sweeps.md
+	$(BIN)/python -m vlskv_ray.probe --config configs/sweep-shapes.yaml --against runs/sweep-shapes --into docs/sweeps.md
 	[ ! -f runs/shapes-teacher/summary.json ] || { \
 		$(BIN)/python -m vlskv_ray.compare runs/shapes-teacher --result --into README.md --block teacher; \
 		for run in lessons questions practice teacher; do $(BIN)/python -m vlskv_ray.compare runs/shapes-$$run --result \

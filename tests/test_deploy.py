@@ -112,7 +112,7 @@ def test_runtime_env_holds_variables_and_nothing_to_install() -> None:
     runtime_env = yaml.safe_load((DEPLOY / "runtime_env.yaml").read_text())
     assert runtime_env.keys() == {"env_vars"}
     assert all(isinstance(value, str) for value in runtime_env["env_vars"].values())
-    assert "GLOO_SOCKET_IFNAME" not in runtime_env["env_vars"]  # cluster.network_interface sets it, and would collide
+    assert "GLOO_SOCKET_IFNAME" not in runtime_env["env_vars"]  # one name for all machines, none is needed
     assert yaml.safe_load(JOB["spec"]["runtimeEnvYAML"]) == runtime_env
 
 

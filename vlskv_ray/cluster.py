@@ -64,7 +64,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         quiet: show nothing of what Ray and the workers print.
 
     Raises:
-        ValueError: a cluster that was asked for cannot be reached, or does not let this user in.
+        ValueError: a cluster that was asked for cannot be reached, has other versions, or does not let this user in.
     """
     had_token = has_token()
     if "ray" not in sys.modules:  # what it has read already must not change under it
@@ -97,6 +97,13 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
                 f"cluster.address: no Ray cluster answers at {wanted!r} ({reason}); start one with `ray start --head`, "
                 f"name the file of its token with RAY_AUTH_TOKEN_PATH if it wants one, or use cluster.address=local"
             ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"cluster.address: the cluster at {wanted!r} has another Ray or Python: {' '.join(str(error).split())}; "
+            f"install the same on all machines, or use cluster.address=local"
+        ) from error
     joined = ray.is_initialized()
     if not joined:
         ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)

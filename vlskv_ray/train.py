@@ -27,6 +27,8 @@ from vlskv_ray.data.plan import ROWS_IN_MEMORY
 from vlskv_ray.dry_run import dry_run
 from vlskv_ray.lease import owned
 from vlskv_ray.model_card import write_model_card
+from vlskv_ray.node import gloo, travels
+from vlskv_ray.preflight import check_nodes
 from vlskv_ray.prepare import REMEDY, check_cache, prepare, run_folder, say
 from vlskv_ray.report import closing, write_summary
 from vlskv_ray.report_page import write_report
@@ -240,6 +242,7 @@ def run_on_ray(run: Run, loader: Loader, on_metrics: Told = None) -> tuple[dict[
         reserved = reserve(config.cluster, config.data, cluster.cpus, cluster.largest_node)
         run = with_threads(run, reserved.threads_per_worker)
         say(config, f"cluster       {describe(config, reserved, cluster)}")
+        check_nodes(run, loader.sources, reserved, cluster)
         say(config, "starting      the workers, which takes Ray a while: up to a minute on two cores")
         try:
             for failures in range(config.cluster.max_failures + 1):
@@ -293,7 +296,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
     """Runs the workers; Ray starts all of them again when one dies, and they go on from the newest checkpoint."""
     from ray.data import ExecutionOptions
     from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     config = run.config
 
@@ -306,11 +309,11 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             num_tasks=reserved.num_tasks,
         )
 
-    interface = config.cluster.network_interface
+    travels()
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"run": run},
-        torch_config=TorchConfig(backend="gloo", timeout_s=FOR_EVER),
+        torch_config=gloo(config.cluster.network_interface, FOR_EVER),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.num_workers,
             resources_per_worker={"CPU": reserved.cpus_per_worker},
@@ -324,7 +327,6 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             storage_path=str(run.folder / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             logging_config=LoggingConfig(log_level="INFO" if config.output.level == "debug" else "ERROR"),
-            worker_runtime_env={"env_vars": {"GLOO_SOCKET_IFNAME": interface}} if interface else None,
         ),
     )
     outcome: dict[str, Any] = trainer.fit().return_value

@@ -34,6 +34,11 @@ class ArrowSource:
     def num_rows(self) -> int:
         return len(self.dataset)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The memory-mapped tables: what is left to be read once it is opened."""
+        return tuple(Path(file["filename"]) for file in self.dataset.cache_files)
+
     def __getstate__(self) -> dict[str, Any]:
         nothing = {"num_images": np.empty(0, np.int32), "text_bytes": np.empty(0, np.int64)}  # workers only read rows
         return self.__dict__ | nothing

@@ -12,6 +12,7 @@ import io
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,6 +88,8 @@ class Turn:
 class ShapesSource:
     """Row i of a split is a pure function of the split and i. Of 16 rows two have two pictures and three none; those
     of `lessons` and `drills` have one each."""
+
+    files: tuple[Path, ...] = ()
 
     def __init__(self, split: str = "train", num_samples: int = 1024, weight: float = 1.0) -> None:
         """ValueError for a split that does not exist."""

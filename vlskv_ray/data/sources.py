@@ -43,7 +43,8 @@ class SourceSpec(Protocol):
 class Source(Protocol):
     """A table of rows, counted from 0. Pickles without open handles, so that it can travel to workers.
 
-    `name` is unique among the sources of a run and begins every uid; `weight` is as in the spec. `num_images`,
+    `name` is unique among the sources of a run and begins every uid; `weight` is as in the spec. Reading a row opens
+    some of `files`, so they must be there wherever rows are read. `num_images`,
     int32[num_rows], and `text_bytes`, int64[num_rows], estimate what a row holds; 0 for a row that cannot be used.
     Workers have no use for them, so they may be missing from what travels.
     """
@@ -52,6 +53,8 @@ class Source(Protocol):
     def name(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
     @property
     def num_rows(self) -> int: ...
     @property

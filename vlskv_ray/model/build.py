@@ -119,6 +119,41 @@ def fingerprint_of(files: ModelFiles) -> str:
     return digest.hexdigest()
 
 
+def file_sizes(files: ModelFiles) -> dict[str, int]:
+    """Bytes of each file that a model is loaded from, by name; none of a preset."""
+    folder = files.folder
+    found = [path for pattern in DOWNLOADED for path in folder.glob(pattern)] if folder else []
+    return {path.name: path.stat().st_size for path in found}
+
+
+def parameter_counts(
+    files: ModelFiles,
+    num_key_value_layers: int | None = None,
+    key_value_group_size: int | None = None,
+    *,
+    num_hidden_layers: int | None = None,
+    whole: bool = False,
+) -> tuple[int, int]:
+    """How many weights stay frozen and how many train, without loading any.
+
+    Args:
+        files: of the model.
+        num_key_value_layers, key_value_group_size: as `build_student` takes them.
+        num_hidden_layers: as `build_whole` takes them.
+        whole: all weights of a plain model train, none are frozen.
+    """
+    config = load_config(files)
+    if whole:
+        config = with_layers(config, num_hidden_layers or config.text_config.num_hidden_layers)
+    else:
+        config = swiftkv_config(config, num_key_value_layers, key_value_group_size)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    trained = sum(count for name, count in counts.items() if whole or "_swiftkv" in name)
+    return sum(counts.values()) - trained, trained
+
+
 def load_config(files: ModelFiles) -> PreTrainedConfig:
     """The checkpoint's own config. ValueError if it is not a vision-language model that this package converts."""
     if files.preset:

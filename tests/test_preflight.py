@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_faults_ray import command, wait_for
 from test_train import worker_processes, write_config, write_files
 
 from benchmarks.recovery import last_step
-from vlskv_ray import node
+from vlskv_ray import node, preflight
+from vlskv_ray.cluster import ray_cluster
 from vlskv_ray.findings import Need, findings_of, of_all_reduce, of_hub_model, problems_of, shares
 from vlskv_ray.model.build import build_student, build_whole, find_model, parameter_counts, trainable_parameters
 
@@ -133,13 +136,15 @@ def test_workers_are_spread(cpus: list[float], workers: int, per_worker: float, 
     assert shares(cpus, Need(workers=workers, cpus_per_worker=per_worker)) == given
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_weights_are_counted_without_loading_them(teacher_folder: Callable[..., Path], whole: bool) -> None:
+@pytest.mark.parametrize(("whole", "layers"), [(False, None), (True, None), (True, 7)])
+def test_weights_are_counted_without_loading_them(
+    teacher_folder: Callable[..., Path], whole: bool, layers: int | None
+) -> None:
     files = find_model(str(teacher_folder()))
-    model = build_whole(files, 7) if whole else build_student(files, 2, 2)
+    model = build_whole(files, layers) if whole else build_student(files, 2, 2)
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    assert parameter_counts(files, 2, 2, num_hidden_layers=7, whole=whole) == (frozen, trained)
+    assert parameter_counts(files, 2, 2, num_hidden_layers=layers, whole=whole) == (frozen, trained)
 
 
 # --------------------------------------------------------------------------------------------------- what a node says
@@ -175,7 +180,37 @@ def test_the_code_of_this_package_is_a_version(tmp_path: Path) -> None:
     assert len(found) == 2 and all(version.startswith("9.9 (code ") for version in found)
 
 
+def test_a_node_that_reaches_no_other_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no process group behind."""
+    monkeypatch.setattr(node, "REDUCE_SECONDS", 1)
+    monkeypatch.setenv(node.INTERFACE, "lo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert node.all_reduce(0, 1, "127.0.0.1", port, None) == {"error": ""}
+    assert node.all_reduce(0, 2, "127.0.0.1", port, None)["error"]
+    assert not torch.distributed.is_initialized()
+
+
 # -------------------------------------------------------------------------------------------------------- real nodes
+@pytest.mark.ray
+def test_memory_that_comes_free_in_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a run that was killed just before; memory that does not is a problem."""
+    known, asked = node.account({}, "", {}), []
+    frees = iter((0, 0, 2 * GIB, 0, 0, 0))
+
+    def account(*_: Any) -> dict[str, Any]:
+        asked.append(1)
+        return known | {"memory": next(frees)}
+
+    monkeypatch.setattr(preflight, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(node, "account", account)
+    need = Need(workers=1, weight_bytes=GIB, worker_bytes=GIB)
+    with ray_cluster("local") as cluster:
+        (_, good), (_, bad) = preflight.examine(need, cluster), preflight.examine(need, cluster)
+    assert not problems_of(good) and len(problems_of(bad)) == 1 and len(asked) == 6
+
+
 @contextmanager
 def head_node() -> Iterator[tuple[Any, dict[str, str]]]:
     """A cluster of one node so far, with a folder of its own, and the environment that makes commands join it."""

@@ -5,7 +5,7 @@ asked. Nodes that join later, as elastic runs let them, are not asked either.
 """
 
 import secrets
-import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +22,8 @@ from vlskv_ray.run import Run
 
 ANSWER_SECONDS = 120
 """For a node to start a process and answer."""
+SETTLE_SECONDS = 5.0
+"""After which memory that is too little is looked at again: a run that was killed just now may still hold it."""
 
 
 def need_of(run: Run, sources: Sequence[Source], reserved: Reserved) -> Need:
@@ -73,15 +75,21 @@ def check_nodes(run: Run, sources: Sequence[Source], reserved: Reserved, cluster
     found = examine(need_of(run, sources, reserved), cluster)[1]
     for finding in found:
         if finding.mark == "warning":
-            print(f"warning: {finding.text}", file=sys.stderr)
+            say(run.config, f"warning: {finding.text}")
     if problems_of(found):
         raise ValueError("\n".join(problems_of(found)))
     if cluster.joined:
         say(run.config, f"nodes         {'; '.join(finding.text for finding in found if finding.mark == 'ok')}")
 
 
-def examine(need: Need, cluster: Cluster) -> tuple[list[Report], list[Finding]]:
-    """What each node that has CPUs says, and what is to be said of it, in the Ray that this process is connected to."""
+def examine(need: Need, cluster: Cluster, patience: int = 2) -> tuple[list[Report], list[Finding]]:
+    """What each node that has CPUs says, and what is to be said of it, in the Ray that this process is connected to.
+
+    Args:
+        need: of the run.
+        cluster: which that Ray is.
+        patience: how many times it is all asked again where memory is too little.
+    """
     import ray
 
     nodes = [
@@ -101,6 +109,9 @@ def examine(need: Need, cluster: Cluster) -> tuple[list[Report], list[Finding]]:
         else:
             reports = [nodes[0] | node.account(*what)]  # this machine, which is known without a task
     found = findings_of(reports, need, here=node.versions())
+    if patience and any(finding.mark == "problem" and finding.what == "memory" for finding in found):
+        time.sleep(SETTLE_SECONDS)
+        return examine(need, cluster, patience - 1)
     if not cluster.joined:
         return reports, found
     if need.hub_model and not problems_of(found):
@@ -140,7 +151,7 @@ def answer_of(reference: Any, waited: float | None) -> Report:
         return {"error": f"no answer within {waited:g} s"}
     try:
         answer: Report = ray.get(reference)
-    except (ray.exceptions.RayError, ImportError) as error:  # the node is gone, its process dies, a package is missing
+    except ray.exceptions.RayError as error:  # the node or the process is gone, a package is missing there
         return {"error": " ".join(str(error).split())[-300:]}
     return answer
 

@@ -161,8 +161,6 @@ def test_storage_is_shared_if_the_same_can_be_read_and_it_can_be_written(tmp_pat
 
 
 def test_the_interface_that_carries_an_address() -> None:
-    import ray  # noqa: F401 - brings psutil
-
     assert node.interface_of("127.0.0.1") == "lo"
     assert node.interface_of("203.0.113.1") is None
 
@@ -178,6 +176,13 @@ def test_the_code_of_this_package_is_a_version(tmp_path: Path) -> None:
         (package / "more.py").write_text(text)
         found.add(subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True).stdout)
     assert len(found) == 2 and all(version.startswith("9.9 (code ") for version in found)
+
+
+def test_a_model_that_cannot_be_had_is_told_not_raised(teacher_folder: Callable[..., Path]) -> None:
+    folder = teacher_folder()
+    found = node.fetch_model(str(folder), None)["files"]
+    assert found["model.safetensors"] == (folder / "model.safetensors").stat().st_size and "config.json" in found
+    assert "neither a folder nor to be had from the hub" in node.fetch_model("nobody/nothing", "0" * 40)["error"]
 
 
 def test_a_node_that_reaches_no_other_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,12 +201,12 @@ def test_a_node_that_reaches_no_other_says_so(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.ray
 def test_memory_that_comes_free_in_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a run that was killed just before; memory that does not is a problem."""
-    known, asked = node.account({}, "", {}), []
+    account_of, asked = node.account, []
     frees = iter((0, 0, 2 * GIB, 0, 0, 0))
 
     def account(*_: Any) -> dict[str, Any]:
         asked.append(1)
-        return known | {"memory": next(frees)}
+        return account_of({}, "", {}) | {"memory": next(frees)}
 
     monkeypatch.setattr(preflight, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(node, "account", account)

@@ -44,25 +44,22 @@ def account(shared: dict[str, str], nonce: str, files: dict[str, dict[str, int]]
         `storage`, by key, what is wrong with it, empty where nothing is; `lacking`, by key, the files that are not
         here or not as large; bytes of memory and of /dev/shm that are free; the rest as it is named.
     """
-    import psutil  # comes with Ray
     import ray
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray._private.utils import estimate_available_memory  # which knows the limits of containers
 
-    addresses = psutil.net_if_addrs()
     address = ray.util.get_node_ip_address()
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     return {
-        "host": socket.gethostname(),
         "address": address,
         "versions": versions(),
         "memory": estimate_available_memory(),
         "shm": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None,
         "token": is_token_auth_enabled(),
         "interface": os.environ.get(INTERFACE) or interface_of(address),
-        "interfaces": sorted(addresses),
+        "interfaces": sorted(interfaces()),
         "port": port,
         "storage": {key: trouble_with(Path(path), nonce) for key, path in shared.items()},
         "lacking": {key: [path for path in of_key if size_of(path) != of_key[path]] for key, of_key in files.items()},
@@ -113,12 +110,19 @@ def size_of(path: str) -> int | None:
         return None
 
 
-def interface_of(address: str) -> str | None:
-    """The network interface that carries an address; None where none does, as behind a translation of addresses."""
+def interfaces() -> dict[str, list[str]]:
+    """The addresses of each network interface."""
+    import ray  # noqa: F401 - brings psutil with it
+
+    # isort: split
     import psutil
 
-    found = psutil.net_if_addrs().items()
-    return next((name for name, of_it in found for one in of_it if one.address.split("%")[0] == address), None)
+    return {name: [one.address.split("%")[0] for one in of_it] for name, of_it in psutil.net_if_addrs().items()}
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that carries an address; None where none does, as behind a translation of addresses."""
+    return next((name for name, addresses in interfaces().items() if address in addresses), None)
 
 
 def use_interface(wanted: str | None) -> None:

@@ -8,8 +8,20 @@ from pathlib import Path
 import vlskv_ray
 
 PACKAGE = Path(vlskv_ray.__file__).parent
-KNOW_RAY = {"cache.py", "cluster.py", "doctor.py", "node.py", "preflight.py", "train.py", "data/pipeline.py"}
-KNOW_THE_CONFIG = {"cache.py", "cluster.py", "doctor.py", "evaluate.py", "prepare.py", "run.py", "step.py", "train.py"}
+KNOW_RAY = {"cache.py", "cluster.py", "doctor.py", "node.py", "preflight.py", "train.py", "tune.py", "data/pipeline.py"}
+KNOW_THE_CONFIG = {
+    "cache.py",
+    "cluster.py",
+    "doctor.py",
+    "evaluate.py",
+    "prepare.py",
+    "probe.py",
+    "run.py",
+    "step.py",
+    "sweep.py",
+    "train.py",
+    "tune.py",
+}
 
 
 def imports(file: Path) -> set[str]:

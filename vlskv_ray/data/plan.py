@@ -270,10 +270,11 @@ class Plan:
         size, shares = self.micro_batch_size, self.shares_per_step
         steps = -(-len(samples) // self.samples_per_step)
         samples = np.pad(samples, (0, steps * self.samples_per_step - len(samples)), constant_values=NO_SAMPLE)
-        tokens = np.where(samples == NO_SAMPLE, 0, self.lengths[samples].astype(np.int64))
-        order = _back_and_forth(np.argsort(-tokens, kind="stable"), steps * shares)
+        tokens = np.where(samples == NO_SAMPLE, np.uint16(0), self.lengths[samples])
+        longest_first = np.argsort(np.uint16(LONGEST) - tokens, kind="stable")  # 16 bits: in as many steps as samples
+        order = _back_and_forth(longest_first, steps * shares)
         if order.shape[1] > 1:
-            order = order[np.argsort(-tokens[order].sum(1), kind="stable")]
+            order = order[np.argsort(-tokens[order].sum(1, dtype=np.int64), kind="stable")]
         else:  # of single samples, those alike would make steps of one kind
             order = rng.permutation(order)
         of_a_share = self.samples_per_step // size // shares

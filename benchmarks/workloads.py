@@ -106,17 +106,20 @@ def build(config: LlavaNextConfig) -> Any:
 def micro_batch(config: Any, workload: str, size: int) -> Batch:
     """The first `size` conversations of a workload, through the stock processor, as a run would have them."""
     processor = presets.llava_next_processor(config)
-    samples = [
-        _encoded(conversation, str(i), processor, config) for i, conversation in enumerate(WORKLOADS[workload][:size])
-    ]
+    samples = [encoded(sample_of(workload, i), processor, config) for i in range(size)]
     return collate(samples, presets.SPECIAL_TOKENS.index("<pad>"))
 
 
-def _encoded(conversation: Conversation, uid: str, processor: Any, config: Any) -> Encoded:
-    messages, pictures = conversation_of(conversation, np.random.default_rng(int(uid)))
-    sample = Sample(uid, messages, list(pictures))
-    encoded = encode(sample, processor, functools.partial(num_image_features, config), Limits())
-    return replace(encoded, key=content_key(sample))
+def sample_of(workload: str, number: int) -> Sample:
+    """One conversation of a workload before anything is decoded."""
+    messages, pictures = conversation_of(WORKLOADS[workload][number], np.random.default_rng(number))
+    return Sample(str(number), messages, list(pictures))
+
+
+def encoded(sample: Sample, processor: Any, config: Any) -> Encoded:
+    limits = Limits(max(2048, config.text_config.max_position_embeddings))
+    ready = encode(sample, processor, functools.partial(num_image_features, config), limits)
+    return replace(ready, key=content_key(sample))
 
 
 def conversation_of(conversation: Conversation, rng: np.random.Generator) -> tuple[list[dict[str, Any]], list[bytes]]:

@@ -8,36 +8,15 @@ import pytest
 from conftest import tiny_config
 
 from benchmarks import step, trl_step, workloads
+from benchmarks.arithmetic import lengths_of, step_flops, tower_flops
 from vlskv_ray.counting import flop_counter
 from vlskv_ray.data.collate import Batch, supervised_positions
 
 
 def expected_flops(model: Any, batch: Batch) -> tuple[int, int]:
-    """Of our step, as the design has it, and of one from the teacher cache; worked out term by term."""
-    config = model.config.text_config
-    d, m, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    a, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    tokens = batch.attention_mask.sum(1).tolist()
-    kept = supervised_positions(batch.labels).sum(1).tolist()
-    t, n = sum(tokens), sum(kept)
-    whole, some = (sum(4 * a * q * k for q, k in zip(q_, tokens, strict=True)) for q_ in (tokens, kept))  # attention
-    upper = config.num_hidden_layers - config.num_key_value_layers
-
-    mlp, out, key_value = 6 * d * m, 2 * d * a, 4 * d * kv  # a token's, with both of keys and values
-    trunk_and_teacher = (config.num_hidden_layers - 1) * (t * (mlp + 2 * out + key_value) + whole)
-    teachers_last_layer = t * key_value + n * (mlp + 2 * out) + some
-    forward = upper * (t * key_value + n * (mlp + 2 * out) + some)
-    # back: through MLP, output and attention; queries by weights, and by input but for the first layer, whose input
-    # is frozen; keys and values by both
-    backward = upper * (n * (mlp + out) + some * 5 // 2 + n * out + 2 * t * key_value) + (upper - 1) * n * out
-    heads = 3 * 2 * n * d * v  # teacher's, student's, and back through the student's
-    tower = 0
-    if batch.pixel_values is not None:
-        with flop_counter() as counter:
-            model.get_image_features(batch.pixel_values, batch.image_sizes)
-        tower = counter.get_total_flops()
-    cached = forward + backward + heads
-    return tower + trunk_and_teacher + teachers_last_layer + cached, cached
+    """Of our step, as the design has it, and of one from the teacher cache."""
+    trunk_and_teacher, student = step_flops(model.config.text_config, *lengths_of(batch))
+    return tower_flops(model, batch) + trunk_and_teacher + student, student
 
 
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)

@@ -62,7 +62,12 @@ def deal_an_epoch(plan: Plan, workers: int, epoch: int = 0) -> dict[str, int]:
         there = of_workers != NO_SAMPLE
         seen[of_workers[there]] = True
         dealt += there.sum((1, 2))
-    return {"dealt": int(dealt.sum()), "different": int(seen.sum()), "most": int(dealt.max()), "least": int(dealt.min())}
+    return {
+        "dealt": int(dealt.sum()),
+        "different": int(seen.sum()),
+        "most": int(dealt.max()),
+        "least": int(dealt.min()),
+    }
 
 
 def same_after_resume(plan: Plan, steps: NDArray[np.int64], workers: int) -> bool:

@@ -1,0 +1,368 @@
+"""What limits a run as models and clusters grow: `python -m benchmarks.scaling --help`.
+
+computed   from the shapes of three models, for 1 to 512 workers: weights, memory, traffic, checkpoints, seconds
+exchange   gloo between processes of this machine: seconds, and whether it sends what was computed
+hand-over  micro-batches that Ray deals in a second, and its pauses (benchmarks/hand_over.py)
+plan       100 million samples dealt to 512 workers (benchmarks/deal.py)
+data       what a data worker spends on a sample
+
+The tables go between the marks of a page (`--into docs/scaling.md`): those that are computed each time, those that are
+measured where `--measure` names them.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import deal
+from benchmarks.arithmetic import (
+    GIGABITS,
+    MODELS,
+    WORKERS,
+    Needs,
+    all_reduce_bytes,
+    in_plan_order_bytes,
+    in_plan_order_seconds,
+    needs_of,
+    seconds_on,
+)
+from benchmarks.exchange import exchange
+from benchmarks.hand_over import hand_over, private_cluster, seconds_to_tell
+from benchmarks.workloads import Conversation, conversation_of, encoded, sample_of
+from vlskv_ray.command import exit_status
+from vlskv_ray.compare import write_block
+from vlskv_ray.counting import size
+from vlskv_ray.data.collate import collate, to_row
+from vlskv_ray.data.json_files import open_json
+from vlskv_ray.data.pipeline import ROWS_PER_EXECUTION, ROWS_PER_TASK
+from vlskv_ray.model import presets
+from vlskv_ray.model_card import table
+
+PREFETCHED = 2
+"""Micro-batches that a worker asks for ahead, see `ray_batches`."""
+MILLION = 10**6
+DAY = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What no shape tells."""
+
+    gigaflops: float
+    """A second that a worker sustains."""
+    samples: int
+    """Of a worker in a step, one a micro-batch: `gradient_accumulation_steps`."""
+
+    def seconds(self, flops: float) -> float:
+        return flops / (1e9 * self.gigaflops)
+
+
+# ------------------------------------------------------------------------------------------------------------ computed
+def models(assumed: Assumed) -> str:
+    """What one worker, one sample and one checkpoint take, by model."""
+    needs = {name: needs_of(name) for name in MODELS}
+
+    def row(label: str, text: Callable[[Needs], str]) -> tuple[str, list[str]]:
+        return label, [text(of) for of in needs.values()]
+
+    rows = [
+        row("weights", lambda of: f"{of.frozen + of.trained:,}"),
+        row("trained, at N = half and groups of one", lambda of: f"{of.trained:,}"),
+        row("tokens of the sample, supervised ones", lambda of: f"{of.tokens:,}, {of.supervised}"),
+        row("work of a step on it", lambda of: f"{of.flops / 1e12:.1f} TFLOP"),
+        row("the same from the teacher cache", lambda of: f"{of.cached_flops / 1e12:.2f} TFLOP"),
+        row("time of both", lambda of: f"{span(assumed.seconds(of.flops))}, {span(assumed.seconds(of.cached_flops))}"),
+        row("a million samples, in days of one worker", lambda of: f"{assumed.seconds(of.flops) * MILLION / DAY:,.0f}"),
+        row("frozen weights, bfloat16 or float32", lambda of: f"{size(2 * of.frozen)}, {size(4 * of.frozen)}"),
+        row("trained weights, or their gradients", lambda of: size(of.gradient_bytes)),
+        row("their moments", lambda of: size(2 * of.gradient_bytes)),
+        row("a checkpoint; the copy while it is saved", lambda of: size(of.checkpoint_bytes)),
+        row("a worker, frozen weights in bfloat16", lambda of: size(of.worker_bytes(2, saving=False))),
+        row("the first worker, while it saves", lambda of: size(of.worker_bytes(2, saving=True))),
+        row("micro-batch of the sample, handed over", lambda of: size(of.row_bytes)),
+        row("the sample in the teacher cache, float32", lambda of: size(of.teacher_cache_bytes())),
+        row(
+            "a worker reads from it a second",
+            lambda of: size(of.teacher_cache_bytes() / assumed.seconds(of.cached_flops)),
+        ),
+    ]
+    return table(list(needs), rows)
+
+
+def network(assumed: Assumed) -> str:
+    """What the workers exchange in a step and how long that takes, by model and workers."""
+    head = ["computing", "a worker sends", *(f"at {gigabits} Gbit/s" for gigabits in GIGABITS)]
+    head += ["share of a step at 10", "bit_identical: a worker receives", "at 10 Gbit/s"]
+    rows = []
+    for name, workers in itertools.product(MODELS, WORKERS):
+        of = needs_of(name)
+        computing = assumed.samples * assumed.seconds(of.flops)
+        sent = all_reduce_bytes(of.gradient_bytes, workers)
+        share = seconds_on(sent, 10) / (computing + seconds_on(sent, 10))
+        texts = [span(computing), size(sent), *(span(seconds_on(sent, gigabits)) for gigabits in GIGABITS)]
+        texts += [f"{share:.1%}", size(in_plan_order_bytes(of.gradient_bytes, workers, assumed.samples))]
+        texts.append(span(in_plan_order_seconds(of.gradient_bytes, workers, assumed.samples, 10)))
+        rows.append((f"{name}, {workers}", texts))
+    return table(head, rows, corner="model, workers")
+
+
+def sizes(assumed: Assumed) -> str:
+    """What is kept of so many samples, and of the rows on their way."""
+    counts = (MILLION, 100 * MILLION)
+    json_row = bytes_of_json_row()
+    rows = [
+        ("plan: lengths, in a file beyond 4 million rows", [size(2 * count) for count in counts]),
+        (
+            "index of JSON files, in the command and in each data worker",
+            [size(json_row * count) for count in counts],
+        ),
+        ("counts of Parquet or hub data, in the command only", [size((4 + 8) * count) for count in counts]),
+    ]
+    for name in MODELS:
+        of = needs_of(name)
+        rows.append((f"teacher cache of {name}, float32", [tebibytes(of.teacher_cache_bytes() * n) for n in counts]))
+    samples = table([f"{count:,} samples" for count in counts], rows)
+    in_flight = []
+    for name in MODELS:
+        row = needs_of(name).row_bytes
+        in_flight.append(
+            (name, [size(row), *(size(row * (PREFETCHED * workers + ROWS_PER_TASK * workers)) for workers in WORKERS)])
+        )
+    head = ["a micro-batch", *map(of_workers, WORKERS)]
+    return samples + "\n\n" + table(head, in_flight, corner="object stores, all together")
+
+
+def bytes_of_json_row() -> int:
+    """What the index of JSON files keeps of a row."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "data.jsonl"
+        path.write_text(
+            json.dumps({"messages": conversation_of(Conversation(4, 4), np.random.default_rng(0))[0]}) + "\n"
+        )
+        return int(open_json("data", 1.0, [path], ["jsonl"], None, None).index.itemsize)
+
+
+# ------------------------------------------------------------------------------------------------------------ measured
+def measure_exchange(options: argparse.Namespace) -> Any:
+    return [exchange(count, size, options.repeats) for count in (2, 4) for size in options.mebibytes]
+
+
+def exchange_table(figures: Any, assumed: Assumed) -> str:
+    head = [
+        "all-reduce",
+        "bytes a second",
+        "sent over computed",
+        "bit_identical, a micro-batch of each",
+        "sent over computed",
+    ]
+    rows = []
+    for of in figures:
+        rate = all_reduce_bytes(of["mebibytes"] * 2**20, of["processes"]) / of["seconds"]
+        texts = [span(of["seconds"]), f"{rate / 1e9:.2f} GB", f"{of['bytes_over_computed']:.3f}"]
+        texts += [span(of["in_plan_order_seconds"]), f"{of['in_plan_order_bytes_over_computed']:.3f}"]
+        rows.append((f"{of['processes']}, {of['mebibytes']} MiB", texts))
+    return table(head, rows, corner="processes, gradient") + "\n\n" + measured_on()
+
+
+def measure_hand_over(options: argparse.Namespace) -> Any:
+    with tempfile.TemporaryDirectory() as name:
+        results = []
+        for consumers in options.consumers:
+            print(f"{consumers} consumers ...", file=sys.stderr, flush=True)
+            with private_cluster(2):
+                results.append(hand_over(consumers, options.rows, options.executions, Path(name)))
+        with private_cluster(2):
+            seconds = [seconds_to_tell(Path(name)) for _ in range(options.repeats)]
+    return {"by_consumers": results, "seconds_to_tell": median(seconds)}
+
+
+def hand_over_table(figures: Any, assumed: Assumed) -> str:
+    head = [
+        "micro-batches a second",
+        "of the coordinator's CPU, for each",
+        "to the first",
+        "pause between parts",
+        "in turn",
+    ]
+    rows = []
+    for of in figures["by_consumers"]:
+        texts = [f"{median(of['rows_per_second']):.0f}", span(of["coordinator_seconds"]), span(of["first_seconds"])]
+        texts += [span(median(of["pause_seconds"])), "yes" if of["in_turn"] else "NO"]
+        rows.append((str(of["consumers"]), texts))
+    measured = table(head, rows, corner="consumers")
+    measured += f"\n\nTelling Ray of the {ROWS_PER_EXECUTION:,} rows of a part: {span(figures['seconds_to_tell'])}. "
+    return measured + measured_on() + "\n\n" + wanted_table(limit_of(figures), assumed)
+
+
+def limit_of(figures: Any) -> float:
+    """Micro-batches a second that can be relied on: the fewest of all numbers of consumers."""
+    return min(median(of["rows_per_second"]) for of in figures["by_consumers"])
+
+
+def wanted_table(limit: float, assumed: Assumed) -> str:
+    """Computed: the micro-batches of one sample that workers get through, beside what was handed over."""
+    rows = []
+    for name in MODELS:
+        of = needs_of(name)
+        for what, flops in (("", of.flops), (", from the teacher cache", of.cached_flops)):
+            rates = [workers / assumed.seconds(flops) for workers in WORKERS]
+            least = max(1, -(-rates[-1] // limit))
+            rows.append((f"{name}{what}", [*(f"{rate:,.3g}" for rate in rates), f"{least:.0f}"]))
+    head = [*map(of_workers, WORKERS), f"micro_batch_size for 512 at {limit:.0f} a second"]
+    return table(head, rows, corner="micro-batches of one sample a second")
+
+
+def measure_plan(options: argparse.Namespace) -> Any:
+    with tempfile.TemporaryDirectory() as name:
+        return deal.measure(Path(name), options.samples, max(WORKERS), options.random_steps, options.repeats)
+
+
+def plan_table(of: Any, assumed: Assumed) -> str:
+    middle, late = of["step_seconds"]
+    epoch, exactly = of["epoch"], of["epoch"]["dealt"] == of["epoch"]["different"] == of["rows"]
+    rows = [
+        ("samples, workers, samples of a micro-batch", f"{of['rows']:,}, {of['workers']}, {of['micro_batch_size']}"),
+        ("any step by itself, median", span(middle)),
+        ("99th percentile", span(late)),
+        ("growth of the process, files that it maps apart", size(of["resident_bytes"])),
+        ("most that Python and NumPy hold at once", size(of["peak_bytes"])),
+        ("the plan as it travels", f"{of['pickled_bytes']:,} bytes"),
+        ("lengths in their file", size(of["file_bytes"])),
+        (f"an epoch of {of['steps_per_epoch']:,} steps, all dealt", span(of["epoch_seconds"])),
+        ("samples dealt, different ones", f"{epoch['dealt']:,}, {epoch['different']:,}"),
+        ("every sample exactly once", "yes" if exactly else "NO"),
+        ("samples of the workers with most, with fewest", f"{epoch['most']:,}, {epoch['least']:,}"),
+        (
+            "gone on at 100 random steps, by as many or half as many",
+            "the same" if of["same_after_resume"] else "NOT the same",
+        ),
+    ]
+    return table(["measured"], [(label, [text]) for label, text in rows]) + "\n\n" + measured_on()
+
+
+def measure_data(options: argparse.Namespace) -> Any:
+    torch.set_num_threads(1)
+    return {name: seconds_of_data(name, 3 * options.repeats) for name in MODELS}
+
+
+def seconds_of_data(name: str, repeats: int) -> float:
+    """Of a CPU, that a data worker spends on the sample: decoding, tiles, tokens, collation, the row made of them."""
+    config = MODELS[name]()
+    sample, processor = sample_of("image_chat", 0), presets.llava_next_processor(config)
+    seconds = []
+    for attempt in range(repeats + 1):
+        began = time.process_time()
+        to_row(collate([encoded(sample, processor, config)], 0))
+        if attempt:  # the first one warms up
+            seconds.append(time.process_time() - began)
+    return median(seconds)
+
+
+def data_table(figures: Any, assumed: Assumed) -> str:
+    rows = []
+    for name, seconds in figures.items():
+        of = needs_of(name)
+        shares = [seconds / assumed.seconds(flops) for flops in (of.flops, of.cached_flops)]
+        rows.append((name, [span(seconds), f"{shares[0]:.4f}", f"{512 * shares[0]:.1f}"]))
+    head = ["a sample takes (measured)", "CPUs a worker (computed)", "CPUs for 512 workers (computed)"]
+    return table(head, rows) + "\n\n" + measured_on()
+
+
+MEASURES: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any, Assumed], str]]] = {
+    "exchange": (measure_exchange, exchange_table),
+    "hand-over": (measure_hand_over, hand_over_table),
+    "plan": (measure_plan, plan_table),
+    "data": (measure_data, data_table),
+}
+COMPUTED: dict[str, Callable[[Assumed], str]] = {"models": models, "network": network, "sizes": sizes}
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+def span(seconds: float) -> str:
+    """Three digits, in the unit that suits."""
+    units = ((DAY, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"))
+    if seconds == 0:
+        return "0 s"
+    length, unit = next(((length, unit) for length, unit in units if seconds >= 2 * length), (1e-6, "µs"))
+    value = seconds / length
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def of_workers(count: int) -> str:
+    return f"{count} worker{'s' * (count > 1)}"
+
+
+def tebibytes(count: float) -> str:
+    return f"{count / 2**40:.1f} TiB" if count >= 2**40 else size(count)
+
+
+def measured_on() -> str:
+    return f"Measured {date.today()}, {os.cpu_count()} cores, torch {torch.__version__}."
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--measure", nargs="*", choices=list(MEASURES), help="what to measure; all where none is named")
+    parser.add_argument(
+        "--gflops", type=float, default=2000, help="GFLOP/s that a worker sustains; default %(default)s"
+    )
+    parser.add_argument(
+        "--accumulation", type=int, default=4, help="samples of a worker in a step; default %(default)s"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--mebibytes", type=int, nargs="+", default=[1, 16, 64, 256], help="gradients to exchange")
+    parser.add_argument("--consumers", type=int, nargs="+", default=[1, 2, 4, 16, 64], help="divisors of 64")
+    parser.add_argument("--rows", type=int, default=1024, help="of a part that is handed over; default %(default)s")
+    parser.add_argument("--executions", type=int, default=3, help="parts that are handed over; default %(default)s")
+    parser.add_argument("--samples", type=int, default=100 * MILLION, help="of the plan; default %(default)s")
+    parser.add_argument("--random-steps", type=int, default=2000, help="of the plan; default %(default)s")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="write the tables into this page, not only print them"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all that was measured")
+    return parser.parse_args(arguments)
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """ValueError for what the user can mend."""
+    assumed = Assumed(options.gflops, options.accumulation)
+    blocks = {name: text(assumed) for name, text in COMPUTED.items()}
+    figures = {}
+    wanted = [] if options.measure is None else options.measure or list(MEASURES)
+    for name in wanted:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        measure, show = MEASURES[name]
+        figures[name] = measure(options)
+        blocks[name] = show(figures[name], assumed)
+    for name, text in blocks.items():
+        print(f"{name}\n\n{text}\n")
+        if options.into:
+            write_block(options.into, name, text)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return exit_status(lambda: run_command(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -174,14 +174,14 @@ def exchange_table(figures: Any, assumed: Assumed) -> str:
         texts = [span(of["seconds"]), f"{rate / 1e9:.2f} GB", f"{of['bytes_over_computed']:.3f}"]
         texts += [span(of["in_plan_order_seconds"]), f"{of['in_plan_order_bytes_over_computed']:.3f}"]
         rows.append((f"{of['processes']}, {of['mebibytes']} MiB", texts))
-    return table(head, rows, corner="processes, gradient") + "\n\n" + measured_on()
+    return table(head, rows, corner="processes, gradient")
 
 
 def measure_hand_over(options: argparse.Namespace) -> Any:
     with tempfile.TemporaryDirectory() as name:
         results = []
         for consumers in options.consumers:
-            print(f"{consumers} consumers ...", file=sys.stderr, flush=True)
+            print(f"consumers: {consumers} ...", file=sys.stderr, flush=True)
             with private_cluster(2):
                 results.append(hand_over(consumers, options.rows, options.executions, Path(name)))
         with private_cluster(2):
@@ -203,26 +203,32 @@ def hand_over_table(figures: Any, assumed: Assumed) -> str:
         texts += [span(median(of["pause_seconds"])), "yes" if of["in_turn"] else "NO"]
         rows.append((str(of["consumers"]), texts))
     measured = table(head, rows, corner="consumers")
-    measured += f"\n\nTelling Ray of the {ROWS_PER_EXECUTION:,} rows of a part: {span(figures['seconds_to_tell'])}. "
-    return measured + measured_on() + "\n\n" + wanted_table(limit_of(figures), assumed)
+    measured += f"\n\nTelling Ray of the {ROWS_PER_EXECUTION:,} rows of a part: {span(figures['seconds_to_tell'])}.\n\n"
+    return measured + wanted_table(limits_of(figures), assumed)
 
 
-def limit_of(figures: Any) -> float:
-    """Micro-batches a second that can be relied on: the fewest of all numbers of consumers."""
-    return min(median(of["rows_per_second"]) for of in figures["by_consumers"])
+def limits_of(figures: Any) -> tuple[float, float]:
+    """Micro-batches a second that can be relied on, and that could be had at best: the fewest that were handed over, by
+    whatever number of consumers, and what a coordinator gets through that has a core to itself and nothing to wait for.
+    """
+    measured = figures["by_consumers"]
+    return (
+        min(median(of["rows_per_second"]) for of in measured),
+        1 / max(of["coordinator_seconds"] for of in measured),
+    )
 
 
-def wanted_table(limit: float, assumed: Assumed) -> str:
-    """Computed: the micro-batches of one sample that workers get through, beside what was handed over."""
+def wanted_table(limits: Sequence[float], assumed: Assumed) -> str:
+    """Computed: the micro-batches of one sample that workers get through, and how large they have to be."""
     rows = []
     for name in MODELS:
         of = needs_of(name)
         for what, flops in (("", of.flops), (", from the teacher cache", of.cached_flops)):
             rates = [workers / assumed.seconds(flops) for workers in WORKERS]
-            least = max(1, -(-rates[-1] // limit))
-            rows.append((f"{name}{what}", [*(f"{rate:,.3g}" for rate in rates), f"{least:.0f}"]))
-    head = [*map(of_workers, WORKERS), f"micro_batch_size for 512 at {limit:.0f} a second"]
-    return table(head, rows, corner="micro-batches of one sample a second")
+            least = [f"{max(1, -(-rates[-1] // limit)):.0f}" for limit in limits]
+            rows.append((f"{name}{what}", [*(f"{rate:,.3g}" for rate in rates), *least]))
+    head = [*map(of_workers, WORKERS), *(f"micro_batch_size for 512 at {limit:.0f} a second" for limit in limits)]
+    return table(head, rows, corner="micro-batches of one sample a second (computed)")
 
 
 def measure_plan(options: argparse.Namespace) -> Any:
@@ -250,7 +256,7 @@ def plan_table(of: Any, assumed: Assumed) -> str:
             "the same" if of["same_after_resume"] else "NOT the same",
         ),
     ]
-    return table(["measured"], [(label, [text]) for label, text in rows]) + "\n\n" + measured_on()
+    return table(["measured"], [(label, [text]) for label, text in rows])
 
 
 def measure_data(options: argparse.Namespace) -> Any:
@@ -278,7 +284,7 @@ def data_table(figures: Any, assumed: Assumed) -> str:
         shares = [seconds / assumed.seconds(flops) for flops in (of.flops, of.cached_flops)]
         rows.append((name, [span(seconds), f"{shares[0]:.4f}", f"{512 * shares[0]:.1f}"]))
     head = ["a sample takes (measured)", "CPUs a worker (computed)", "CPUs for 512 workers (computed)"]
-    return table(head, rows) + "\n\n" + measured_on()
+    return table(head, rows)
 
 
 MEASURES: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any, Assumed], str]]] = {
@@ -335,6 +341,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="write the tables into this page, not only print them"
     )
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="show what was measured before, see --json")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all that was measured")
     return parser.parse_args(arguments)
 
@@ -343,19 +350,19 @@ def run_command(options: argparse.Namespace) -> int:
     """ValueError for what the user can mend."""
     assumed = Assumed(options.gflops, options.accumulation)
     blocks = {name: text(assumed) for name, text in COMPUTED.items()}
-    figures = {}
+    measured = json.loads(options.measured.read_text()) if options.measured else {}
     wanted = [] if options.measure is None else options.measure or list(MEASURES)
     for name in wanted:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        measure, show = MEASURES[name]
-        figures[name] = measure(options)
-        blocks[name] = show(figures[name], assumed)
+        measured[name] = {"figures": MEASURES[name][0](options), "on": measured_on()}
+    for name, of in measured.items():
+        blocks[name] = f"{MEASURES[name][1](of['figures'], assumed)}\n\n{of['on']}"
     for name, text in blocks.items():
         print(f"{name}\n\n{text}\n")
         if options.into:
             write_block(options.into, name, text)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(measured, indent=2) + "\n")
     return 0
 
 

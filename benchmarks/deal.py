@@ -1,5 +1,6 @@
 """The plan of very many samples for very many workers: how long any step of it takes, and whether it deals them all."""
 
+import multiprocessing
 import pickle
 import time
 import tracemalloc
@@ -103,14 +104,15 @@ def peak_of_steps(plan: Plan, steps: NDArray[np.int64]) -> int:
         tracemalloc.stop()
 
 
-def seconds_of_steps(plan: Plan, steps: NDArray[np.int64]) -> list[float]:
-    """What each of some steps takes by itself."""
+def seconds_of_steps(plan: Plan, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64[2, steps]: what each of some steps takes by itself, on the clock and of a CPU."""
+    clocks = (time.perf_counter, time.thread_time)
     seconds = []
     for step in steps.tolist():
-        began = time.perf_counter()
+        began = [clock() for clock in clocks]
         plan.micro_batches(step)
-        seconds.append(time.perf_counter() - began)
-    return seconds
+        seconds.append([clock() - then for clock, then in zip(clocks, began, strict=True)])
+    return np.array(seconds).T
 
 
 def resident_bytes() -> int:
@@ -121,23 +123,41 @@ def resident_bytes() -> int:
     raise RuntimeError("/proc/self/status tells no RssAnon")
 
 
-def measure(folder: Path, rows: int, workers: int, steps: int, repeats: int) -> dict[str, Any]:
-    """All of it, in this process: so many random steps so many times, and one epoch."""
-    plan = plan_of(rows, workers, folder)
+def elsewhere(content: bytes, steps: int, repeats: int) -> dict[str, Any]:
+    """In a process that has just begun, as a data worker: what random steps take, and by how much it grows."""
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=_elsewhere, args=(content, steps, repeats, results))
+    process.start()
+    found: dict[str, Any] = results.get()
+    process.join()
+    return found
+
+
+def _elsewhere(content: bytes, steps: int, repeats: int, results: Any) -> None:
     before = resident_bytes()
-    copy = travelled(plan)
-    percentiles = [np.percentile(seconds_of_steps(copy, random_steps(plan, steps)), [50, 99]) for _ in range(repeats)]
-    grown = resident_bytes() - before
+    plan = pickle.loads(content)
+    rounds = [
+        np.percentile(seconds_of_steps(plan, random_steps(plan, steps)), [50, 99], axis=1).T for _ in range(repeats)
+    ]
+    on_the_clock, of_a_cpu = np.median(rounds, axis=0).tolist()
+    results.put(
+        {"step_seconds": on_the_clock, "step_cpu_seconds": of_a_cpu, "resident_bytes": resident_bytes() - before}
+    )
+
+
+def measure(folder: Path, rows: int, workers: int, steps: int, repeats: int) -> dict[str, Any]:
+    """All of it: so many random steps so many times, and one epoch."""
+    plan = plan_of(rows, workers, folder)
     began = time.perf_counter()
-    epoch = deal_an_epoch(copy, workers)
+    epoch = deal_an_epoch(plan, workers)
     epoch_seconds = time.perf_counter() - began
     return {
         "rows": rows,
         "workers": workers,
         "micro_batch_size": plan.micro_batch_size,
         "steps_per_epoch": plan.steps_per_epoch,
-        "step_seconds": np.median(percentiles, axis=0).tolist(),
-        "resident_bytes": grown,
+        **elsewhere(pickle.dumps(plan), steps, repeats),
         "peak_bytes": peak_of_steps(plan, random_steps(plan, min(steps, 200))),
         "pickled_bytes": len(pickle.dumps(plan)),
         "file_bytes": (folder / "lengths.npy").stat().st_size,

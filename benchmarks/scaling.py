@@ -75,28 +75,30 @@ def models(assumed: Assumed) -> str:
     """What one worker, one sample and one checkpoint take, by model."""
     needs = {name: needs_of(name) for name in MODELS}
 
+    def work(flops: int) -> str:
+        return f"{flops / 1e12:,.3g} TFLOP, {span(assumed.seconds(flops))}"
+
     def row(label: str, text: Callable[[Needs], str]) -> tuple[str, list[str]]:
         return label, [text(of) for of in needs.values()]
 
     rows = [
         row("weights", lambda of: f"{of.frozen + of.trained:,}"),
         row("trained, at N = half and groups of one", lambda of: f"{of.trained:,}"),
-        row("tokens of the sample, supervised ones", lambda of: f"{of.tokens:,}, {of.supervised}"),
-        row("work of a step on it", lambda of: f"{of.flops / 1e12:.1f} TFLOP"),
-        row("the same from the teacher cache", lambda of: f"{of.cached_flops / 1e12:.2f} TFLOP"),
-        row("time of both", lambda of: f"{span(assumed.seconds(of.flops))}, {span(assumed.seconds(of.cached_flops))}"),
+        row("a step on it", lambda of: work(of.flops)),
+        row("the same from the teacher cache", lambda of: work(of.cached_flops)),
         row("a million samples, in days of one worker", lambda of: f"{assumed.seconds(of.flops) * MILLION / DAY:,.0f}"),
-        row("frozen weights, bfloat16 or float32", lambda of: f"{size(2 * of.frozen)}, {size(4 * of.frozen)}"),
-        row("trained weights, or their gradients", lambda of: size(of.gradient_bytes)),
-        row("their moments", lambda of: size(2 * of.gradient_bytes)),
-        row("a checkpoint; the copy while it is saved", lambda of: size(of.checkpoint_bytes)),
-        row("a worker, frozen weights in bfloat16", lambda of: size(of.worker_bytes(2, saving=False))),
-        row("the first worker, while it saves", lambda of: size(of.worker_bytes(2, saving=True))),
-        row("micro-batch of the sample, handed over", lambda of: size(of.row_bytes)),
-        row("the sample in the teacher cache, float32", lambda of: size(of.teacher_cache_bytes())),
+        row("frozen weights, bfloat16 or float32", lambda of: f"{amount(2 * of.frozen)}, {amount(4 * of.frozen)}"),
+        row(
+            "trained ones or gradients; moments",
+            lambda of: f"{amount(of.gradient_bytes)}; {amount(2 * of.gradient_bytes)}",
+        ),
+        row("a checkpoint; the copy while it is saved", lambda of: amount(of.checkpoint_bytes)),
+        row("a worker, frozen weights in bfloat16", lambda of: amount(of.worker_bytes(2, saving=False))),
+        row("the first worker, while it saves", lambda of: amount(of.worker_bytes(2, saving=True))),
+        row("the sample in the teacher cache, float32", lambda of: amount(of.teacher_cache_bytes())),
         row(
             "a worker reads from it a second",
-            lambda of: size(of.teacher_cache_bytes() / assumed.seconds(of.cached_flops)),
+            lambda of: amount(of.teacher_cache_bytes() / assumed.seconds(of.cached_flops)),
         ),
     ]
     return table(list(needs), rows)
@@ -107,42 +109,29 @@ def network(assumed: Assumed) -> str:
     head = ["computing", "a worker sends", *(f"at {gigabits} Gbit/s" for gigabits in GIGABITS)]
     head += ["share of a step at 10", "bit_identical: a worker receives", "at 10 Gbit/s"]
     rows = []
-    for name, workers in itertools.product(MODELS, WORKERS):
+    for name, workers in itertools.product(MODELS, WORKERS[1:]):  # one worker sends nothing
         of = needs_of(name)
         computing = assumed.samples * assumed.seconds(of.flops)
         sent = all_reduce_bytes(of.gradient_bytes, workers)
         share = seconds_on(sent, 10) / (computing + seconds_on(sent, 10))
-        texts = [span(computing), size(sent), *(span(seconds_on(sent, gigabits)) for gigabits in GIGABITS)]
-        texts += [f"{share:.1%}", size(in_plan_order_bytes(of.gradient_bytes, workers, assumed.samples))]
+        texts = [span(computing), amount(sent), *(span(seconds_on(sent, gigabits)) for gigabits in GIGABITS)]
+        texts += [f"{share:.1%}", amount(in_plan_order_bytes(of.gradient_bytes, workers, assumed.samples))]
         texts.append(span(in_plan_order_seconds(of.gradient_bytes, workers, assumed.samples, 10)))
         rows.append((f"{name}, {workers}", texts))
     return table(head, rows, corner="model, workers")
 
 
 def sizes(assumed: Assumed) -> str:
-    """What is kept of so many samples, and of the rows on their way."""
-    counts = (MILLION, 100 * MILLION)
+    """What is kept of very many samples, wherever they are: sentences."""
     json_row = bytes_of_json_row()
-    rows = [
-        ("plan: lengths, in a file beyond 4 million rows", [size(2 * count) for count in counts]),
-        (
-            "index of JSON files, in the command and in each data worker",
-            [size(json_row * count) for count in counts],
-        ),
-        ("counts of Parquet or hub data, in the command only", [size((4 + 8) * count) for count in counts]),
-    ]
-    for name in MODELS:
-        of = needs_of(name)
-        rows.append((f"teacher cache of {name}, float32", [tebibytes(of.teacher_cache_bytes() * n) for n in counts]))
-    samples = table([f"{count:,} samples" for count in counts], rows)
-    in_flight = []
-    for name in MODELS:
-        row = needs_of(name).row_bytes
-        in_flight.append(
-            (name, [size(row), *(size(row * (PREFETCHED * workers + ROWS_PER_TASK * workers)) for workers in WORKERS)])
+    texts = []
+    for count in (MILLION, 100 * MILLION):
+        lengths, index, counts = (amount(of_a_row * count) for of_a_row in (2, json_row, 4 + 8))
+        texts.append(
+            f"Of {count:,} samples: {lengths} of lengths; {index} of index, in the command and in each data worker, if "
+            f"they lie in JSON files; {counts} of counts, in the command alone, if in Parquet files or on the hub."
         )
-    head = ["a micro-batch", *map(of_workers, WORKERS)]
-    return samples + "\n\n" + table(head, in_flight, corner="object stores, all together")
+    return "\n".join(texts)
 
 
 def bytes_of_json_row() -> int:
@@ -157,10 +146,10 @@ def bytes_of_json_row() -> int:
 
 # ------------------------------------------------------------------------------------------------------------ measured
 def measure_exchange(options: argparse.Namespace) -> Any:
-    return [exchange(count, size, options.repeats) for count in (2, 4) for size in options.mebibytes]
+    return [exchange(count, mebibytes, options.repeats) for count in (2, 4) for mebibytes in options.mebibytes]
 
 
-def exchange_table(figures: Any, assumed: Assumed) -> str:
+def exchange_table(figures: Any, on: str, assumed: Assumed) -> str:
     head = [
         "all-reduce",
         "bytes a second",
@@ -174,7 +163,7 @@ def exchange_table(figures: Any, assumed: Assumed) -> str:
         texts = [span(of["seconds"]), f"{rate / 1e9:.2f} GB", f"{of['bytes_over_computed']:.3f}"]
         texts += [span(of["in_plan_order_seconds"]), f"{of['in_plan_order_bytes_over_computed']:.3f}"]
         rows.append((f"{of['processes']}, {of['mebibytes']} MiB", texts))
-    return table(head, rows, corner="processes, gradient")
+    return table(head, rows, corner=f"processes, gradient; {on}")
 
 
 def measure_hand_over(options: argparse.Namespace) -> Any:
@@ -189,7 +178,7 @@ def measure_hand_over(options: argparse.Namespace) -> Any:
     return {"by_consumers": results, "seconds_to_tell": median(seconds)}
 
 
-def hand_over_table(figures: Any, assumed: Assumed) -> str:
+def hand_over_table(figures: Any, on: str, assumed: Assumed) -> str:
     head = [
         "micro-batches a second",
         "of the coordinator's CPU, for each",
@@ -202,7 +191,7 @@ def hand_over_table(figures: Any, assumed: Assumed) -> str:
         texts = [f"{median(of['rows_per_second']):.0f}", span(of["coordinator_seconds"]), span(of["first_seconds"])]
         texts += [span(median(of["pause_seconds"])), "yes" if of["in_turn"] else "NO"]
         rows.append((str(of["consumers"]), texts))
-    measured = table(head, rows, corner="consumers")
+    measured = table(head, rows, corner=f"consumers; {on}")
     measured += f"\n\nTelling Ray of the {ROWS_PER_EXECUTION:,} rows of a part: {span(figures['seconds_to_tell'])}.\n\n"
     return measured + wanted_table(limits_of(figures), assumed)
 
@@ -222,13 +211,15 @@ def wanted_table(limits: Sequence[float], assumed: Assumed) -> str:
     """Computed: the micro-batches of one sample that workers get through, and how large they have to be."""
     rows = []
     for name in MODELS:
-        of = needs_of(name)
-        for what, flops in (("", of.flops), (", from the teacher cache", of.cached_flops)):
-            rates = [workers / assumed.seconds(flops) for workers in WORKERS]
+        of, texts = needs_of(name), list[str]()
+        for flops in (of.flops, of.cached_flops):
+            rates = [workers / assumed.seconds(flops) for workers in WORKERS[-2:]]
             least = [f"{max(1, -(-rates[-1] // limit)):.0f}" for limit in limits]
-            rows.append((f"{name}{what}", [*(f"{rate:,.3g}" for rate in rates), *least]))
-    head = [*map(of_workers, WORKERS), *(f"micro_batch_size for 512 at {limit:.0f} a second" for limit in limits)]
-    return table(head, rows, corner="micro-batches of one sample a second (computed)")
+            texts += [", ".join(f"{rate:,.3g}" for rate in rates), ", ".join(least)]
+        rows.append((name, texts))
+    ways = f"micro_batch_size for {WORKERS[-1]}, at " + " and ".join(f"{limit:.0f} a second" for limit in limits)
+    head = [f"a second, {WORKERS[-2]} and {WORKERS[-1]} workers", ways, "from the teacher cache", ways]
+    return table(head, rows, corner="micro-batches of one sample (computed)")
 
 
 def measure_plan(options: argparse.Namespace) -> Any:
@@ -236,27 +227,27 @@ def measure_plan(options: argparse.Namespace) -> Any:
         return deal.measure(Path(name), options.samples, max(WORKERS), options.random_steps, options.repeats)
 
 
-def plan_table(of: Any, assumed: Assumed) -> str:
-    middle, late = of["step_seconds"]
+def plan_table(of: Any, on: str, assumed: Assumed) -> str:
     epoch, exactly = of["epoch"], of["epoch"]["dealt"] == of["epoch"]["different"] == of["rows"]
     rows = [
-        ("samples, workers, samples of a micro-batch", f"{of['rows']:,}, {of['workers']}, {of['micro_batch_size']}"),
-        ("any step by itself, median", span(middle)),
-        ("99th percentile", span(late)),
-        ("growth of the process, files that it maps apart", size(of["resident_bytes"])),
-        ("most that Python and NumPy hold at once", size(of["peak_bytes"])),
-        ("the plan as it travels", f"{of['pickled_bytes']:,} bytes"),
-        ("lengths in their file", size(of["file_bytes"])),
+        ("any step by itself, median and 99th percentile", ", ".join(map(span, of["step_seconds"]))),
+        ("the same in seconds of a CPU", ", ".join(map(span, of["step_cpu_seconds"]))),
+        ("growth of a new process, its lengths in the file apart", amount(of["resident_bytes"])),
+        ("most that Python and NumPy hold at once", amount(of["peak_bytes"])),
+        ("the plan as it travels; the file", f"{of['pickled_bytes']:,} bytes; {amount(of['file_bytes'])}"),
         (f"an epoch of {of['steps_per_epoch']:,} steps, all dealt", span(of["epoch_seconds"])),
-        ("samples dealt, different ones", f"{epoch['dealt']:,}, {epoch['different']:,}"),
-        ("every sample exactly once", "yes" if exactly else "NO"),
+        (
+            "samples dealt, different ones: each once",
+            f"{epoch['dealt']:,}, {epoch['different']:,}: {'yes' if exactly else 'NO'}",
+        ),
         ("samples of the workers with most, with fewest", f"{epoch['most']:,}, {epoch['least']:,}"),
         (
             "gone on at 100 random steps, by as many or half as many",
             "the same" if of["same_after_resume"] else "NOT the same",
         ),
     ]
-    return table(["measured"], [(label, [text]) for label, text in rows])
+    what = f"{of['rows']:,} samples, {of['workers']} workers, {of['micro_batch_size']} samples a micro-batch; {on}"
+    return table([""], [(label, [text]) for label, text in rows], corner=what)
 
 
 def measure_data(options: argparse.Namespace) -> Any:
@@ -277,17 +268,27 @@ def seconds_of_data(name: str, repeats: int) -> float:
     return median(seconds)
 
 
-def data_table(figures: Any, assumed: Assumed) -> str:
+def data_table(figures: Any, on: str, assumed: Assumed) -> str:
     rows = []
+    most = max(WORKERS)
     for name, seconds in figures.items():
         of = needs_of(name)
-        shares = [seconds / assumed.seconds(flops) for flops in (of.flops, of.cached_flops)]
-        rows.append((name, [span(seconds), f"{shares[0]:.4f}", f"{512 * shares[0]:.1f}"]))
-    head = ["a sample takes (measured)", "CPUs a worker (computed)", "CPUs for 512 workers (computed)"]
-    return table(head, rows)
+        share = seconds / assumed.seconds(of.flops)
+        in_flight = (PREFETCHED + ROWS_PER_TASK) * of.row_bytes
+        rows.append(
+            (name, [span(seconds), f"{share:.4f}", f"{most * share:.1f}", amount(of.row_bytes), amount(in_flight)])
+        )
+    head = [
+        "of a CPU, a sample (measured)",
+        "CPUs for a worker",
+        f"for {most} workers",
+        "a row",
+        "rows on their way, a worker",
+    ]
+    return table(head, rows, corner=f"model; {on}")
 
 
-MEASURES: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any, Assumed], str]]] = {
+MEASURES: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any, str, Assumed], str]]] = {
     "exchange": (measure_exchange, exchange_table),
     "hand-over": (measure_hand_over, hand_over_table),
     "plan": (measure_plan, plan_table),
@@ -297,12 +298,15 @@ COMPUTED: dict[str, Callable[[Assumed], str]] = {"models": models, "network": ne
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
+UNITS = ((2 * DAY, DAY, "d"), (7200.0, 3600.0, "h"), (120.0, 60.0, "min"), (1.0, 1.0, "s"), (1e-3, 1e-3, "ms"))
+"""From how many seconds on a unit is used, and how long it is."""
+
+
 def span(seconds: float) -> str:
     """Three digits, in the unit that suits."""
-    units = ((DAY, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"))
     if seconds == 0:
-        return "0 s"
-    length, unit = next(((length, unit) for length, unit in units if seconds >= 2 * length), (1e-6, "µs"))
+        return "0"
+    length, unit = next(((length, unit) for least, length, unit in UNITS if seconds >= least), (1e-6, "µs"))
     value = seconds / length
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
@@ -311,12 +315,15 @@ def of_workers(count: int) -> str:
     return f"{count} worker{'s' * (count > 1)}"
 
 
-def tebibytes(count: float) -> str:
-    return f"{count / 2**40:.1f} TiB" if count >= 2**40 else size(count)
+def amount(count: float) -> str:
+    """Bytes, in the unit that suits."""
+    if count >= 2**40:
+        return f"{count / 2**40:,.1f} TiB"
+    return size(count) if count else "0"
 
 
 def measured_on() -> str:
-    return f"Measured {date.today()}, {os.cpu_count()} cores, torch {torch.__version__}."
+    return f"measured {date.today()}, {os.cpu_count()} cores"
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -332,7 +339,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--accumulation", type=int, default=4, help="samples of a worker in a step; default %(default)s"
     )
     parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--mebibytes", type=int, nargs="+", default=[1, 16, 64, 256], help="gradients to exchange")
+    parser.add_argument("--mebibytes", type=int, nargs="+", default=[16, 256], help="gradients to exchange")
     parser.add_argument("--consumers", type=int, nargs="+", default=[1, 2, 4, 16, 64], help="divisors of 64")
     parser.add_argument("--rows", type=int, default=1024, help="of a part that is handed over; default %(default)s")
     parser.add_argument("--executions", type=int, default=3, help="parts that are handed over; default %(default)s")
@@ -356,7 +363,7 @@ def run_command(options: argparse.Namespace) -> int:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         measured[name] = {"figures": MEASURES[name][0](options), "on": measured_on()}
     for name, of in measured.items():
-        blocks[name] = f"{MEASURES[name][1](of['figures'], assumed)}\n\n{of['on']}"
+        blocks[name] = MEASURES[name][1](of["figures"], of["on"], assumed)
     for name, text in blocks.items():
         print(f"{name}\n\n{text}\n")
         if options.into:

@@ -120,7 +120,7 @@ def test_the_page_holds_what_the_command_computes(tmp_path: Path, capsys: pytest
     assert copy.read_text() == PAGE.read_text()
     for name in scaling.MEASURES:
         block = re.search(rf"<!-- {name}: begin -->\n(.*?)<!-- {name}: end -->", PAGE.read_text(), re.DOTALL)
-        assert block is not None and "Measured 20" in block[1], name
+        assert block is not None and "measured 20" in block[1], name
     assert "NO" not in re.findall(r"\b[A-Z]{2,}\b", PAGE.read_text())
     with pytest.raises(ValueError, match="has no place for it"):
         write_block(copy, "nothing", "")
@@ -132,6 +132,6 @@ def test_the_plan_is_measured_on_a_few_samples(tmp_path: Path, capsys: pytest.Ca
     figures = json.loads((tmp_path / "figures.json").read_text())["plan"]["figures"]
     assert figures["epoch"]["dealt"] == figures["epoch"]["different"] == 20000 and figures["same_after_resume"]
     measured = capsys.readouterr().out
-    assert "| every sample exactly once | yes |" in measured
+    assert "| samples dealt, different ones: each once | 20,000, 20,000: yes |" in measured
     assert scaling.main(["--measured", str(tmp_path / "figures.json")]) == 0
     assert capsys.readouterr().out == measured

@@ -84,7 +84,7 @@ def models(assumed: Assumed) -> str:
     rows = [
         row("weights", lambda of: f"{of.frozen + of.trained:,}"),
         row("trained, at N = half and groups of one", lambda of: f"{of.trained:,}"),
-        row("a step on it", lambda of: work(of.flops)),
+        row("a step on the sample", lambda of: work(of.flops)),
         row("the same from the teacher cache", lambda of: work(of.cached_flops)),
         row("a million samples, in days of one worker", lambda of: f"{assumed.seconds(of.flops) * MILLION / DAY:,.0f}"),
         row("frozen weights, bfloat16 or float32", lambda of: f"{amount(2 * of.frozen)}, {amount(4 * of.frozen)}"),
@@ -128,8 +128,8 @@ def sizes(assumed: Assumed) -> str:
     for count in (MILLION, 100 * MILLION):
         lengths, index, counts = (amount(of_a_row * count) for of_a_row in (2, json_row, 4 + 8))
         texts.append(
-            f"Of {count:,} samples: {lengths} of lengths; {index} of index, in the command and in each data worker, if "
-            f"they lie in JSON files; {counts} of counts, in the command alone, if in Parquet files or on the hub."
+            f"{count:,} samples: {lengths} of lengths; from JSON files {index} in each data worker, "
+            f"else {counts} in the command."
         )
     return "\n".join(texts)
 
@@ -215,7 +215,7 @@ def wanted_table(limits: Sequence[float], assumed: Assumed) -> str:
         for flops in (of.flops, of.cached_flops):
             rates = [workers / assumed.seconds(flops) for workers in WORKERS[-2:]]
             least = [f"{max(1, -(-rates[-1] // limit)):.0f}" for limit in limits]
-            texts += [", ".join(f"{rate:,.3g}" for rate in rates), ", ".join(least)]
+            texts += [", ".join(f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates), ", ".join(least)]
         rows.append((name, texts))
     ways = f"micro_batch_size for {WORKERS[-1]}, at " + " and ".join(f"{limit:.0f} a second" for limit in limits)
     head = [f"a second, {WORKERS[-2]} and {WORKERS[-1]} workers", ways, "from the teacher cache", ways]
@@ -338,10 +338,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--accumulation", type=int, default=4, help="samples of a worker in a step; default %(default)s"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--repeats", type=int, default=7, help="default %(default)s")
     parser.add_argument("--mebibytes", type=int, nargs="+", default=[16, 256], help="gradients to exchange")
     parser.add_argument("--consumers", type=int, nargs="+", default=[1, 2, 4, 16, 64], help="divisors of 64")
-    parser.add_argument("--rows", type=int, default=1024, help="of a part that is handed over; default %(default)s")
+    parser.add_argument("--rows", type=int, default=512, help="of a part that is handed over; default %(default)s")
     parser.add_argument("--executions", type=int, default=3, help="parts that are handed over; default %(default)s")
     parser.add_argument("--samples", type=int, default=100 * MILLION, help="of the plan; default %(default)s")
     parser.add_argument("--random-steps", type=int, default=2000, help="of the plan; default %(default)s")

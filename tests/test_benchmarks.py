@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 
-from benchmarks import step, trl_step, workloads
+from benchmarks import memory, step, trl_step, workloads
 from benchmarks.arithmetic import lengths_of, step_flops, tower_flops
 from vlskv_ray.counting import flop_counter
 from vlskv_ray.data.collate import Batch, supervised_positions
@@ -47,6 +47,18 @@ def test_the_command_writes_its_table(
         assert printed.count(f"| mid, {workload}, ") == 2
     if not trl_step.available():
         assert trl_step.SET_UP in printed and "trl_over_ours" not in figures["visual_qa"]
+
+
+@pytest.mark.parametrize("objective", ["distill", "sft"])
+def test_recomputing_saves_memory_and_no_bit(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(workloads.CONFIGS, "mid", tiny_config)
+    options = ["--objective", objective, "--workload", "text_chat", "--repeats", "1", "--threads", "1"]
+    assert memory.main([*options, "--json", str(tmp_path / "memory.json")]) == 0
+    assert f"| {objective}, mid, text_chat, 4 |" in capsys.readouterr().out
+    (cell,) = json.loads((tmp_path / "memory.json").read_text())["cells"].values()
+    assert cell["same_bits"] and cell["memory_ratio"] < 1
 
 
 def test_workloads_are_what_they_are_said_to_be() -> None:

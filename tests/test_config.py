@@ -187,6 +187,7 @@ def test_changed_keys_are_those_that_decide_the_numbers() -> None:
     a = load(SMALL)
     same = load(SMALL, "output.name=b", "checkpoint.every_steps=3", "cluster.num_workers=4", "data.num_proc=2")
     assert changed_keys(a, same) == {}
+    assert changed_keys(a, load(SMALL, "model.gradient_checkpointing=true")) == {}
     b = load(
         SMALL, "optimizer.lr=1", "seed=1", "data.sources.0.weight=2", "data.sources.1=a/b", "optimizer.betas=[0,0]"
     )

@@ -1,5 +1,6 @@
 """The objective against a separate float64 reference, and what must not change it."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from conftest import batch_of
 from torch import Tensor
 
+from vlskv_ray.counting import peak_bytes
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded, parts
 from vlskv_ray.distill import (
     DivergenceAtHead,
@@ -23,21 +25,28 @@ from vlskv_ray.distill import (
 )
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
+from vlskv_ray.step import Loss, autocast, recomputing
 
 OBJECTIVE = Objective(temperature=2.0, vision_loss_weight=0.7, text_loss_weight=1.3, hidden_loss_weight=0.4)
 
 
-def loss_and_gradient(model: Any, batches: list[Batch], objective: Objective = OBJECTIVE) -> tuple[float, Tensor]:
+def loss_and_gradient(model: Any, batches: list[Batch], objective: Loss = OBJECTIVE) -> tuple[float, Tensor]:
     """Loss and gradient of a global batch: sums over micro-batches, divided once."""
     model.zero_grad(set_to_none=True)
     sums = LossSums()
     for batch in batches:
-        loss, of_batch = distillation_loss(model, batch, objective)
+        loss, of_batch = objective(model, batch)
         if loss is not None:
             loss.backward()
         sums += of_batch
     count = sums.supervised_tokens
     return sums.loss / count, torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()]) / count
+
+
+def with_states(model: Any, batch: Batch) -> Batch:
+    with torch.no_grad(), autocast(model):
+        states = shared_pass(model, batch)
+    return replace(batch, trunk=states.trunk, teacher=states.teacher, teacher_input=states.teacher_input)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -103,9 +112,7 @@ def test_parts_of_a_micro_batch_add_up_to_it(
     model = student(dtype=torch.float64)
     batch = as_float64(batch_of(encoded, rejected=[{"id": "x", "reason": "y", "detail": "z"}]))
     if known:
-        with torch.no_grad():
-            states = shared_pass(model, batch)
-        batch = replace(batch, trunk=states.trunk, teacher=states.teacher, teacher_input=states.teacher_input)
+        batch = with_states(model, batch)
     of_parts = list(parts(batch, max_tokens))
     assert [uid for part in of_parts for uid in part.sample_ids] == batch.sample_ids
     assert all(len(part.sample_ids) == 1 or part.attention_mask.sum() <= max_tokens for part in of_parts)
@@ -212,14 +219,44 @@ def test_only_needed_work_is_done(student: Callable[..., Any], encoded: list[Enc
     assert kept < every / 5
 
 
-def test_gradient_checkpointing_changes_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:
-    model = student(key_value_group_size=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("known", [False, True])
+def test_gradient_checkpointing_changes_nothing(
+    student: Callable[..., Any], encoded: list[Encoded], dtype: torch.dtype, known: bool
+) -> None:
+    """Not a bit of loss and gradient, with frozen states known or not and attention dropout in the checkpoint; the
+    layers that train run twice, the others once, and the model is left as it was."""
+    model = student(key_value_group_size=2, dtype=dtype)
+    backbone = swiftkv_backbone(model)
+    for layer in backbone.layers:
+        layer.self_attn.attention_dropout = 0.5
     batches = [batch_of(encoded[:3]), batch_of(encoded[3:])]
-    plain = loss_and_gradient(model, batches)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    checkpointed = loss_and_gradient(model, batches)
-    assert checkpointed[0] == plain[0] and torch.equal(checkpointed[1], plain[1])
+    if known:
+        batches = [with_states(model, batch) for batch in batches]
+    runs: Counter[int] = Counter()
+    for i, layer in enumerate(backbone.layers):
+        layer.mlp.register_forward_pre_hook(lambda module, args, i=i: runs.update([i]))
+
+    def with_objective(objective: Any) -> tuple[float, Tensor, Counter[int]]:
+        runs.clear()
+        with autocast(model):
+            return *loss_and_gradient(model, batches, objective), runs.copy()
+
+    loss, gradient, once = with_objective(OBJECTIVE)
+    again, same, twice = with_objective(recomputing(OBJECTIVE))
+    assert again == loss and torch.equal(same, gradient)
+    trained = range(2, 6)
+    assert {i: twice[i] - once[i] for i in range(6)} == {i: len(batches) * (i in trained) for i in range(6)}
+    assert not any(m.training or getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_gradient_checkpointing_takes_less_memory(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    """Of a sample that is nearly all answer; where little is supervised there is little to save."""
+    sample = replace(encoded[3], labels=encoded[3].input_ids)
+    model, batch = student(), batch_of([sample] * 8)
+    objective = Objective(logits_memory_mib=1)
+    kept = peak_bytes(lambda: loss_and_gradient(model, [batch], objective))
+    assert peak_bytes(lambda: loss_and_gradient(model, [batch], recomputing(objective))) < 0.8 * kept
 
 
 def test_kl_is_zero_when_student_equals_teacher() -> None:

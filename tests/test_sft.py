@@ -13,14 +13,17 @@ import torch
 from conftest import batch_of
 from safetensors.torch import load_file, save_file
 from test_train_loop import MICRO_BATCHES, batches, lines, run_of
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
+from vlskv_ray.counting import peak_bytes
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded
 from vlskv_ray.model.build import build_whole, find_model
 from vlskv_ray.model.swiftkv import BACKBONES
 from vlskv_ray.run import Run, Worker
 from vlskv_ray.sft import cross_entropy_loss
+from vlskv_ray.step import Loss, recomputing
 from vlskv_ray.train_loop import train_worker
 
 QUERIES_OF_NEW_LAYER = "model.language_model.layers.7.self_attn.q_proj.weight"
@@ -55,6 +58,31 @@ def test_the_loss_is_transformers_own(encoded: list[Encoded], teacher_folder: Ca
     assert sums.ce_vision + sums.ce_text == pytest.approx(sums.loss)
     alone = cross_entropy_loss(model, batch_of([sample for sample in encoded if not sample.tiles]))[1]
     assert alone.ce_text == pytest.approx(sums.ce_text, rel=1e-5) and alone.ce_vision == 0
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_gradient_checkpointing_changes_nothing_but_the_memory(
+    backbone: str, encoded: list[Encoded], teacher_folder: Callable[..., Path]
+) -> None:
+    """Not a bit of the loss and of any gradient, vision tower included, and half of what is held at most."""
+    model, batch = build_whole(find_model(str(teacher_folder(backbone)))), batch_of(encoded)
+    gradients: list[dict[str, Tensor]] = []
+    held = []
+    for objective in (cross_entropy_loss, recomputing(cross_entropy_loss)):
+        model.zero_grad()
+
+        def step(objective: Loss = objective) -> None:
+            loss, _ = objective(model, batch)
+            assert loss is not None
+            loss.backward()
+
+        step()  # which makes room for gradients
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        held.append(peak_bytes(step))
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys() and all(torch.equal(plain[name], recomputed[name]) for name in plain)
+    assert held[1] < 0.5 * held[0]
+    assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

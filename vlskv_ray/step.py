@@ -1,5 +1,6 @@
 """One optimizer step on one global batch, and what it needs: optimizer, learning rate, gradients of all workers."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, parts
@@ -160,16 +163,40 @@ def stop_if_ruined(trained: dict[str, torch.nn.Parameter], step: int) -> None:
 
 
 def objective_of(config: Config, cache: TeacherCache | None = None) -> Loss:
-    if config.objective == "sft":
-        return cross_entropy_loss
-    return Objective(
-        temperature=config.temperature,
-        vision_loss_weight=config.vision_loss_weight,
-        text_loss_weight=config.text_loss_weight,
-        hidden_loss_weight=config.hidden_loss_weight,
-        logits_memory_mib=config.model.logits_memory_mib,
-        cache=cache,
-    )
+    objective: Loss = cross_entropy_loss
+    if config.objective == "distill":
+        objective = Objective(
+            temperature=config.temperature,
+            vision_loss_weight=config.vision_loss_weight,
+            text_loss_weight=config.text_loss_weight,
+            hidden_loss_weight=config.hidden_loss_weight,
+            logits_memory_mib=config.model.logits_memory_mib,
+            cache=cache,
+        )
+    return recomputing(objective) if config.model.gradient_checkpointing else objective
+
+
+def recomputing(objective: Loss) -> Loss:
+    """The same loss and gradient by less memory: backward makes again what layers that train have made inside.
+
+    transformers does so in training mode only. Here the layers are in it, for the time of a forward, and none of their
+    parts: so nothing is dropped out, and nobody else meets a layer that would refuse a cache.
+    """
+    checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # none are drawn
+
+    def loss_of(model: Any, batch: Batch) -> tuple[Tensor | None, LossSums]:
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True
+            layer._gradient_checkpointing_func = checkpointed
+        try:
+            return objective(model, batch)
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = False
+
+    return loss_of
 
 
 def build_optimizer(config: Config, trained: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -89,6 +89,10 @@ class ModelConfig(_Section):
     """Type of the frozen weights; trained ones stay float32. bfloat16 halves memory; slow on CPUs without AMX. auto:
     the one in which this machine is faster, measured when a run starts, and kept when it goes on."""
 
+    gradient_checkpointing: bool = False
+    """Less memory for more time, with the same bits: what a layer that trains makes inside is not kept for its
+    gradient but made again. Of most worth with objective=sft."""
+
     logits_memory_mib: PositiveInt = 256
     """Budget in MiB for the float32 logits of one chunk of the loss; lower it to trade a little time for memory."""
 
@@ -541,6 +545,7 @@ _DECIDES_NO_NUMBER = (
     "data.max_rejected_fraction",
     "model.teacher_cache",  # but for the last bits
     "model.teacher_cache_dir",
+    "model.gradient_checkpointing",
 )
 
 

@@ -1,7 +1,8 @@
-"""What `model.gradient_checkpointing` saves in memory and costs in time: one optimizer step without it and with it.
+"""What `model.gradient_checkpointing` saves in memory and costs in work: one optimizer step without it and with it.
 
-Memory is the most that tensors made during a step hold at once, beyond weights, gradients and optimizer. The learning
-rate is 0, so that every step finds the same weights; loss and gradient are compared to the last bit.
+Memory is the most that tensors made during a step hold at once, beyond weights, gradients and optimizer; work is
+counted operations: neither depends on how busy the machine is. The learning rate is 0, so that every step finds the
+same weights; loss and gradient are compared to the last bit.
 """
 
 import argparse
@@ -9,17 +10,16 @@ import json
 import os
 import platform
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.workloads import CONFIGS, WORKLOADS, build, micro_batch
-from vlskv_ray.counting import peak_bytes
+from vlskv_ray.counting import flop_counter, peak_bytes
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.distill import Objective
 from vlskv_ray.model import presets
@@ -34,41 +34,38 @@ def model_and_loss(objective: str, config: Any) -> tuple[Any, Loss]:
     return presets.build_teacher(config).eval().requires_grad_(True), cross_entropy_loss
 
 
-def measure(model: Any, loss: Loss, batch: Batch, repeats: int) -> dict[str, Any]:
-    """Figures of a micro-batch: MiB and seconds a step, all kept and recomputed, timed in turn."""
+def measure(model: Any, loss: Loss, batch: Batch) -> dict[str, Any]:
+    """Figures of a micro-batch, all kept and recomputed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients, optimizer = GradientBuffer(trained), torch.optim.AdamW(trained, lr=0.0, fused=True)
+    losses: list[float] = []
+    results, peak_mib, gflop = {}, {}, {}
 
-    def step_by(objective: Loss) -> Callable[[], float]:
-        return lambda: train_step(model, optimizer, gradients, [batch], objective).sums.loss
+    def step(objective: Loss) -> None:
+        losses.append(train_step(model, optimizer, gradients, [batch], objective).sums.loss)
 
-    steps = {"kept": step_by(loss), "recomputed": step_by(recomputing(loss))}
-    losses, results, peak_mib = {}, {}, {}
-    for name, step in steps.items():
-        losses[name], results[name] = step(), gradients.flat.clone()  # which also makes the optimizer's moments
-        peak_mib[name] = peak_bytes(step) / 2**20
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
+    step(loss)  # makes the optimizer's moments
+    for name, objective in (("kept", loss), ("recomputed", recomputing(loss))):
+        with flop_counter() as counter:
+            peak_mib[name] = peak_bytes(partial(step, objective)) / 2**20
+        gflop[name], results[name] = counter.get_total_flops() / 1e9, gradients.flat.clone()
     return {
         "peak_mib": peak_mib,
-        "seconds": {name: median(times) for name, times in seconds.items()},
+        "gflop": gflop,
         "memory_ratio": peak_mib["recomputed"] / peak_mib["kept"],
-        "time_ratio": median(b / a for a, b in zip(*seconds.values(), strict=True)),
-        "same_bits": losses["kept"] == losses["recomputed"] and torch.equal(results["kept"], results["recomputed"]),
+        "operations_ratio": gflop["recomputed"] / gflop["kept"],
+        "same_bits": len(set(losses)) == 1 and torch.equal(results["kept"], results["recomputed"]),
     }
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Markdown: a line for each cell."""
-    names = ("objective, model, workload, micro-batch", "kept, MiB", "recomputed, MiB", "memory", "time", "same bits")
+    names = ["objective, model, workload, micro-batch", "kept, MiB", "recomputed, MiB"]
+    names += ["memory", "operations", "same bits"]
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     for name, cell in cells.items():
         peaks = [f"{mib:.0f}" for mib in cell["peak_mib"].values()]
-        ratios = [f"{cell[key]:.2f}" for key in ("memory_ratio", "time_ratio")]
+        ratios = [f"{cell[key]:.2f}" for key in ("memory_ratio", "operations_ratio")]
         lines.append("| " + " | ".join([name, *peaks, *ratios, "yes" if cell["same_bits"] else "no"]) + " |")
     return "\n".join(lines)
 
@@ -81,7 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=list(CONFIGS), default="mid", help="default: %(default)s")
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="default: all")
     parser.add_argument("--micro-batch", nargs="+", type=int, choices=range(1, 5), default=[4], help="default: 4")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     options = parser.parse_args(arguments)
@@ -93,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for size in options.micro_batch:
                 name = f"{objective}, {options.model}, {workload}, {size}"
                 print(f"{name} ...", file=sys.stderr, flush=True)
-                cells[name] = measure(model, loss, micro_batch(model.config, workload, size), options.repeats)
+                cells[name] = measure(model, loss, micro_batch(model.config, workload, size))
     print(table(cells))
     processor = platform.processor() or platform.machine()
     print(f"\n{date.today()}, {processor}, {options.threads} threads, torch {torch.__version__}")

@@ -54,7 +54,7 @@ def test_recomputing_saves_memory_and_no_bit(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(workloads.CONFIGS, "mid", tiny_config)
-    options = ["--objective", objective, "--workload", "text_chat", "--repeats", "1", "--threads", "1"]
+    options = ["--objective", objective, "--workload", "text_chat", "--threads", "1"]
     assert memory.main([*options, "--json", str(tmp_path / "memory.json")]) == 0
     assert f"| {objective}, mid, text_chat, 4 |" in capsys.readouterr().out
     (cell,) = json.loads((tmp_path / "memory.json").read_text())["cells"].values()

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from vlskv_ray.cluster import Cluster, ProgressLine, Reserved, describe, duration, has_token, reserve
+from vlskv_ray.cluster import Cluster, ProgressLine, Reserved, check_gpus, describe, duration, has_token, reserve
 from vlskv_ray.config import ClusterConfig, Config, DataConfig, SourceConfig
+from vlskv_ray.train import backend_of, each_worker_takes
 
 DATA = DataConfig(sources=(SourceConfig(name="shapes"),))
+CONFIG = Config.model_validate({"model": {"name_or_path": "x"}, "data": {"sources": ["shapes"]}})
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 7, 16, 96])
@@ -36,6 +39,39 @@ def test_two_workers_on_two_cores() -> None:
 def test_a_share_that_would_hang_is_refused() -> None:
     with pytest.raises(ValueError, match=r"2 workers of 1 CPUs and one data task of 0.5 need 2.5 CPUs, .* has 2,"):
         reserve(ClusterConfig(num_workers=2, cpus_per_worker=1.0), DATA, 2)
+
+
+def test_a_worker_on_a_gpu_takes_one_cpu_and_leaves_the_others_to_data() -> None:
+    gpu = ClusterConfig(num_workers=2, use_gpu=True)
+    reserved = reserve(gpu, DATA, 16)
+    assert reserved == Reserved(cpus_per_worker=1.0, cpus_per_task=1.0, num_tasks=14, threads_per_worker=1)
+    assert reserve(gpu, DATA, 2).cpus_per_worker == 0.5
+    assert "(1 CPUs and a GPU each)" in describe(
+        CONFIG.model_copy(update={"cluster": gpu}), reserved, Cluster(16, joined=True, gpus=2)
+    )
+
+
+def test_what_ray_is_asked_for() -> None:
+    """A GPU each where the config says so, and by what tensors of either kind travel."""
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    for use_gpu, resources in ((False, {"CPU": 2.5}), (True, {"CPU": 2.5, "GPU": 1})):
+        cluster = ClusterConfig(num_workers=3, use_gpu=use_gpu)
+        asked = ScalingConfig(num_workers=3, **each_worker_takes(cluster, Reserved(2.5, 1, 1, 1)))
+        assert asked.use_gpu == use_gpu and asked.resources_per_worker == resources
+        assert asked.total_resources == {name: 3 * count for name, count in resources.items()}
+        backends = TorchConfig(backend=backend_of(cluster)).backend
+        assert torch.distributed.BackendConfig(torch.distributed.Backend(backends)).get_device_backend_map() == (
+            {"cpu": "gloo", "cuda": "nccl"} if use_gpu else {"cpu": "gloo", "cuda": "gloo"}
+        )
+
+
+def test_gpus_that_are_not_there_are_not_waited_for() -> None:
+    with pytest.raises(ValueError, match=r"^cluster.use_gpu: .* for each worker, 3 in all, the cluster has 2; lower "):
+        check_gpus(ClusterConfig(num_workers=3, use_gpu=True), 2)
+    check_gpus(ClusterConfig(num_workers=(2, 3), use_gpu=True), 2)
+    check_gpus(ClusterConfig(num_workers=3), 0)
 
 
 class Terminal(io.StringIO):
@@ -101,8 +137,7 @@ def test_elastic_workers_leave_cpus_for_data_on_any_nodes(cpus: float, node: flo
 
 
 def test_more_threads_than_cpus_are_warned_of() -> None:
-    config = Config.model_validate({"model": {"name_or_path": "x"}, "data": {"sources": ["shapes"]}})
-    config = config.model_copy(update={"cluster": ClusterConfig(num_workers=2)})
+    config = CONFIG.model_copy(update={"cluster": ClusterConfig(num_workers=2)})
     assert "warning" not in describe(config, Reserved(1, 1, 1, threads_per_worker=2), Cluster(4, joined=False))
     crowded = describe(config, Reserved(1, 1, 1, threads_per_worker=3), Cluster(4, joined=False))
     assert "warning: 6 threads of all workers together on 4 CPUs" in crowded

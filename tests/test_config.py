@@ -187,7 +187,7 @@ def test_changed_keys_are_those_that_decide_the_numbers() -> None:
     a = load(SMALL)
     same = load(SMALL, "output.name=b", "checkpoint.every_steps=3", "cluster.num_workers=4", "data.num_proc=2")
     assert changed_keys(a, same) == {}
-    assert changed_keys(a, load(SMALL, "model.gradient_checkpointing=true")) == {}
+    assert changed_keys(a, load(SMALL, "model.gradient_checkpointing=true", "cluster.use_gpu=true")) == {}
     b = load(
         SMALL, "optimizer.lr=1", "seed=1", "data.sources.0.weight=2", "data.sources.1=a/b", "optimizer.betas=[0,0]"
     )
@@ -361,9 +361,18 @@ def test_what_must_be_given_is_told() -> None:
     assert problems(SMALL, "data.sources=[]") == ["command line: data.sources: wanted a list of at least 1, got []"]
 
 
-def test_flash_attention_is_told_to_need_a_gpu() -> None:
-    assert problems(SMALL, "model.attn_implementation=flash_attention_2") == [
-        "command line: model.attn_implementation: flash_attention_2 needs a GPU; use sdpa"
+@pytest.mark.parametrize("options", [[], ["cluster.use_gpu=true"]])
+def test_flash_attention_is_refused_with_a_reason(options: list[str]) -> None:
+    """On GPUs too: no pass of a training would use it for text."""
+    assert problems(SMALL, *options, "model.attn_implementation=flash_attention_2") == [
+        "command line: model.attn_implementation: flash_attention_2 would do nothing for the text model; use sdpa, "
+        "which on a GPU takes torch's own flash attention where that fits"
+    ]
+
+
+def test_bits_are_promised_of_cpus_only() -> None:
+    assert problems(SMALL, "cluster.use_gpu=true", "cluster.bit_identical=true") == [
+        "command line: cluster.bit_identical: no two runs on GPUs give the same bits; remove it or cluster.use_gpu"
     ]
 
 

@@ -140,7 +140,7 @@ def test_savings_are_ready_for_json(student: Callable[..., Any], encoded: list[E
         *("teacher_prefill_flops", "student_prefill_flops"),
         *("prompt_length", "prefill_time_ratio", "prefill_flops_ratio"),
         *("teacher_cache_bytes_per_token", "student_cache_bytes_per_token", "cache_bytes_ratio"),
-        *("parameters", "trainable_parameters", "threads"),
+        *("parameters", "trainable_parameters", "threads", "device"),
     }
     lists = {len(value) for value in savings.values() if isinstance(value, list)}
     assert lists == {2} and savings["prompt_length"] == 128

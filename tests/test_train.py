@@ -163,6 +163,10 @@ def test_a_run_in_one_process(files: Path, capsys: pytest.CaptureFixture[str]) -
     assert "3 workers cannot share the 4 micro-batches of a step equally" in capsys.readouterr().err
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.threads_per_worker=2") == 2
     assert "threads_per_worker was 1 and is 2; use --resume never" in capsys.readouterr().err
+    assert main(files / "run.yaml", "output.name=here", "epochs=1", "cluster.use_gpu=true") == 2
+    refused = capsys.readouterr().err
+    assert "the run was on CPUs and is on GPUs (cluster.use_gpu); use --resume never" in refused
+    assert "allow it with checkpoint.allow_changed=[device]" in refused
 
     assert main(files / "run.yaml", "output.name=here", "epochs=1", "--resume", "never", "--num-samples", "9") == 0
     older = [path for path in run.parent.iterdir() if path.name.startswith("here-until-")]
@@ -275,6 +279,17 @@ def test_the_faster_precision_is_chosen_once(files: Path, monkeypatch: pytest.Mo
     assert yaml.safe_load((files / "runs" / "auto" / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
     monkeypatch.setattr(vlskv_ray.prepare, "matmul_seconds", lambda *_: {"float32": 1.0, "bfloat16": 2.0})
     assert main(files / "run.yaml", *auto) == 0  # finished; as float32 it would be another run
+
+
+def test_without_a_gpu_a_run_on_one_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line; it would be in bfloat16. Trying it here says that what it says is of CPUs."""
+    gpu = ("output.name=gpu", "cluster.use_gpu=true", "model.dtype=auto", "max_steps=1")
+    assert main(files / "run.yaml", *gpu) == 2
+    refused = capsys.readouterr().err
+    assert refused.startswith("cluster.use_gpu: torch ") and refused.count("\n") == 1
+    assert yaml.safe_load((files / "runs" / "gpu" / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
+    assert main(files / "run.yaml", *gpu, "--dry-run") == 0
+    assert "no GPU is to be found here: all below is of this machine's CPUs, where" in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

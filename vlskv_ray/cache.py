@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vlskv_ray.cluster import Cluster, duration, ray_cluster
+from vlskv_ray.cluster import Cluster, check_gpus, duration, ray_cluster
 from vlskv_ray.command import DONE, exit_status, run_parser, shown, up_to
 from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates
@@ -77,12 +77,17 @@ class SeveralCaches:
 def fill_ahead(
     run: Run, loader: Loader, caches: SeveralCaches, cluster: Cluster, workers: int | None = None, quiet: bool = False
 ) -> None:
-    """Makes what is missing of the samples of a run, on all CPUs, and tells of it. OSError where the disk is full."""
+    """Makes what is missing of the samples of a run, on all CPUs or GPUs, and tells of it.
+
+    OSError where the disk is full; ValueError where there is no GPU for a run that wants them.
+    """
     tell = functools.partial(print, flush=True) if not quiet else lambda text: None
+    check_gpus(run.config.cluster, cluster.gpus)
     wanted = samples_of(run, loader)
     made = done = 0
     left_out: Counter[str] = Counter()
-    workers = min(workers or max(1, int(cluster.cpus)), -(-len(wanted) // run.config.micro_batch_size))
+    at_most = int(cluster.gpus) if run.config.cluster.use_gpu else len(wanted)
+    workers = min(workers or max(1, int(cluster.cpus)), at_most, -(-len(wanted) // run.config.micro_batch_size))
     tell(f"filling       {len(wanted)} samples, {workers} process{'es' * (workers > 1)}")
     began = told = time.monotonic()
     for result in results(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers):
@@ -131,7 +136,7 @@ class CacheWorker:
         if batch.sample_ids and batch.trunk is None:
             made = sum(key not in self.caches for key in batch.keys)
             with autocast(self.model):
-                states = frozen_states(self.model, batch, self.caches.by_layer)
+                states = frozen_states(self.model, batch.to(self.model.device), self.caches.by_layer)
             self.caches.put_batch(batch, states)
         left_out = Counter(rejected["reason"] for rejected in batch.rejected)
         return {"samples": len(numbers), "made": made, "left_out": dict(left_out), "full": self.caches.full}
@@ -144,7 +149,7 @@ def results(
     import ray
     from ray.util import ActorPool
 
-    worker = ray.remote(num_cpus=min(1.0, cpus))(CacheWorker)
+    worker = ray.remote(num_cpus=min(1.0, cpus), num_gpus=int(run.config.cluster.use_gpu))(CacheWorker)
     processes = [worker.remote(run, loader, caches) for _ in range(workers)]
     size = run.config.micro_batch_size
     at_once = (samples[at : at + size].tolist() for at in range(0, len(samples), size))

@@ -52,6 +52,7 @@ class Cluster:
     """Its CPUs."""
     alone: bool = True
     """This process came to the cluster for the run, and does nothing else there."""
+    gpus: float = 0.0
 
 
 @contextmanager
@@ -135,8 +136,9 @@ def _left_by_ray_start(address: str | None) -> str | None:
 def _cluster(joined: bool, alone: bool = True) -> Cluster:
     import ray
 
-    nodes = [float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return Cluster(sum(nodes), joined, max(nodes, default=0.0), alone)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = ([float(resources.get(kind, 0)) for resources in nodes] for kind in ("CPU", "GPU"))
+    return Cluster(sum(cpus), joined, max(cpus, default=0.0), alone, sum(gpus))
 
 
 def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node: float = 0.0) -> Reserved:
@@ -156,7 +158,7 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node:
         left = node - node // per_worker * per_worker  # on one node, which may be all that there will be
         per_task = per_task or max(0.1, min(1.0, math.floor(1e4 * left) / 1e4))
     if per_worker is None:
-        share = cpus / 2 / workers
+        share = min(cpus / 2 / workers, 1.0 if cluster.use_gpu else cpus)  # a GPU needs no more than one to be driven
         per_worker = float(math.floor(share)) if share >= 1 else math.floor(share * 1e4) / 1e4  # whole above 1
     per_task = per_task or (1.0 if cpus - workers * per_worker >= 2 else 0.5)
     if workers * per_worker + per_task > cpus + 1e-6:
@@ -170,8 +172,18 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node:
 
 
 def threads_of(cluster: ClusterConfig, cpus: float) -> int:
-    """Of each worker; all CPUs shared out where the config leaves it open."""
-    return cluster.threads_per_worker or max(1, int(cpus // max(cluster.most_workers, 1)))
+    """Of each worker; all CPUs shared out where the config leaves it open and they are what computes."""
+    return cluster.threads_per_worker or max(1, 0 if cluster.use_gpu else int(cpus // max(cluster.most_workers, 1)))
+
+
+def check_gpus(cluster: ClusterConfig, gpus: float) -> None:
+    """ValueError where there are too few, for which Ray would wait forever."""
+    workers = max(cluster.fewest_workers, 1)
+    if cluster.use_gpu and workers > gpus:
+        raise ValueError(
+            f"cluster.use_gpu: wanted a GPU for each worker, {workers} in all, the cluster has {gpus:g}; "
+            f"lower cluster.num_workers, or use cluster.use_gpu=false to compute on CPUs"
+        )
 
 
 class Follower:
@@ -292,8 +304,9 @@ def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
     least, most = config.cluster.fewest_workers, config.cluster.most_workers
     threads = reserved.threads_per_worker
     workers = f"{least} to {most} workers" if least < most else f"{most} worker{'s' * (most > 1)}"
+    gpu = " and a GPU" if config.cluster.use_gpu else ""
     return (
         f"{where} {cluster.cpus:g} CPUs: {workers} x {threads} thread{'s' * (threads > 1)} "
-        f"({reserved.cpus_per_worker:g} CPUs each), up to {reserved.num_tasks} data tasks of "
+        f"({reserved.cpus_per_worker:g} CPUs{gpu} each), up to {reserved.num_tasks} data tasks of "
         f"{reserved.cpus_per_task:g} CPUs{crowded}"
     )

@@ -41,10 +41,14 @@ def dry_run(run: Run, loader: Loader) -> float:
     """
     config = run.config
     here = config.cluster.address == "local" or not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if config.cluster.use_gpu and not torch.cuda.is_available():
+        refused = ", where the run itself would be refused" if here else ""
+        print(f"device        no GPU is to be found here: all below is of this machine's CPUs{refused}")
+        run = on_cpus(run)
     reserved = None
     if config.cluster.most_workers and here:
         reserved = reserve(config.cluster, config.data, os.cpu_count() or 1, os.cpu_count() or 1)
-    threads = threads_of(config.cluster, os.cpu_count() or 1)
+    threads = threads_of(run.config.cluster, os.cpu_count() or 1)
     torch.set_num_threads(threads)
     batches, data_seconds = try_data(run, loader)
 
@@ -55,6 +59,7 @@ def dry_run(run: Run, loader: Loader) -> float:
     result, gflop, peak = counted(step_on, largest)
     timed = batches[:TIMED_MICRO_BATCHES]
     neighbours = min(config.cluster.most_workers or 1, (os.cpu_count() or 1) // threads) - 1 if here else 0
+    neighbours = 0 if run.config.cluster.use_gpu else neighbours  # each has a GPU of its own
     with busy_neighbours(run, timed, neighbours):  # they share caches and memory with each other
         seconds = mean(seconds_of(step_on, timed))
         cached = seconds_of(step_on, [with_states(model, batch) for batch in timed]) if run.cache else [0.0]
@@ -94,6 +99,12 @@ def dry_run(run: Run, loader: Loader) -> float:
     return step
 
 
+def on_cpus(run: Run) -> Run:
+    """The same run without GPUs."""
+    cluster = run.config.cluster.model_copy(update={"use_gpu": False})
+    return replace(run, config=run.config.model_copy(update={"cluster": cluster}))
+
+
 def steps_of(run: Run, model: Any) -> Callable[[Batch], StepResult]:
     """A function that makes a step on one micro-batch."""
     trained = trainable_parameters(model)
@@ -123,7 +134,7 @@ def seconds_of(step_on: Callable[[Batch], StepResult], batches: Sequence[Batch])
 def with_states(model: Any, batch: Batch) -> Batch:
     """The micro-batch as later epochs get it from a teacher cache."""
     with torch.no_grad(), autocast(model):
-        states = shared_pass(model, batch)
+        states = shared_pass(model, batch.to(model.device))
     known = {name: getattr(states, name) for name in ("trunk", "teacher", "teacher_input")}
     return replace(batch, tiles=None, normalise=None, **known)
 

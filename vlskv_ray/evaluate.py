@@ -19,7 +19,7 @@ from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of
 from vlskv_ray.figures import as_written, read_run
-from vlskv_ray.generate import check_generation
+from vlskv_ray.generate import add_where_to_compute, check_generation, device_asked_for
 from vlskv_ray.model.build import LIBRARY_ERRORS, build_student, build_whole, find_model, load_processor, one_line
 from vlskv_ray.model.build import load_config as load_model_config
 from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=up_to(2**20), default=64, metavar="N", help="of an answer (default %(default)s)"
     )
-    parser.add_argument("--threads", type=up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)")
+    add_where_to_compute(parser)
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -107,11 +107,13 @@ def samples_of(file: Path) -> int:
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """What evaluation.json holds."""
+    device = device_asked_for(options.device)
     specs = sources_of(options)
     with told_of("--data", "data.sources"):
         sources = tuple(open_sources(specs))
     model, processor = student(options.model)
-    teacher = other_teacher(options.teacher, model.config, processor) if options.teacher else None
+    model.to(device)
+    teacher = other_teacher(options.teacher, model.config, processor).to(device) if options.teacher else None
     limits = Limits(swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30)
     held_out = HeldOut(sources, options.num_samples, limits, options.batch_size, options.max_new_tokens)
     evaluator = Evaluator(model, processor, held_out, teacher=teacher)

@@ -126,13 +126,13 @@ def greedy_answers(
             input_ids[row, length - question.start :] = torch.from_numpy(question.sample.input_ids[: question.start])
             attention_mask[row, length - question.start :] = 1
             shown.append(_images_only(question))
-        pixels = collate(shown, pad)
+        pixels = collate(shown, pad).to(model.device)
         images: dict[str, Any] = {}
         if pixels.tiles is not None:
             images = {"pixel_values": pixels.pixel_values, "image_sizes": pixels.image_sizes}
         generated = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
             **images,
             max_new_tokens=held_out.max_new_tokens,
             do_sample=False,
@@ -178,7 +178,7 @@ def distributions(
     found: dict[int, dict[str, NDArray[Any]]] = {}
     for at in range(0, len(order), held_out.batch_size):
         of_batch = [samples[i] for i in order[at : at + held_out.batch_size]]
-        batch = collate(of_batch, 0)
+        batch = collate(of_batch, 0).to(model.device)
         keep = supervised_positions(batch.labels)
         targets = batch.labels[:, 1:][keep[:, :-1]]
         teacher_head = (teacher or model).get_output_embeddings()
@@ -211,7 +211,7 @@ def distributions(
 def _columns(
     head: Any, teacher_head: Any, student: Tensor | None, teacher: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
-    """Per supervised position, float64[n] and bool[n]; logits are made in chunks of rows."""
+    """Per supervised position, float64[n] and bool[n] on the CPU; logits are made in chunks of rows."""
     columns: dict[str, list[Tensor]] = {}
     rows = rows_per_chunk(head.weight.shape[0], logits_memory_mib=256)
     for start in range(0, len(targets), rows):
@@ -225,7 +225,7 @@ def _columns(
             values["agrees"] = student_logits.argmax(-1) == teacher_logits.argmax(-1)
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
-    return {name: torch.cat(parts) for name, parts in columns.items()}
+    return {name: torch.cat(parts).cpu() for name, parts in columns.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the measure

@@ -252,7 +252,8 @@ def savings_rows(evaluation: dict[str, Any]) -> Rows:
 def savings_note(evaluation: dict[str, Any]) -> str:
     """What `savings_rows` were measured on: one sentence."""
     length, threads = (whole(at(evaluation, "savings", key)) for key in ("prompt_length", "threads"))
-    return f"Prefill of a prompt of {length} tokens, with threads: {threads}."
+    where = "on a GPU" if at(evaluation, "savings", "device") == "cuda" else f"with threads: {threads}"
+    return f"Prefill of a prompt of {length} tokens, {where}."
 
 
 def _at_longest(values: Any) -> Any:

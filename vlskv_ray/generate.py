@@ -23,6 +23,7 @@ from vlskv_ray.model.build import (
     LIBRARY_ERRORS,
     build_student,
     build_whole,
+    device_of,
     find_model,
     load_config,
     load_processor,
@@ -55,8 +56,11 @@ def generate(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     images = [open_image(path) for path in options.image]
+    device = device_asked_for(options.device)
     model, processor = load(options.model, teacher=options.teacher)
     inputs, room = read_question(model.config, processor, options.prompt, images)
+    model.to(device)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     max_new_tokens = min(options.max_new_tokens, room)
     if options.compare:
         print(comparison(*compare(model, processor, inputs, max_new_tokens=max_new_tokens)))
@@ -95,8 +99,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="where an answer is cut at the latest, if not by the model's positions (default %(default)s)",
     )
-    parser.add_argument("--threads", type=up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)")
+    add_where_to_compute(parser)
     return parser.parse_args(arguments)
+
+
+def add_where_to_compute(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that run a model by themselves."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)")
+
+
+def device_asked_for(option: str | None) -> torch.device:
+    """What `--device` names. ValueError where there is no such device."""
+    with told_of("--device", "cluster.use_gpu"):
+        return device_of(option)
 
 
 # ------------------------------------------------------------------------------------------------------ what is asked

@@ -135,6 +135,7 @@ def use_interface(wanted: str | None) -> None:
     name = wanted or os.environ.get(INTERFACE) or interface_of(ray.util.get_node_ip_address())
     if name:
         os.environ[INTERFACE] = name
+        os.environ["NCCL_SOCKET_IFNAME"] = wanted or os.environ.get("NCCL_SOCKET_IFNAME") or name
 
 
 def fetch_model(name_or_path: str, revision: str | None) -> dict[str, Any]:
@@ -166,22 +167,22 @@ def all_reduce(rank: int, world_size: int, address: str, port: int, interface: s
             dist.destroy_process_group()
 
 
-def gloo(interface: str | None, timeout_seconds: int) -> Any:
-    """Ray's config of a gloo process group whose workers each `use_interface` before it is made.
+def process_group(backend: str, interface: str | None, timeout_seconds: int) -> Any:
+    """Ray's config of a process group whose workers each `use_interface` before it is made.
 
     The classes are made here, so that Ray's controller, which they travel to, need not import this package.
     """
     from ray.train.torch import TorchConfig
     from ray.train.torch.config import _TorchBackend
 
-    class GlooBackend(_TorchBackend):
+    class Backend(_TorchBackend):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             worker_group.execute(use_interface, interface)
             super().on_start(worker_group, backend_config)
 
-    class GlooConfig(TorchConfig):
+    class Config(TorchConfig):
         @property
         def backend_cls(self) -> type:
-            return GlooBackend
+            return Backend
 
-    return GlooConfig(backend="gloo", timeout_s=timeout_seconds)
+    return Config(backend=backend, timeout_s=timeout_seconds)

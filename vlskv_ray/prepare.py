@@ -143,6 +143,9 @@ def prepare(
         threads = (saved.state["threads"], config.cluster.threads_per_worker)
         if threads[0] != threads[1]:
             changed["threads"] = f"cluster.threads_per_worker was {threads[0]} and is {threads[1]}"
+        if saved.state.get("use_gpu", False) != config.cluster.use_gpu:  # not there: of an earlier version, on CPUs
+            before, now = ("CPUs", "GPUs") if config.cluster.use_gpu else ("GPUs", "CPUs")
+            changed["device"] = f"the run was on {before} and is on {now} (cluster.use_gpu)"
         refuse_changes(config, saved, changed)
         if saved.step > total_steps:
             raise ValueError(f"{saved.path}: is beyond the {total_steps} steps that the run would have; {REMEDY}")
@@ -192,10 +195,13 @@ def some_samples(loader: Loader) -> list[tuple[Encoded, tuple[int, int]]]:
 
 
 def dtype_of(config: Config, saved: SavedState | None, text: Any) -> str:
-    """What model.dtype=auto stands for, the same on all workers: as the checkpoint has it, else measured here."""
+    """What model.dtype=auto stands for, the same on all workers: as the checkpoint has it, else the type that GPUs are
+    made for, or what is measured here."""
     if saved:
         before = saved.state["config"].get("model", {}).get("dtype")
         return str(before) if before in ("float32", "bfloat16") else "float32"
+    if config.cluster.use_gpu:
+        return "bfloat16"
     threads = threads_of(config.cluster, os.cpu_count() or 1)
     seconds = matmul_seconds(512, text.hidden_size, text.intermediate_size, threads)
     chosen = min(seconds, key=lambda name: seconds[name])

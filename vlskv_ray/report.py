@@ -62,6 +62,7 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
             "cpus": os.cpu_count(),
             "threads": run.config.cluster.threads_per_worker,
             "workers": max(run.config.cluster.most_workers, 1),
+            **({"device": "a GPU for each worker"} if run.config.cluster.use_gpu else {}),
         },
     }
     write_json(run.folder / "summary.json", summary)

@@ -92,7 +92,7 @@ def resume(run: Run, trained: dict[str, torch.nn.Parameter], optimizer: torch.op
             parameter.copy_(weights[name])
     for key, moment in saved.tensors("optimizer").items():
         name, _, kind = key.rpartition(".")
-        optimizer.state[trained[name]][kind] = moment
+        optimizer.state[trained[name]][kind] = moment.to(trained[name].device)
     return saved.step, Counts(saved.state)
 
 
@@ -116,11 +116,11 @@ class Saver:
         """Begins to write; tells first what became of the one before."""
         self.wait()
         moments = {
-            f"{name}.{key}": value.clone()
+            f"{name}.{key}": value.to("cpu", copy=True)
             for name, parameter in trained.items()
             for key, value in optimizer.state[parameter].items()
         }
-        weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
         options = self.run.config.checkpoint
         state = state_of(self.run, counts, measured)
 
@@ -186,6 +186,7 @@ def state_of(run: Run, counts: Counts, measured: dict[str, float]) -> dict[str, 
         "shares_per_step": run.shares_per_step,
         "tokens": asdict(run.tokens),
         "threads": run.config.cluster.threads_per_worker,
+        "use_gpu": run.config.cluster.use_gpu,
         "fingerprints": run.fingerprints,
         **({} if score is None else {"score": score}),
         **counts.to_json(),

@@ -91,6 +91,7 @@ def measure_savings(
         "parameters": sum(parameters.values()),
         "trainable_parameters": sum(count for name, count in parameters.items() if "_swiftkv" in name),
         "threads": torch.get_num_threads(),
+        "device": str(model.device.type),
     }
 
 
@@ -126,7 +127,7 @@ def prompt(model: Any, sample: Encoded, length: int) -> dict[str, Tensor]:
         words = sample.input_ids[~np.isin(sample.input_ids, special_ids(model))]
         ids = np.concatenate([ids, np.resize(words, length - len(ids))])
     whole = replace(sample, input_ids=ids, labels=np.full_like(ids, IGNORE_INDEX))
-    return collate([whole], pad_token_id=0).model_inputs()
+    return collate([whole], pad_token_id=0).to(model.device).model_inputs()
 
 
 def special_ids(model: Any) -> list[int]:
@@ -145,10 +146,17 @@ def compare_prefills(model: Any, inputs: dict[str, Tensor], repeats: int) -> tup
     seconds: dict[bool, list[float]] = {TEACHER: [], STUDENT: []}
     for _ in range(repeats):
         for side, times in seconds.items():
-            began = time.perf_counter()
+            began = when_done(model)
             prefill(model, inputs, side)
-            times.append(time.perf_counter() - began)
+            times.append(when_done(model) - began)
     return Prefill(median(seconds[TEACHER]), *counts[TEACHER]), Prefill(median(seconds[STUDENT]), *counts[STUDENT])
+
+
+def when_done(model: Any) -> float:
+    """The time, in seconds, once the model's device has done what it was given: a GPU computes beside the program."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
 
 
 def prefill(model: Any, inputs: dict[str, Tensor], swiftkv: bool) -> Any:

@@ -31,7 +31,8 @@ class GradientBuffer:
 
     def __init__(self, parameters: Any) -> None:
         parameters = list(parameters)
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
+        first = parameters[0]
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
         for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)  # backward adds to what is there
 
@@ -81,7 +82,7 @@ def train_step(
         of_batch = LossSums()
         for part in parts(batch, max_tokens):
             with autocast(model):
-                loss, of_part = objective(model, part)
+                loss, of_part = objective(model, part.to(gradients.flat.device))
             if loss is not None:
                 loss.backward()
             of_batch += of_part
@@ -109,8 +110,9 @@ def train_step(
 
 def autocast(model: Any) -> Any:
     """bfloat16 products where the frozen weights are bfloat16, so that float32 trained weights mix with them."""
-    is_bfloat16 = model.get_output_embeddings().weight.dtype == torch.bfloat16
-    return torch.autocast("cpu", dtype=torch.bfloat16) if is_bfloat16 else nullcontext()
+    weight = model.get_output_embeddings().weight
+    is_bfloat16 = weight.dtype == torch.bfloat16
+    return torch.autocast(weight.device.type, dtype=torch.bfloat16) if is_bfloat16 else nullcontext()
 
 
 def add_of_all_workers(total: Tensor, gradient: Tensor) -> None:

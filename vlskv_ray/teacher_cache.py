@@ -126,7 +126,7 @@ class TeacherCache:
         path = self.path(key)
         if self.full or path.exists():
             return
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         content = save(tensors, metadata=self._about(key, tensors))
         aside = path.with_name(f"{UNFINISHED}{key}-{os.getpid()}-{time.time_ns()}")
         try:

@@ -18,16 +18,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vlskv_ray.checkpoint import has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
-from vlskv_ray.cluster import ProgressLine, Reserved, describe, ray_cluster, reserve
+from vlskv_ray.cluster import ProgressLine, Reserved, check_gpus, describe, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
-from vlskv_ray.config import Config, dump_config, load_config_and_notices
+from vlskv_ray.config import ClusterConfig, Config, dump_config, load_config_and_notices
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, begin_at, executions, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import ROWS_IN_MEMORY
 from vlskv_ray.dry_run import dry_run
 from vlskv_ray.lease import owned
 from vlskv_ray.model_card import write_model_card
-from vlskv_ray.node import gloo, travels
+from vlskv_ray.node import process_group, travels
 from vlskv_ray.preflight import check_nodes
 from vlskv_ray.prepare import REMEDY, check_cache, prepare, run_folder, say
 from vlskv_ray.report import closing, write_summary
@@ -146,7 +146,7 @@ def train(
             with suppress(OSError):  # a full disk may be what it is about
                 write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
             reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
-            if "OutOfMemory" in reason:
+            if "OutOfMemory" in reason and "CUDA" not in reason:  # of a GPU, torch says itself what was full
                 reason = "the memory of a machine was full, whoever filled it, and Ray ended processes of this run"
             print(f"error: {reason}; all of it is in {shown(folder / 'error.log')}{advice(cause)}", file=sys.stderr)
             return FAILED
@@ -233,12 +233,13 @@ def run_here(run: Run, loader: Loader, on_metrics: Told = None) -> tuple[dict[st
 
 
 def run_on_ray(run: Run, loader: Loader, on_metrics: Told = None) -> tuple[dict[str, Any], int | None]:
-    """A TorchTrainer with gloo on the cluster there is, or on this machine."""
+    """A TorchTrainer on the cluster there is, or on this machine."""
     config = run.config
     with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
         # nodes of a cluster may be taken away with notice; this machine is not, and watching costs a process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", str(int(cluster.joined)))
         run = replace(run, watches_nodes=os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1")
+        check_gpus(config.cluster, cluster.gpus)
         reserved = reserve(config.cluster, config.data, cluster.cpus, cluster.largest_node)
         run = with_threads(run, reserved.threads_per_worker)
         say(config, f"cluster       {describe(config, reserved, cluster)}")
@@ -313,10 +314,10 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"run": run},
-        torch_config=gloo(config.cluster.network_interface, FOR_EVER),
+        torch_config=process_group(backend_of(config.cluster), config.cluster.network_interface, FOR_EVER),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.num_workers,
-            resources_per_worker={"CPU": reserved.cpus_per_worker},
+            **each_worker_takes(config.cluster, reserved),
             placement_strategy="SPREAD",
             elastic_resize_monitor_interval_s=ROOM_IS_LOOKED_FOR_EVERY,
         ),
@@ -331,6 +332,18 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
     )
     outcome: dict[str, Any] = trainer.fit().return_value
     return outcome
+
+
+def backend_of(cluster: ClusterConfig) -> str:
+    """By what tensors travel between workers. What workers tell each other beside gradients stays on CPUs, for which
+    gloo is there in any case."""
+    return "cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo"
+
+
+def each_worker_takes(cluster: ClusterConfig, reserved: Reserved) -> dict[str, Any]:
+    """What Ray's ScalingConfig is told of each worker's share of the cluster."""
+    resources = {"CPU": reserved.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    return {"use_gpu": cluster.use_gpu, "resources_per_worker": resources}
 
 
 def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:

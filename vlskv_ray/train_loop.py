@@ -13,7 +13,14 @@ from vlskv_ray.data.collate import Batch
 from vlskv_ray.distill import LossSums
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of, figures_of
 from vlskv_ray.faults import point
-from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor, trainable_parameters
+from vlskv_ray.model.build import (
+    build_student,
+    build_whole,
+    device_of,
+    find_model,
+    load_processor,
+    trainable_parameters,
+)
 from vlskv_ray.run import AskedToStop, Run, StoppedRun, Worker, gather_objects, this_rank
 from vlskv_ray.run_log import RunLog
 from vlskv_ray.saving import Saver, export, finish_saving, resume, save_is_due, stop_if_taken_over
@@ -157,20 +164,26 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
 
 
 def model_of(run: Run) -> Any:
-    """The student of a distillation; the whole model where all of it trains."""
+    """The student of a distillation, or the whole model where all of it trains; on the device it will be used on.
+
+    Everything else goes by where the model is.
+    """
+    device = device_of("cuda" if run.config.cluster.use_gpu else "cpu")
     options = run.config.model
     files = find_model(options.name_or_path, options.revision)  # here: each machine has its own copy of a hub model
     if run.config.objective == "sft":
-        return build_whole(
+        model = build_whole(
             files, options.num_hidden_layers, attn_implementation=options.attn_implementation, seed=run.config.seed
         )
-    return build_student(
-        files,
-        options.num_key_value_layers,
-        options.key_value_group_size,
-        attn_implementation=options.attn_implementation,
-        dtype=getattr(torch, options.dtype),
-    )
+    else:
+        model = build_student(
+            files,
+            options.num_key_value_layers,
+            options.key_value_group_size,
+            attn_implementation=options.attn_implementation,
+            dtype=getattr(torch, options.dtype),
+        )
+    return model.to(device)
 
 
 def take(batches: Iterator[Batch], step: int, count: int) -> tuple[list[Batch], float]:

@@ -83,11 +83,12 @@ class ModelConfig(_Section):
     """Layers above N that share one key/value cache. None: what the checkpoint says, else 1, which loses the least."""
 
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel; sdpa is the faster one, eager the one to read and debug."""
+    """Attention kernel; sdpa is the faster one, with torch's own flash attention on GPUs where that fits, eager the one
+    to read and debug."""
 
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Type of the frozen weights; trained ones stay float32. bfloat16 halves memory; slow on CPUs without AMX. auto:
-    the one in which this machine is faster, measured when a run starts, and kept when it goes on."""
+    bfloat16 on GPUs, else the one in which this machine is faster, measured when a run starts; kept when it goes on."""
 
     gradient_checkpointing: bool = False
     """Less memory for more time, with the same bits: what a layer that trains makes inside is not kept for its
@@ -107,9 +108,14 @@ class ModelConfig(_Section):
 
     @field_validator("attn_implementation", mode="before")
     @classmethod
-    def _runs_on_a_cpu(cls, value: Any) -> Any:
+    def _is_of_use(cls, value: Any) -> Any:
+        # distillation attends sequence by sequence through torch's own function, whatever is named here; sft trains in
+        # float32, which the package flash-attn does not take; the vision tower alone is not worth a dependency
         if value == "flash_attention_2":
-            raise ValueError("flash_attention_2 needs a GPU; use sdpa")
+            raise ValueError(
+                "flash_attention_2 would do nothing for the text model; use sdpa, which on a GPU takes torch's own "
+                "flash attention where that fits"
+            )
         return value
 
 
@@ -237,12 +243,16 @@ class ClusterConfig(_Section):
     """Training processes, each with a full copy of the model. 0: everything in this process, without Ray.
     [fewest, most]: as many as the cluster has room for, fewer while a machine is lost, more when it is back."""
 
+    use_gpu: bool = False
+    """Each worker computes on a GPU of its own. Bits then differ from run to run: what is said of bits is of CPUs."""
+
     threads_per_worker: Annotated[int, Field(gt=0, le=4096)] | None = None
-    """Compute threads of a worker. None: the cluster's CPUs divided by the workers. The number decides the last bits of
-    every result, so the resolved one is kept with the run."""
+    """Compute threads of a worker. None: the cluster's CPUs divided by the workers, 1 with use_gpu. The number decides
+    the last bits of every result, so the resolved one is kept with the run."""
 
     cpus_per_worker: PositiveFloat | None = None
-    """Logical CPUs that Ray reserves for a worker. None: the workers share half of the cluster, data gets the rest."""
+    """Logical CPUs that Ray reserves for a worker. None: the workers share half of the cluster, or with use_gpu take 1
+    each at most, and data gets the rest."""
 
     stall_seconds: PositiveFloat = 120.0
     """A worker that gets on with nothing for so long, and for ten times as long as its slowest micro-batch took, ends;
@@ -256,8 +266,8 @@ class ClusterConfig(_Section):
     same bits. Costs as many broadcasts a step as it has micro-batches."""
 
     network_interface: Text | None = None
-    """Network interface for the workers' traffic (GLOO_SOCKET_IFNAME), such as eth0. None: on each node what
-    its environment says, else the one that carries the node's address in Ray."""
+    """Network interface for the workers' traffic (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME), such as eth0. None: on each
+    node what its environment says, else the one that carries the node's address in Ray."""
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -291,8 +301,8 @@ class CheckpointConfig(_Section):
     highest accuracy. One is then written at each measurement too."""
 
     allow_changed: Annotated[tuple[Text, ...], Strict(False)] = ()
-    """What may have changed since the checkpoint that a run goes on from: model, data, versions, threads, or keys such
-    as optimizer.lr. The run then gives other numbers than one left alone."""
+    """What may have changed since the checkpoint that a run goes on from: model, data, versions, threads, device, or
+    keys such as optimizer.lr. The run then gives other numbers than one left alone."""
 
 
 class EvaluationConfig(_Section):
@@ -488,6 +498,8 @@ class Config(_Section):
             problems["model.revision"] = f"the folder {self.model.name_or_path} has no revisions; remove it"
         if self.checkpoint.keep_best and not (self.evaluation.every_steps and self.evaluation.sources):
             problems["checkpoint.keep_best"] = "nothing is measured on the way; set evaluation.sources and every_steps"
+        if self.cluster.use_gpu and self.cluster.bit_identical:
+            problems["cluster.bit_identical"] = "no two runs on GPUs give the same bits; remove it or cluster.use_gpu"
         if self.objective == "sft" and self.model.teacher_cache != "off":
             problems["model.teacher_cache"] = "there is no teacher with objective=sft; remove it"
         if self.objective == "sft":

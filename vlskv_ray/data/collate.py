@@ -81,6 +81,11 @@ class Batch:
         scale, shift = self.normalise[:, :, None, None]
         return self.tiles * scale + shift
 
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same with its tensors there; pictures travel as bytes."""
+        there: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors_of(self).items()}
+        return replace(self, **there)
+
     def model_inputs(self) -> dict[str, Tensor]:
         """The arguments of the model's forward, labels apart."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -198,15 +203,19 @@ TENSORS = (
 )
 
 
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """Those that it has, by name."""
+    return {name: getattr(batch, name) for name in TENSORS if getattr(batch, name) is not None}
+
+
 def to_row(batch: Batch) -> dict[str, Any]:
     """A batch as one row of a Ray dataset: its tensors as safetensors bytes, the rest as JSON."""
-    tensors = {name: getattr(batch, name) for name in TENSORS if getattr(batch, name) is not None}
     about = {"sample_ids": batch.sample_ids, "rejected": batch.rejected, "keys": batch.keys}
     return {
         "step": batch.step,
         "micro_batch": batch.micro_batch,
         "about": json.dumps(about),
-        "tensors": save(tensors),
+        "tensors": save(tensors_of(batch)),
     }
 
 

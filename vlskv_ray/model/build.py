@@ -417,6 +417,22 @@ def load_processor(files: ModelFiles) -> Any:
     return processor
 
 
+def device_of(name: str | None = None) -> torch.device:
+    """The device `cpu` or `cuda`, which is the GPU that this process is to use; None: `cuda` where there is one.
+
+    Raises:
+        ValueError: there is no GPU, or none that this build of torch can use.
+    """
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if name == "cuda":
+        raise ValueError(
+            f"cluster.use_gpu: torch {torch.__version__} finds no GPU here; wanted an NVIDIA GPU with its driver and a "
+            f"build of torch for it; leave this out to compute on CPUs"
+        )
+    return torch.device("cpu")
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that train, by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -92,7 +92,7 @@ class ModelConfig(_Section):
 
     gradient_checkpointing: bool = False
     """Less memory for more time, with the same bits: what a layer that trains makes inside is not kept for its
-    gradient but made again. Of most worth with objective=sft."""
+    gradient but made again. About half of a step's memory with objective=sft; little where answers are short."""
 
     logits_memory_mib: PositiveInt = 256
     """Budget in MiB for the float32 logits of one chunk of the loss; lower it to trade a little time for memory."""

@@ -266,8 +266,8 @@ class ClusterConfig(_Section):
     same bits. Costs as many broadcasts a step as it has micro-batches."""
 
     network_interface: Text | None = None
-    """Network interface for the workers' traffic (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME), such as eth0. None: on each
-    node what its environment says, else the one that carries the node's address in Ray."""
+    """Network interface for the workers' traffic (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME), such as eth0. None: on
+    each node what its environment says, else the one that carries the node's address in Ray."""
 
     @field_validator("num_workers", mode="before")
     @classmethod

@@ -182,8 +182,8 @@ def recomputing(objective: Loss) -> Loss:
     """The same loss and gradient by less memory: backward makes again what layers that train have made inside.
 
     transformers does so in training mode only. Here the layers are in it, for the time of a forward, and none of their
-    parts: so nothing is dropped out, and nobody else meets a layer that would refuse a cache. What is frozen keeps nothing
-    and makes nothing again.
+    parts: so nothing is dropped out, and nobody else meets a layer that would refuse a cache. What is frozen keeps
+    nothing and makes nothing again.
     """
     checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # none are drawn
 

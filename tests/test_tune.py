@@ -15,14 +15,15 @@ import pytest
 import torch
 import yaml
 
-from vlskv_ray.config import load_config
+from vlskv_ray.cluster import Cluster
+from vlskv_ray.config import ClusterConfig, load_config
 from vlskv_ray.counting import flop_counter
 from vlskv_ray.data.pipeline import local_batches
 from vlskv_ray.distill import cached_pass, frozen_states, shared_pass
 from vlskv_ray.model.build import build_student, find_model
 from vlskv_ray.prepare import prepare
 from vlskv_ray.sweep import trials_of
-from vlskv_ray.tune import main
+from vlskv_ray.tune import concurrent_trials, main
 
 ROOT = Path(__file__).parent.parent
 N = "model.num_key_value_layers"
@@ -178,6 +179,26 @@ def test_what_cannot_be_swept_is_told_before_anything_begins(
         assert main(["--config", str(config), *arguments]) == 2, arguments
         assert said in capsys.readouterr().err
     assert not (tmp_path / "runs" / "sweep" / "ray").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "cpus", "gpus", "trials", "count"),
+    [
+        ({"num_workers": 0}, 2, 0, 6, 2),
+        ({"num_workers": 0}, 16, 0, 6, 6),
+        ({"num_workers": 0, "threads_per_worker": 4}, 16, 0, 6, 4),
+        ({"num_workers": 2}, 2, 0, 6, 1),
+        ({"num_workers": 2}, 16, 0, 6, 5),
+        ({"num_workers": 2, "use_gpu": True}, 16, 4, 6, 2),
+        ({"num_workers": 0, "use_gpu": True}, 16, 4, 6, 4),
+    ],
+)
+def test_as_many_trials_as_there_is_room_for(
+    options: dict[str, Any], cpus: float, gpus: float, trials: int, count: int
+) -> None:
+    config = load_config(ROOT / "configs" / "sweep-shapes.yaml")
+    config = config.model_copy(update={"cluster": ClusterConfig(**options)})
+    assert concurrent_trials(config, Cluster(cpus, joined=True, gpus=gpus), trials) == count
 
 
 def test_a_dry_run_lists_the_trials(

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlskv_ray.cache import SeveralCaches, fill_ahead
 from vlskv_ray.checkpoint import newest_step, write_text
-from vlskv_ray.cluster import Cluster, ray_cluster, reserve
+from vlskv_ray.cluster import Cluster, check_gpus, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
 from vlskv_ray.config import Config, changed_keys, dump_config, load_config, load_config_and_notices
 from vlskv_ray.figures import at, read_run
@@ -183,7 +183,7 @@ def run_sweep(config: Config, sweep: Sweep, trials: list[Trial], command: Callab
     if to_do or config.tune.search == "optuna":
         os.environ.update(QUIET)
         with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster, ExitStack() as held:
-            at_once = concurrent_trials(config, cluster.cpus, len(to_do) or config.tune.draws)
+            at_once = concurrent_trials(config, cluster, len(to_do) or config.tune.draws)
             sweep = replace(sweep, cpus_per_trial=cluster.cpus / at_once, joined=cluster.joined)
             say(config, f"cluster       {cluster.cpus:g} CPUs, {at_once} trial{'s' * (at_once > 1)} at a time")
             for trial in to_do:
@@ -255,17 +255,20 @@ def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
         )
 
 
-def concurrent_trials(config: Config, cpus: float, trials: int) -> int:
+def concurrent_trials(config: Config, cluster: Cluster, trials: int) -> int:
     """How many trials run at once: each has a CPU for every worker and one for its data, as far as there are so many.
 
-    ValueError where more were asked for than can all have a worker and a data task.
+    ValueError where more were asked for than can all have a worker and a data task, or where a trial lacks GPUs.
     """
     workers = config.cluster.most_workers
     needs = workers + 1 if workers else config.cluster.threads_per_worker or 1
-    wanted = config.tune.max_concurrent_trials
-    count = min(wanted or max(1, int(cpus // needs)), max(1, trials))
+    room = max(1, int(cluster.cpus // needs))
+    if config.cluster.use_gpu:
+        check_gpus(config.cluster, cluster.gpus)
+        room = min(room, int(cluster.gpus // max(workers, 1)))
+    count = min(config.tune.max_concurrent_trials or room, max(1, trials))
     if workers:
-        reserve(config.cluster, config.data, cpus / count)
+        reserve(config.cluster, config.data, cluster.cpus / count)
     return count
 
 
@@ -352,7 +355,9 @@ def run_trials(config: Config, sweep: Sweep, trials: list[Trial], table: SweepTa
     options = config.tune
     metric, mode = METRICS[options.metric], "min" if options.metric == "kl" else "max"
     # of a trial with workers Ray asks nothing for the process that watches them: they hold what there is
-    resources = {"memory": 1} if config.cluster.most_workers else {"CPU": sweep.cpus_per_trial}
+    resources: dict[str, float] = {"memory": 1}
+    if not config.cluster.most_workers:
+        resources = {"CPU": sweep.cpus_per_trial} | ({"GPU": 1} if config.cluster.use_gpu else {})
     algorithm, space = None, {"values": ray_tune.grid_search([trial.values for trial in trials])}
     if options.search == "optuna":
         algorithm, space = optuna_search(config, sweep, metric, mode), {}

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-faults soak teacher figures clean
+.PHONY: train test test-cluster test-faults soak teacher figures clean
 
 train: .venv/installed
 	$(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml
@@ -11,7 +11,11 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not faults'
+	$(BIN)/python -m pytest -m 'not faults and not cluster'
+
+# Sweeps, jobs submitted to a head node, and nodes that share less than they should, on real clusters: about 6 minutes.
+test-cluster: .venv/installed-test
+	$(BIN)/python -m pytest -m cluster
 
 # Every process of a run killed at every moment, and nodes that are lost: about 20 minutes on 2 cores.
 test-faults: .venv/installed-test

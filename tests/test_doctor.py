@@ -84,7 +84,7 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 QUICKSTART = str(Path(doctor.__file__).parents[1] / "configs" / "quickstart.yaml")
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 @pytest.mark.parametrize(("overrides", "status"), [((), 0), (("cluster.cpus_per_worker=999",), 1)])
 def test_this_machine(tmp_path: Path, overrides: tuple[str, ...], status: int) -> None:
     """With a config all is looked at, and nothing written; workers that do not fit are a problem."""

@@ -150,7 +150,7 @@ def left_alone(head: Head, runs: Path) -> tuple[Path, int, str]:
     return runs / "alone", *ended(head.job("submit", *training(runs, "alone")))
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_a_job_tells_and_leaves_what_the_command_does(left_alone: tuple[Path, int, str]) -> None:
     """Exit status 0, plain lines that can be kept as a log, none of them Ray's own, and a finished run."""
     run, status, out = left_alone
@@ -165,7 +165,7 @@ def test_a_job_tells_and_leaves_what_the_command_does(left_alone: tuple[Path, in
     assert not (run / "ray").exists()
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_only_what_a_job_needs_is_uploaded(head: Head, tmp_path: Path) -> None:
     """`.rayignore` keeps out what is large or of this machine only; the package that runs is the uploaded one."""
     kept = ["configs", "vlskv_ray"]
@@ -190,7 +190,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 @pytest.mark.parametrize("option", REFUSED)
 def test_what_is_wrong_fails_the_job(head: Head, option: str) -> None:
     """The message is in the output, and the exit status 1, which is Ray's for every job that fails; without a folder
@@ -214,7 +214,7 @@ def test_a_run_is_not_written_where_ray_deletes_it(
     assert not list(copy.iterdir())
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_without_the_token_nothing_is_run(head: Head, tmp_path: Path) -> None:
     """Neither by the command nor by a plain request, nor with a wrong token."""
     ran = tmp_path / "ran"
@@ -237,7 +237,7 @@ def test_without_the_token_nothing_is_run(head: Head, tmp_path: Path) -> None:
     assert status == 0 and "strangers" not in out and not ran.exists()
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_a_stopped_job_has_saved_and_goes_on(
     head: Head, runs: Path, planned: Path, left_alone: tuple[Path, int, str]
 ) -> None:

@@ -198,7 +198,7 @@ def test_a_node_that_reaches_no_other_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 # -------------------------------------------------------------------------------------------------------- real nodes
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_memory_that_comes_free_in_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a run that was killed just before; memory that does not is a problem."""
     account_of, asked = node.account, []
@@ -267,7 +267,7 @@ def small_run(folder: Path, teacher: Path, **options: Any) -> None:
     write_config(folder, teacher, **({"cluster": cluster, "evaluation": {}, "output": output} | options))
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_two_nodes_that_share_what_they_need(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
     """A run on two nodes comes to its end, with a worker on each, whose gradients go by the address of their nodes."""
     small_run(tmp_path, teacher_folder(), epochs=30)
@@ -288,7 +288,7 @@ def test_two_nodes_that_share_what_they_need(tmp_path: Path, teacher_folder: Cal
     assert "gloo adds up over 2 nodes\n" in log and not list(tmp_path.glob("runs/run/.preflight*"))
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 @pytest.mark.skipif(not may_hide_folders(), reason="making a mount namespace is not permitted")
 def test_storage_that_a_node_does_not_see(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
     """One clear line before any worker is started; nothing is left of the attempt."""

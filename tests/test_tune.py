@@ -81,7 +81,7 @@ def points(sweep: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_a_sweep_killed_and_stopped_ends_as_one_left_alone(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
     """The same trials, figures and best; what fails is told and harms no other; no trial runs a teacher."""
     config = write_config(tmp_path, teacher_folder(), {N: [2, 4, 6], "data.max_length": [500, 6]})

@@ -51,9 +51,11 @@ def test_the_teacher_runs_once_a_batch(student: Callable[..., Any], encoded: lis
 
 
 def test_settings_that_a_model_cannot_have_are_left_out() -> None:
-    assert settings_of(6, [1, 2, 6], [1, 2, 4]) == [(1, 1), (2, 1), (2, 2), (2, 4)]
+    assert settings_of(6, [1, 2], [1, 2, 4]) == [(1, 1), (2, 1), (2, 2), (2, 4)]
     with pytest.raises(ValueError, match="none of these pairs can be, in a model of 6 text layers"):
         settings_of(6, [3], [2])
+    with pytest.raises(ValueError, match="--layers: 9, but the model has 6 text layers; wanted 1 to 5"):
+        settings_of(6, [3, 9], [1])
 
 
 def test_ranks_are_compared_as_spearman_did() -> None:
@@ -78,7 +80,7 @@ def test_the_command_shows_a_table_and_compares_it_with_a_sweep(
     file.write_text(yaml.dump(config))
     sweep.mkdir()
     points = [
-        {"values": {"model.num_key_value_layers": n}, "kl": kl, "accuracy": 1 - kl}
+        {"num_key_value_layers": n, "key_value_group_size": 1, "kl": kl, "accuracy": 1 - kl}
         for n, kl in ((1, 0.3), (3, 0.2), (5, 0.1))
     ]
     (sweep / "frontier.json").write_text(json.dumps({"points": points}))
@@ -97,10 +99,11 @@ def test_the_command_shows_a_table_and_compares_it_with_a_sweep(
     (sweep / "frontier.json").write_text(json.dumps({"points": points[:2]}))
     capsys.readouterr()
     for more, said in (
-        (["--against", str(sweep)], "has 2 trials with a setting that was probed; wanted 3 or more"),
+        (["--against", str(sweep)], "has 2 trials with a setting that is probed; wanted 3 or more"),
+        (["--json", "/nowhere/x.json"], "--json: there is no folder /nowhere"),
         (["--against", str(tmp_path)], "holds no finished sweep"),
         (["objective=sft"], "objective: sft has no student"),
-        (["--layers", "6"], "none of these pairs can be"),
+        (["--layers", "6"], "--layers: 6, but the model has 6 text layers"),
         (["data.max_length=2"], "none of the samples tried can be used"),
     ):
         assert main([*arguments, *more]) == 2

@@ -67,6 +67,8 @@ def test_a_name_is_that_of_one_folder(values: dict[str, Any]) -> None:
         ({LR: 3}, f"{LR}: wanted a list of values or one of grid"),
         ({LR: []}, f"{LR}.grid: wanted a list of values, got []"),
         ({"output.name": ["a"]}, "output.name: cannot be tried"),
+        ({"cluster.num_workers": [1, 2]}, "cluster.num_workers: cannot be tried; a sweep names its runs and shares"),
+        ({N: [1], "model": {"num_key_value_layers": [2]}}, f"{N}: given twice; keep one of them"),
     ],
 )
 def test_a_space_that_says_nothing_is_an_error(space: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -79,6 +81,11 @@ def test_a_space_that_says_nothing_is_an_error(space: dict[str, Any], problem: s
     assert problem in str(error.value) and f"{file}:1: tune.space: " in str(error.value)
 
 
+def test_a_space_has_finite_bounds() -> None:
+    with pytest.raises(ValueError, match="wanted two numbers"):
+        config(space={LR: {"uniform": [0, float("inf")]}})
+
+
 def test_sections_of_a_space_may_be_nested() -> None:
     nested = config(space={"model": {"num_key_value_layers": [2], "key_value_group_size": {"choice": [1, 2]}}})
     assert nested.tune.space == {N: {"grid": [2]}, G: {"choice": [1, 2]}}
@@ -87,7 +94,7 @@ def test_sections_of_a_space_may_be_nested() -> None:
 def test_how_a_trial_ended_is_found_again(tmp_path: Path) -> None:
     end(tmp_path, Trial("N2", {N: 2}), FAILED, "no room")
     assert outcome_of(tmp_path) == {"status": FAILED, "values": {N: 2}, "reason": "no room"}
-    for junk in ("", "[]", '{"status": "odd"}'):
+    for junk in ("", "[]", '{"status": "odd"}', '{"status": "done"}', '{"status": "done", "values": [1]}'):
         (tmp_path / "trial.json").write_text(junk)
         assert outcome_of(tmp_path) is None
     assert outcome_of(tmp_path / "nothing") is None

@@ -153,7 +153,14 @@ def results(
     processes = [worker.remote(run, loader, caches) for _ in range(workers)]
     size = run.config.micro_batch_size
     at_once = (samples[at : at + size].tolist() for at in range(0, len(samples), size))
-    yield from ActorPool(processes).map_unordered(lambda process, few: process.__call__.remote(few), at_once)
+    try:
+        yield from ActorPool(processes).map_unordered(lambda process, few: process.__call__.remote(few), at_once)
+    except ray.exceptions.RayActorError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"cluster.address: a process that fills the teacher cache was lost: {reason}; what is filled stays, "
+            f"so try again, or use cluster.address=local"
+        ) from error
 
 
 if __name__ == "__main__":

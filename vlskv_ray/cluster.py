@@ -158,7 +158,8 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node:
         left = node - node // per_worker * per_worker  # on one node, which may be all that there will be
         per_task = per_task or max(0.1, min(1.0, math.floor(1e4 * left) / 1e4))
     if per_worker is None:
-        share = min(cpus / 2 / workers, 1.0 if cluster.use_gpu else cpus)  # a GPU needs no more than one to be driven
+        most = 1.0 if cluster.use_gpu else largest_node or cpus  # a GPU needs no more than one to be driven
+        share = min(cpus / 2 / workers, most)  # a worker is on one node
         per_worker = float(math.floor(share)) if share >= 1 else math.floor(share * 1e4) / 1e4  # whole above 1
     per_task = per_task or (1.0 if cpus - workers * per_worker >= 2 else 0.5)
     if workers * per_worker + per_task > cpus + 1e-6:
@@ -180,9 +181,10 @@ def check_gpus(cluster: ClusterConfig, gpus: float) -> None:
     """ValueError where there are too few, for which Ray would wait forever."""
     workers = max(cluster.fewest_workers, 1)
     if cluster.use_gpu and workers > gpus:
+        fewer = "lower cluster.num_workers, or " if gpus >= 1 else ""
         raise ValueError(
             f"cluster.use_gpu: wanted a GPU for each worker, {workers} in all, the cluster has {gpus:g}; "
-            f"lower cluster.num_workers, or use cluster.use_gpu=false to compute on CPUs"
+            f"{fewer}use cluster.use_gpu=false to compute on CPUs"
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import signal
 import sys
 import threading
@@ -24,11 +25,19 @@ def exit_status(command: Callable[[], int]) -> int:
     except ValueError as error:  # each of ours names the option, key or file, what was wanted and the remedy
         print(error, file=sys.stderr)
         return WRONG_INPUT
+    except BrokenPipeError:  # whoever reads what is printed has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except OSError as error:  # a full disk, a folder that went away
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT if error.errno == errno.ENAMETOOLONG else FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def plural(count: int, word: str) -> str:
+    """1 trial, 2 trials."""
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def run_parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -11,7 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from vlskv_ray.cluster import ray_cluster, reserve
+import torch
+
+from vlskv_ray.cluster import check_gpus, describe, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status
 from vlskv_ray.config import Config, load_config_and_notices
 from vlskv_ray.counting import size
@@ -60,12 +62,17 @@ def examine_all(file: str | None, overrides: list[str]) -> int:
                 found += told("", [judged("start", where), *dashboard(cluster.joined)])
                 need = Need()
                 if run is not None:
+                    check_gpus(run.config.cluster, cluster.gpus)
                     reserved = reserve(run.config.cluster, run.config.data, cluster.cpus, cluster.largest_node)
+                    share, _, crowded = describe(run.config, reserved, cluster).partition("\nwarning: ")
+                    found += told("", [Finding("warning", "CPUs", crowded) if crowded else judged("CPUs", share)])
                     need = need_of(run, loader.sources, reserved)
                 reports, of_nodes = examine(need, cluster)
             found += told("nodes", [*map(node_line, reports), *of_nodes])
         except (ValueError, ConnectionError) as error:  # no such cluster, or too small a one
             found += told("", [Finding("problem", "start", str(error))])
+    elif config.cluster.use_gpu and not torch.cuda.is_available():
+        found += told("GPUs", [Finding("problem", "GPU", "cluster.use_gpu is set, and torch finds no GPU here")])
     problems = len(problems_of(found))
     print(f"{problems} problem{'s' * (problems > 1)}" if problems else "no problem was found")
     return FAILED if problems else DONE

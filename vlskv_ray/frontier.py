@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from vlskv_ray.checkpoint import write_json, write_text
+from vlskv_ray.command import shown
 from vlskv_ray.figures import at, decimal, is_number, percent, read_run
 from vlskv_ray.report_page import CSS, FAINT, INK, STUDENT, STYLE, THIRD, grid, plain_ticks, plot, table
 from vlskv_ray.sweep import DONE, Trial, aligned, outcome_of
@@ -37,6 +38,8 @@ class Point:
     kl: float
     prefill: float
     cache: float
+    num_key_value_layers: int | None = None
+    key_value_group_size: int | None = None
     pareto: bool = False
     """No other trial is at least as good in KL, prefill and cache, and better in one of them."""
 
@@ -65,7 +68,8 @@ def points_of(trials: Sequence[Trial], folder: Path) -> list[Point]:
         ]
         if all(map(is_number, numbers)):
             accuracy, teacher, kl, prefill, cache = map(float, numbers)
-            found.append(Point(trial.name, trial.values, accuracy, teacher, kl, prefill, cache))
+            n, g = (at(evaluation, "model", key) for key in ("num_key_value_layers", "key_value_group_size"))
+            found.append(Point(trial.name, trial.values, accuracy, teacher, kl, prefill, cache, n, g))
     found.sort(key=lambda point: (point.prefill, point.cache, point.kl))
     return [Point(**(asdict(point) | {"pareto": is_pareto(point, found)})) for point in found]
 
@@ -118,7 +122,8 @@ def write_frontier(
     )
     lines = said(points, best, max_accuracy_drop, others)
     if best:
-        lines.append(f"train it:  {commands[best.name]}")
+        lines.append(f"student:   {shown(folder / 'trials' / best.name / 'final')}")
+        lines.append(f"again, for longer or on more data:  {commands[best.name]}")
     if points:
         write_picture(folder / "frontier.png", points, best, max_accuracy_drop)
     write_text(folder / "frontier.html", page(folder.name, points, best, max_accuracy_drop, others, commands))
@@ -132,7 +137,8 @@ def said(
     lines: list[str] = []
     if points:
         lines += aligned([["trial", *COLUMNS], *([point.name, *cells(point, best)] for point in points)])
-        lines += ["", f"the teacher's accuracy is {percent(points[0].teacher_accuracy)}; * no other trial is better"]
+        teacher = percent(points[0].teacher_accuracy)
+        lines += ["", f"the teacher's accuracy is {teacher}; * not beaten in KL, prefill and cache together"]
     for name, outcome in others.items():
         lines.append(f"{name}: {outcome['status']}" + (f": {outcome['reason']}" if outcome.get("reason") else ""))
     return [*lines, "", advice(points, best, max_accuracy_drop)]
@@ -147,12 +153,12 @@ def cells(point: Point, best: Point | None) -> list[str]:
 
 def advice(points: Sequence[Point], best: Point | None, max_accuracy_drop: float) -> str:
     """One sentence: what to take, or what stands in the way."""
-    limit = f"at most {100 * max_accuracy_drop:g} points of accuracy (tune.max_accuracy_drop)"
+    count = f"{100 * max_accuracy_drop:g}"
+    limit = f"at most {count} point{'s' * (count != '1')} of accuracy (tune.max_accuracy_drop)"
     if best:
-        return (
-            f"recommended, losing {limit}: {best.name}, with {percent(1 - best.prefill)} of the prefill operations "
-            f"and {percent(1 - best.cache)} of the cache saved"
-        )
+        saved = [f"{percent(1 - best.prefill)} of the prefill operations"]
+        saved += [f"{percent(1 - best.cache)} of the cache"] if best.cache < 1 else []
+        return f"recommended, the cheapest that loses {limit}: {best.name}, which saves {' and '.join(saved)}"
     if not points:
         return "no trial came to its end, so there is nothing to recommend"
     least = min(points, key=lambda point: point.loses)
@@ -213,7 +219,10 @@ def write_picture(path: Path, points: Sequence[Point], best: Point | None, limit
         figure = Figure(figsize=(10, 7.5), layout="constrained")
         for axes, (cost, quality) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
             draw(axes, points, best, cost, quality, limit, lambda stand_in: PAPER[stand_in])
-        figure.suptitle("What SwiftKV settings keep and save: blue is not beaten, the ring is recommended", fontsize=10)
+        figure.suptitle(
+            "Kept and saved: blue is not beaten in KL, prefill and cache together, the ring is recommended",
+            fontsize=10,
+        )
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
@@ -245,7 +254,12 @@ def page(
         "one of them. Lines: the teacher's accuracy, and what is allowed to be lost."
     )
     rest = [(trial, [outcome["status"], outcome.get("reason", "")]) for trial, outcome in others.items()]
-    command = f"<pre>{escape(commands[best.name])}</pre>" if best else ""
+    command = ""
+    if best:
+        command = (
+            f"<p>Its student lies in <code>trials/{escape(best.name)}/final</code>. To train the setting again, "
+            f"for longer or on more data:</p>\n<pre>{escape(commands[best.name])}</pre>"
+        )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from vlskv_ray.checkpoint import write_json
-from vlskv_ray.command import DONE, exit_status, run_parser, up_to
+from vlskv_ray.command import DONE, exit_status, plural, run_parser, up_to
 from vlskv_ray.compare import write_block
 from vlskv_ray.config import Config, load_config_and_notices
 from vlskv_ray.data.collate import Batch, FrozenStates, supervised_positions
 from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.distill import DivergenceAtHead, frozen_states, rows_per_chunk
-from vlskv_ray.figures import at, decimal, percent
+from vlskv_ray.figures import decimal, percent
 from vlskv_ray.model.build import build_student, find_model, load_config
 from vlskv_ray.model.swiftkv import SwiftKVPass, check_layers, has_swiftkv, swiftkv_backbone
 from vlskv_ray.prepare import prepare, say
@@ -60,7 +60,10 @@ Setting = tuple[int, int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    what = "Measures the untrained student for every N and group size, in one pass over some samples."
+    what = (
+        "Measures the untrained student for every N and group size, in one pass over some samples: held-out ones where "
+        f"the config has evaluation.sources, the first {NUM_SAMPLES} of them unless --num-samples says otherwise."
+    )
     parser = run_parser("probe", what)
     parser.set_defaults(num_samples=NUM_SAMPLES)
     parser.add_argument(
@@ -90,10 +93,16 @@ def probe(options: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError(f"model.name_or_path: {config.model.name_or_path} is a student already; wanted its teacher")
     last = load_config(files).text_config.num_hidden_layers
     settings = settings_of(last, options.layers or list(range(1, last)), options.groups)
+    trained = trained_of(Path(options.against), settings) if options.against else []
+    for option, file in (("--json", options.json), ("--into", options.into)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{option}: there is no folder {Path(file).absolute().parent}")
     run, loader = prepare(config_of(config), num_samples=options.num_samples)
     began = time.monotonic()
     distances = distances_of(run.config, loader, settings, run.steps_per_epoch)
-    say(config, f"{options.num_samples} samples, {len(settings)} settings in {time.monotonic() - began:.0f} s")
+    say(
+        config, f"{options.num_samples} samples, {plural(len(settings), 'setting')} in {time.monotonic() - began:.0f} s"
+    )
     if options.json:
         write_json(
             Path(options.json),
@@ -109,7 +118,7 @@ def probe(options: argparse.Namespace, overrides: list[str]) -> int:
         )
     text = table_of(distances, last)
     if options.against:
-        text += "\n\n" + agreement_with(Path(options.against), distances)
+        text += f"\n\n{agreement_with(Path(options.against).name, trained, distances)}"
     if options.into:
         write_block(Path(options.into), options.block, f"```text\n{text}\n```")
     else:
@@ -132,7 +141,10 @@ def config_of(config: Config) -> Config:
 
 
 def settings_of(last: int, layers: Sequence[int], groups: Sequence[int]) -> list[Setting]:
-    """The pairs of N and group size that a model of so many layers can have. ValueError where there is none."""
+    """The pairs of N and group size that a model of so many layers can have. ValueError where there is none, or where
+    an N is wanted that it cannot have."""
+    if beyond := [n for n in layers if n >= last]:
+        raise ValueError(f"--layers: {beyond[0]}, but the model has {last} text layers; wanted 1 to {last - 1}")
     found = []
     for n in sorted(set(layers)):
         for g in sorted(set(groups)):
@@ -140,8 +152,7 @@ def settings_of(last: int, layers: Sequence[int], groups: Sequence[int]) -> list
                 check_layers(last, n, g)
             except ValueError:
                 continue
-            if n < last:
-                found.append((n, g))
+            found.append((n, g))
     if not found:
         raise ValueError(f"--layers, --groups: none of these pairs can be, in a model of {last} text layers")
     return found
@@ -227,7 +238,8 @@ def shown_progress(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
 
 # ----------------------------------------------------------------------------------------------------------- to look at
 def table_of(distances: dict[Setting, Distance], last: int) -> str:
-    """A line for each N: layers that a prompt token skips, and KL and agreement for each group size."""
+    """A line for each N: layers that a prompt token skips, and KL and agreement for each group size; nothing where
+    groups of that size do not fit the layers above N."""
     groups = sorted({g for _, g in distances})
     head = ["N", "skipped"]
     head += [f"KL, group {g}" for g in groups] + [f"top-1, group {g}" for g in groups]
@@ -239,22 +251,30 @@ def table_of(distances: dict[Setting, Distance], last: int) -> str:
     return "\n".join(aligned(rows))
 
 
-def agreement_with(sweep: Path, distances: dict[Setting, Distance]) -> str:
-    """How well the order of a sweep's trained students was foreseen. ValueError where there are too few of them."""
+def trained_of(sweep: Path, settings: Sequence[Setting]) -> list[tuple[Setting, float, float]]:
+    """Setting, KL and accuracy of a sweep's trained students. ValueError where too few of them are to be probed."""
     try:
         points = json.loads((sweep / "frontier.json").read_text())["points"]
+        of_points = [
+            ((point["num_key_value_layers"], point["key_value_group_size"]), point["kl"], point["accuracy"])
+            for point in points
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--against: {sweep} holds no finished sweep (frontier.json): {error}") from error
-    pairs = []
-    for point in points:
-        n, g = (at(point, "values", f"model.{key}") for key in ("num_key_value_layers", "key_value_group_size"))
-        if (n, g or 1) in distances:
-            pairs.append((distances[n, g or 1].kl_mean, point["kl"], point["accuracy"]))
-    if len(pairs) < 3:
-        raise ValueError(f"--against: {sweep} has {len(pairs)} trials with a setting that was probed; wanted 3 or more")
-    probed, kl, accuracy = zip(*pairs, strict=True)
+        raise ValueError(f"--against: {sweep} holds no finished sweep (frontier.json): {error!r}") from error
+    found = [point for point in of_points if point[0] in settings]
+    if len(found) < 3:
+        raise ValueError(f"--against: {sweep} has {len(found)} trials with a setting that is probed; wanted 3 or more")
+    return found
+
+
+def agreement_with(
+    name: str, trained: Sequence[tuple[Setting, float, float]], distances: dict[Setting, Distance]
+) -> str:
+    """How well the order of a sweep's trained students was foreseen."""
+    settings, kl, accuracy = zip(*trained, strict=True)
+    probed = [distances[setting].kl_mean for setting in settings]
     return (
-        f"Spearman's rank correlation of the probe's KL with {len(pairs)} trained students of {sweep.name}: "
+        f"Spearman's rank correlation of the probe's KL with {len(trained)} trained students of {name}: "
         f"{spearman(probed, kl):.2f} with their KL, {spearman(probed, accuracy):.2f} with their accuracy"
     )
 

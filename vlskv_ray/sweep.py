@@ -83,9 +83,11 @@ def trial_of(values: dict[str, Any]) -> Trial:
     return Trial(name if len(name) <= 120 else hashlib.sha256(name.encode()).hexdigest()[:16], values)
 
 
-def end(folder: Path, trial: Trial, status: str, reason: str = "") -> None:
-    """Writes down that a trial has come to its end."""
-    write_json(folder / OUTCOME, {"status": status, "values": trial.values} | ({"reason": reason} if reason else {}))
+def end(folder: Path, trial: Trial, status: str, reason: str = "", num_samples: int | None = None) -> None:
+    """Writes down that a trial has come to its end, and how many samples it was given where these were bounded."""
+    more = {"reason": reason, "num_samples": num_samples}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / OUTCOME, {"status": status, "values": trial.values} | {k: v for k, v in more.items() if v})
 
 
 def outcome_of(folder: Path) -> dict[str, Any] | None:
@@ -94,7 +96,8 @@ def outcome_of(folder: Path) -> dict[str, Any] | None:
         outcome = json.loads((folder / OUTCOME).read_text())
     except (OSError, ValueError):
         return None
-    return outcome if isinstance(outcome, dict) and outcome.get("status") in (DONE, STOPPED, FAILED) else None
+    whole = isinstance(outcome, dict) and isinstance(outcome.get("values"), dict)
+    return outcome if whole and outcome.get("status") in (DONE, STOPPED, FAILED) else None
 
 
 # ----------------------------------------------------------------------------------------------------------- the table

@@ -6,6 +6,7 @@ checkpoints; Ray's own records are thrown away.
 """
 
 import argparse
+import functools
 import importlib.util
 import math
 import os
@@ -19,11 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlskv_ray.cache import SeveralCaches, fill_ahead
+from vlskv_ray.cache import SeveralCaches, fill_ahead, samples_of
 from vlskv_ray.checkpoint import newest_step, write_text
 from vlskv_ray.cluster import Cluster, check_gpus, ray_cluster, reserve
-from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
-from vlskv_ray.config import Config, changed_keys, dump_config, load_config, load_config_and_notices
+from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, shown
+from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config, load_config_and_notices
+from vlskv_ray.config.problems import no_option
 from vlskv_ray.figures import at, read_run
 from vlskv_ray.frontier import train_command, write_frontier
 from vlskv_ray.lease import owned
@@ -55,7 +57,10 @@ class Sweep:
     metric: str
     num_samples: int | None = None
     cpus_per_trial: float = 1.0
+    largest_node: float = 0.0
     joined: bool = False
+    working_dir: str = ""
+    """Where the command was started: what relative paths in the space are relative to."""
 
     @property
     def trials(self) -> Path:
@@ -100,12 +105,13 @@ def tune(options: argparse.Namespace, overrides: list[str]) -> int:
     check(config)
     trials, impossible = possible_trials(config, options.config, overrides)
     folder = run_folder(config)
-    with_draws = f"up to {config.tune.draws}" if config.tune.search == "optuna" else str(len(trials))
-    say(config, f"sweep         {with_draws} trials over {', '.join(config.tune.space)}, into {shown(folder)}")
+    is_drawn = config.tune.search == "optuna"
+    count = f"up to {plural(config.tune.draws, 'trial')}" if is_drawn else plural(len(trials), "trial")
+    say(config, f"sweep         {count} over {', '.join(config.tune.space)}, into {shown(folder)}")
     for name, reason in impossible.items():
         say(config, f"left out      {name}: {reason}")
     if options.dry_run:
-        print("\n".join(trial.name for trial in trials))
+        print("\n".join(trial.name for trial in trials) or "optuna draws them as trials end")
         return DONE
     if options.resume == "never" and folder.exists():
         say(config, f"moved the older sweep to {shown(moved_aside(folder))}")
@@ -115,7 +121,7 @@ def tune(options: argparse.Namespace, overrides: list[str]) -> int:
         if (folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder}: holds a run, which a sweep does not touch; use another output.name")
         write_text(folder / "config.yaml", dump_config(config))
-        sweep = Sweep(folder, config.tune.metric, options.num_samples)
+        sweep = Sweep(folder, config.tune.metric, options.num_samples, working_dir=os.getcwd())
         sweep.trials.mkdir(exist_ok=True)
         sweep.stop_file.unlink(missing_ok=True)
         return run_sweep(config, sweep, trials, lambda trial: command_of(options, overrides, config, trial))
@@ -129,18 +135,28 @@ def check(config: Config) -> None:
             "tune.space: nothing to try; wanted options and their values, such as "
             "{model.num_key_value_layers: [2, 4], optimizer.lr: {loguniform: [1e-4, 1e-2]}}"
         )
+    for key in options.space:
+        if problem := no_option(key):
+            raise ValueError(f"tune.space: {key}: {problem}")
     if not config.evaluation.sources:
         raise ValueError("evaluation.sources: missing; trials are compared by what they answer to held-out samples")
     if options.scheduler == "asha" and config.evaluation.every_steps is None:
         raise ValueError("evaluation.every_steps: missing; tune.scheduler=asha stops trials by what is measured so")
     if config.objective == "sft" and options.metric == "kl":
         raise ValueError("tune.metric: kl, but objective=sft has no teacher; use accuracy")
+    if options.search == "optuna" and options.draws == 1:
+        raise ValueError(
+            "tune.draws: 1 trial; wanted as many as tune.search=optuna shall make, lists are drawn from too"
+        )
     if options.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ValueError("tune.search: optuna is not installed; `pip install optuna`, or use search=random")
 
 
 def possible_trials(config: Config, file: str, overrides: list[str]) -> tuple[list[Trial], dict[str, str]]:
-    """The trials that can be, and why others cannot. ValueError where none can."""
+    """The trials that this model can have, and why it cannot have others.
+
+    ValueError where it can have none; ConfigError for values that no model could have.
+    """
     if config.tune.search == "optuna":
         return [], {}
     possible, impossible = [], {}
@@ -148,8 +164,10 @@ def possible_trials(config: Config, file: str, overrides: list[str]) -> tuple[li
         try:
             check_model(load_config(file, [*overrides, *trial.overrides]))
             possible.append(trial)
+        except ConfigError as error:
+            raise ValueError(f"tune.space: {str(error).replace('command line: ', '')}") from error
         except ValueError as error:
-            impossible[trial.name] = str(error).splitlines()[0].removeprefix("command line: ")
+            impossible[trial.name] = str(error)
     if not possible:
         raise ValueError(f"tune.space: none of its {len(impossible)} trials can be: {next(iter(impossible.values()))}")
     return possible, impossible
@@ -160,48 +178,62 @@ def check_model(config: Config) -> int:
     if config.objective == "sft":
         return 0
     model = config.model
-    wanted = load_model_config(find_model(model.name_or_path, model.revision))
+    wanted = model_config_of(model.name_or_path, model.revision)
     layers: int = swiftkv_config(
         wanted, model.num_key_value_layers, model.key_value_group_size
     ).text_config.num_key_value_layers
     return layers
 
 
+@functools.lru_cache(maxsize=16)
+def model_config_of(name_or_path: str, revision: str | None) -> Any:
+    return load_model_config(find_model(name_or_path, revision))
+
+
 def command_of(options: argparse.Namespace, overrides: list[str], config: Config, trial: Trial) -> str:
     kept = [override for override in overrides if not override.removeprefix("--").startswith(("tune.", "output.name"))]
+    if options.num_samples is not None:
+        kept.append(f"--num-samples={options.num_samples}")
     return train_command(options.config, kept, trial, str(config.output.name))
 
 
 # ----------------------------------------------------------------------------------------------------------- the sweep
 def run_sweep(config: Config, sweep: Sweep, trials: list[Trial], command: Callable[[Trial], str]) -> int:
     """Runs what is to be run, and draws the frontier; the exit status."""
-    known = known_trials(sweep, trials)
+    known = known_trials(config, sweep, trials)
     to_do = [trial for trial in trials if not is_over(sweep, trial)]
     told = config.output.level in ("debug", "info")
     table = SweepTable(known, sweep.trials, config.epochs, shown=told)
     asked = None
     if to_do or config.tune.search == "optuna":
         os.environ.update(QUIET)
-        with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster, ExitStack() as held:
+        quiet = config.output.level != "debug"
+        with stopped_early() as early, ray_cluster(config.cluster.address, quiet) as cluster, ExitStack() as held:
             at_once = concurrent_trials(config, cluster, len(to_do) or config.tune.draws)
-            sweep = replace(sweep, cpus_per_trial=cluster.cpus / at_once, joined=cluster.joined)
-            say(config, f"cluster       {cluster.cpus:g} CPUs, {at_once} trial{'s' * (at_once > 1)} at a time")
+            share = min(cluster.cpus / at_once, cluster.largest_node)  # a trial's process is on one node
+            share = cluster.cpus / at_once if config.cluster.most_workers else share
+            sweep = replace(sweep, cpus_per_trial=share, largest_node=cluster.largest_node, joined=cluster.joined)
+            where = "joined a cluster of" if cluster.joined else "started Ray on this machine,"
+            say(config, f"cluster       {where} {cluster.cpus:g} CPUs: {plural(at_once, 'trial')} at a time")
             for trial in to_do:
                 refuse_other_options(sweep, trial)
-            fill_caches(sweep, to_do, cluster, held, told)
+            fill_caches(config, sweep, to_do, cluster, held, told)
             asked = attend(sweep, table, lambda: run_trials(config, sweep, to_do, table, at_once))
+        asked = asked or early.signal
     table.update()
-    trials = known_trials(sweep, trials)
+    trials = known_trials(config, sweep, trials)
     done = sum((outcome_of(sweep.trials / trial.name) or {}).get("status") == TRIAL_DONE for trial in trials)
     if asked:
-        print(f"stopped, {done} of {len(trials)} trials are done; the same command goes on with the others")
+        print(f"stopped, {done} of {plural(len(trials), 'trial')} are done; the same command goes on with the others")
         return 128 + asked
     if config.objective == "distill":
         lines = write_frontier(sweep.folder, trials, config.tune.max_accuracy_drop, command)
         say(config, "\n".join(["", *lines, "", f"frontier: {shown(sweep.folder / 'frontier.html')}"]))
-    else:
+    elif done:
         best = max(trials, key=lambda trial: accuracy_of(sweep, trial))
-        say(config, f"highest accuracy: {best.name}\ntrain it:  {command(best)}")
+        say(config, f"highest accuracy: {best.name}, in {shown(sweep.trials / best.name)}")
+    else:
+        say(config, "no trial came to its end")
     return DONE if done else FAILED
 
 
@@ -210,13 +242,20 @@ def accuracy_of(sweep: Sweep, trial: Trial) -> float:
     return -math.inf if accuracy is None else float(accuracy)
 
 
-def known_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """The trials of the space, and those which are there already and of which a search may have thought."""
-    found = {trial.name: trial for trial in trials}
+def known_trials(config: Config, sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials of the space; where optuna draws them, those that are there. What an earlier space had is none of it.
+
+    ValueError where one that is there was begun with other options.
+    """
+    if config.tune.search != "optuna":
+        return list(trials)
+    found = []
     for folder in sorted(sweep.trials.iterdir()):
-        if outcome := outcome_of(folder):
-            found.setdefault(folder.name, Trial(folder.name, outcome["values"]))
-    return list(found.values())
+        outcome = outcome_of(folder)
+        if outcome and outcome["values"].keys() == config.tune.space.keys():
+            found.append(Trial(folder.name, outcome["values"]))
+            refuse_other_options(sweep, found[-1])
+    return found
 
 
 def is_over(sweep: Sweep, trial: Trial) -> bool:
@@ -234,6 +273,7 @@ def is_over(sweep: Sweep, trial: Trial) -> bool:
 def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
     """ValueError where a trial was begun with other options than it would have now."""
     file = sweep.trials / trial.name / "config.yaml"
+    outcome = outcome_of(file.parent)
     if not file.exists():
         return
     before, now = load_config(file), sweep.config_of(trial)
@@ -247,6 +287,16 @@ def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
     if now.data.max_length is None:
         now = now.model_copy(update={"data": now.data.model_copy(update={"max_length": before.data.max_length})})
     changed = changed_keys(before, now)
+    for name in (
+        "sources",
+        "num_samples",
+        "max_new_tokens",
+    ):  # else figures of other questions would stand side by side
+        was, wanted = getattr(before.evaluation, name), getattr(now.evaluation, name)
+        if was != wanted:
+            changed[f"evaluation.{name}"] = (was, wanted)
+    if outcome is not None and outcome.get("num_samples") != sweep.num_samples:
+        changed["--num-samples"] = (outcome.get("num_samples"), sweep.num_samples)
     if changed:
         told = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in changed.items())
         raise ValueError(
@@ -268,41 +318,47 @@ def concurrent_trials(config: Config, cluster: Cluster, trials: int) -> int:
         room = min(room, int(cluster.gpus // max(workers, 1)))
     count = min(config.tune.max_concurrent_trials or room, max(1, trials))
     if workers:
-        reserve(config.cluster, config.data, cluster.cpus / count)
+        reserve(config.cluster, config.data, cluster.cpus / count, cluster.largest_node)
     return count
 
 
-def with_share(config: Config, cpus: float, is_new: bool) -> Config:
+def with_share(config: Config, sweep: Sweep, is_new: bool) -> Config:
     """The config of a trial with what of the cluster it may use. One that goes on keeps its threads: they decide the
     last bits."""
     cluster, data = config.cluster, config.data
     threads = cluster.threads_per_worker
     if cluster.most_workers:
-        reserved = reserve(cluster, data, cpus)
+        reserved = reserve(cluster, data, sweep.cpus_per_trial, sweep.largest_node)
         data = data.model_copy(update={"cpus_per_task": reserved.cpus_per_task, "num_proc": reserved.num_tasks})
         cluster = cluster.model_copy(update={"cpus_per_worker": reserved.cpus_per_worker})
         threads = reserved.threads_per_worker
     if is_new:
-        cluster = cluster.model_copy(update={"threads_per_worker": threads or max(1, int(cpus))})
+        cluster = cluster.model_copy(update={"threads_per_worker": threads or max(1, int(sweep.cpus_per_trial))})
     return config.model_copy(update={"cluster": cluster, "data": data})
 
 
-def fill_caches(sweep: Sweep, trials: Sequence[Trial], cluster: Cluster, held: ExitStack, told: bool) -> None:
+def fill_caches(
+    config: Config, sweep: Sweep, trials: Sequence[Trial], cluster: Cluster, held: ExitStack, told: bool
+) -> None:
     """Fills the teacher caches of all trials ahead, those of one teacher by one pass over the samples."""
     together: dict[str, list[Config]] = {}
     for trial in trials:
-        config = sweep.config_of(trial)
-        if config.model.teacher_cache != "off":
-            layers = config.model.model_copy(update={"num_key_value_layers": None, "key_value_group_size": None})
-            seen = (layers, config.data, config.seed, config.epochs, config.max_steps, config.micro_batch_size)
-            together.setdefault(str(seen), []).append(config)
+        of_trial = sweep.config_of(trial)
+        if of_trial.model.teacher_cache != "off":
+            model = of_trial.model.model_copy(update={"num_key_value_layers": None, "key_value_group_size": None})
+            of_plan = (of_trial.seed, of_trial.epochs, of_trial.max_steps, of_trial.micro_batch_size)
+            together.setdefault(str((model, of_trial.data, of_plan)), []).append(of_trial)
     for configs in together.values():
         run, loader = prepare(configs[0], num_samples=sweep.num_samples)
         caches = {layer: teacher_cache_of(run, layer) for layer in sorted(set(map(check_model, configs)))}
         for cache in caches.values():
             held.enter_context(cache.in_use())  # one in memory would go with the first trial that ends
             check_cache(replace(run, cache=cache), loader)
-        fill_ahead(run, replace(loader, cache=None), SeveralCaches(caches), cluster, quiet=not told)
+        seen = len(samples_of(run, loader))
+        if all(cache.count() >= seen for cache in caches.values()):
+            say(config, f"teacher cache {plural(seen, 'sample')} are there")
+        else:
+            fill_ahead(run, replace(loader, cache=None), SeveralCaches(caches), cluster, quiet=not told)
 
 
 def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None]) -> int | None:
@@ -337,6 +393,27 @@ def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None]) -> int | N
     return asked[0] if asked else None
 
 
+@dataclass
+class Early:
+    """The signal that ended something before its time, if one did."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stopped_early() -> Iterator[Early]:
+    """Takes a stop that comes while trials are prepared: there is nothing to save then."""
+    early = Early()
+    try:
+        yield early
+    except KeyboardInterrupt:
+        early.signal = signal.SIGINT
+    except SystemExit as error:  # SIGTERM, see `exit_status`
+        early.signal = signal.SIGTERM if error.code == 128 + signal.SIGTERM else None
+        if early.signal is None:
+            raise
+
+
 @contextmanager
 def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -361,7 +438,7 @@ def run_trials(config: Config, sweep: Sweep, trials: list[Trial], table: SweepTa
     algorithm, space = None, {"values": ray_tune.grid_search([trial.values for trial in trials])}
     if options.search == "optuna":
         algorithm, space = optuna_search(config, sweep, metric, mode), {}
-    count = config.tune.draws - len(known_trials(sweep, [])) if algorithm else 1
+    count = config.tune.draws - len(known_trials(config, sweep, [])) if algorithm else 1
     if count < 1:
         return
     scheduler = None
@@ -404,6 +481,7 @@ def run_trial(parameters: dict[str, Any], *, sweep: Sweep) -> None:
     trial = trial_of(values_of(parameters))
     folder = sweep.trials / trial.name
     if sweep.stop_file.exists():
+        ray_tune.report(NOTHING)
         return
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", str(int(sweep.joined)))
@@ -415,26 +493,30 @@ def run_trial(parameters: dict[str, Any], *, sweep: Sweep) -> None:
     with open(folder / LOG, "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         try:
             is_new = not newest_step(folder / "checkpoints")
-            config = with_share(sweep.config_of(trial), sweep.cpus_per_trial, is_new)
+            if os.path.isdir(sweep.working_dir):
+                os.chdir(sweep.working_dir)
+            config = with_share(sweep.config_of(trial), sweep, is_new)
             status = train(config, num_samples=sweep.num_samples, on_metrics=tell)
         except ValueError as error:
             print(error)
             status = FAILED
     if status > 128:
-        return
-    if status == DONE:
+        ray_tune.report(NOTHING)
+    elif status == DONE:
         run = read_run(folder)
         answers = at(run.evaluation, "student") or at(run.evaluation, "sft_model") or {}
-        end(folder, trial, TRIAL_DONE)
+        end(folder, trial, TRIAL_DONE, num_samples=sweep.num_samples)
         figures = {name: answers.get(key) for name, key in FINAL.items()}
         ray_tune.report({"step": at(run.summary, "steps")} | {k: v for k, v in figures.items() if v is not None})
     else:
         lines = (folder / LOG).read_text().strip().splitlines()
         reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
         end(folder, trial, TRIAL_FAILED, reason.removeprefix("error: "))
-        ray_tune.report({"step": 0})  # without any result Tune says so in the middle of the table
+        ray_tune.report(NOTHING)
 
 
+NOTHING = {"step": 0}
+"""Reported where there is nothing to report: without any result Tune says so in the middle of the table."""
 FINAL = {"eval_kl_mean": "kl_mean", "eval_accuracy": "accuracy"}
 """What metrics.jsonl and evaluation.json call the same figures."""
 
@@ -450,14 +532,15 @@ def watcher(sweep: Sweep, table: SweepTable) -> Any:
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             ours = trial_of(values_of(trial.config))
             if outcome_of(sweep.trials / ours.name) is None and not sweep.stop_file.exists():
-                end(sweep.trials / ours.name, ours, STOPPED)
+                end(sweep.trials / ours.name, ours, STOPPED, num_samples=sweep.num_samples)
                 free_workers(sweep.trials / ours.name)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             ours = trial_of(values_of(trial.config))
-            lines = str(trial.error_msg or "its process ended").strip().splitlines()
+            lines = [line for line in str(trial.get_error() or "").splitlines() if line.strip()]
             if not sweep.stop_file.exists():
-                end(sweep.trials / ours.name, ours, TRIAL_FAILED, lines[-1])
+                reason = f"its process ended ({lines[-1].strip()})" if lines else "its process ended"
+                end(sweep.trials / ours.name, ours, TRIAL_FAILED, reason)
                 free_workers(sweep.trials / ours.name)
 
     return Watcher()
@@ -484,7 +567,7 @@ def optuna_search(config: Config, sweep: Sweep, metric: str, mode: str) -> Any:
         [(how, values)] = drawn.items()
         space[key] = ray_tune.choice(values) if how in ("grid", "choice") else getattr(ray_tune, how)(*values)
     points, rewards = [], []
-    for trial in known_trials(sweep, []):
+    for trial in known_trials(config, sweep, []):
         answers = at(read_run(sweep.trials / trial.name).evaluation, "student") or {}
         if answers.get(FINAL[metric]) is not None:
             points.append(trial.values)

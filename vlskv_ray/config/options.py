@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -386,7 +387,8 @@ class TuneConfig(_Section):
     """What asha and optuna go by: the KL divergence from the teacher on held-out samples, or accuracy there."""
 
     max_concurrent_trials: PositiveInt | None = None
-    """Trials at a time. None: as many as the cluster has CPUs for, of workers and data tasks of each."""
+    """Trials at a time. None: as many as the cluster has CPUs and GPUs for: one CPU a worker of a trial and one for its
+    data, or with cluster.num_workers=0 as many as cluster.threads_per_worker, 1 where that is open."""
 
     max_accuracy_drop: Fraction = 0.01
     """How much accuracy, of 1, the recommended setting may lose against the teacher."""
@@ -394,7 +396,14 @@ class TuneConfig(_Section):
     @field_validator("space", mode="before")
     @classmethod
     def _is_a_space(cls, value: Any) -> Any:
-        return dict(_drawn(value, "")) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        space: dict[str, Any] = {}
+        for key, drawn in _drawn(value, ""):
+            if key in space:
+                raise ValueError(f"{key}: given twice; keep one of them")
+            space[key] = drawn
+        return space
 
 
 def _drawn(space: dict[str, Any], below: str) -> Iterator[tuple[str, Any]]:
@@ -414,13 +423,13 @@ def _drawn(space: dict[str, Any], below: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(values, list) or not values:
             raise ValueError(f"{key}.{how}: wanted a list of values, got {values!r}")
         if how in ("uniform", "loguniform"):
-            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and isfinite(v) for v in values)
             if len(values) != 2 or not numbers or not values[0] < values[1]:
                 raise ValueError(f"{key}.{how}: wanted two numbers [least, most], got {values!r}")
             if how == "loguniform" and values[0] <= 0:
                 raise ValueError(f"{key}.{how}: wanted numbers above 0, got {values!r}")
-        if key.split(".")[0] in ("output", "tune"):
-            raise ValueError(f"{key}: cannot be tried; a sweep names its runs itself")
+        if key.split(".")[0] in ("output", "cluster", "tune"):
+            raise ValueError(f"{key}: cannot be tried; a sweep names its runs and shares out the cluster itself")
         yield key, {how: values}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from vlskv_ray.config.draft import KeyPath, dotted, shown
-from vlskv_ray.config.options import Config
+from vlskv_ray.config.options import DISTRIBUTIONS, Config
 
 # What other trainers (HF Trainer, TRL, Axolotl, LLaMA-Factory, torchtune, Lightning, ArcticTraining) call our keys.
 _OTHER_NAMES = {
@@ -90,6 +90,17 @@ def in_plain_words(details: ErrorDetails) -> Iterator[tuple[KeyPath, str]]:
             key = key[:-1]
         quotes = "; put it in quotes" if kind == "string_type" and isinstance(details["input"], int | float) else ""
         yield key, f"wanted {_wanted(_known_keys()[_pattern(key)])}, got {shown(details['input'])}{quotes}"
+
+
+def no_option(name: str) -> str | None:
+    """What is wrong with the name of an option in a space of options; None where there is one of that name."""
+    key: KeyPath = tuple("*" if part.isdecimal() else part for part in name.split("."))
+    known = _known_keys()
+    if key in known:
+        return "is a section; name its options" if "properties" in known[key] else None
+    if key[:-1] in known and "properties" not in known[key[:-1]] and len(key) > 2:
+        return f"{key[-1]!r} is none of {', '.join(DISTRIBUTIONS)}"
+    return _unknown(tuple(name.split(".")))
 
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -50,8 +50,6 @@ class Cluster:
     """It was there before; otherwise it was started for this run, on this machine."""
     largest_node: float = 0.0
     """Its CPUs."""
-    alone: bool = True
-    """This process came to the cluster for the run, and does nothing else there."""
     gpus: float = 0.0
 
 
@@ -77,7 +75,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
-        yield _cluster(joined=True, alone=False)
+        yield _cluster(joined=True)
         return
     level = "ERROR" if quiet else "INFO"
     options: dict[str, Any] = {
@@ -133,12 +131,29 @@ def _left_by_ray_start(address: str | None) -> str | None:
     return address
 
 
-def _cluster(joined: bool, alone: bool = True) -> Cluster:
+def _cluster(joined: bool) -> Cluster:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = ([float(resources.get(kind, 0)) for resources in nodes] for kind in ("CPU", "GPU"))
-    return Cluster(sum(cpus), joined, max(cpus, default=0.0), alone, sum(gpus))
+    return Cluster(sum(cpus), joined, max(cpus, default=0.0), sum(gpus))
+
+
+def free_what_the_dead_reserved() -> None:
+    """Gives back what processes of this job have reserved that are dead: Ray keeps it for as long as the job lasts, and
+    who comes next would wait for it."""
+    import ray
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    removed = PlacementGroupTableData.PlacementGroupState.Value("REMOVED")
+    # the public table does not tell who made a group
+    for entry in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(entry)
+        by_an_actor = group.creator_actor_id.strip(b"\xff") != b""  # else by the driver, which is alive
+        if group.creator_job_id.hex() == job and by_an_actor and group.creator_actor_dead and group.state != removed:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node: float = 0.0) -> Reserved:

@@ -47,11 +47,6 @@ class Run:
         return self.folder / "STOP"
 
     @property
-    def placement_group_file(self) -> Path:
-        """The id of what Ray reserved for the workers."""
-        return self.folder / "ray" / "placement_group"
-
-    @property
     def first_step_file(self) -> Path:
         """The first of the steps that the data workers are at, see `ray_dataset`."""
         return self.folder / "ray" / "first_step"

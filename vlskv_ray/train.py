@@ -18,7 +18,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vlskv_ray.checkpoint import has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
-from vlskv_ray.cluster import ProgressLine, Reserved, check_gpus, describe, ray_cluster, reserve
+from vlskv_ray.cluster import (
+    ProgressLine,
+    Reserved,
+    check_gpus,
+    describe,
+    free_what_the_dead_reserved,
+    ray_cluster,
+    reserve,
+)
 from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
 from vlskv_ray.config import ClusterConfig, Config, dump_config, load_config_and_notices
 from vlskv_ray.data.collate import Batch
@@ -255,7 +263,7 @@ def run_on_ray(run: Run, loader: Loader, on_metrics: Told = None) -> tuple[dict[
                     say(
                         config, "Ray's controller of this run was lost or gave up; it is started again with the workers"
                     )
-                    free_cpus_of_lost_workers(run, alone=cluster.alone)
+                    free_what_the_dead_reserved()  # the workers' CPUs, which the next ones need
                     take_back(run.folder, newest_step(run.checkpoints))
             raise AssertionError("not reached")
         finally:
@@ -271,26 +279,6 @@ def is_lost_controller(error: BaseException | None) -> bool:
     if isinstance(error, ControllerError):
         error = error.controller_failure
     return isinstance(error, RayActorError | OutOfMemoryError)
-
-
-def free_cpus_of_lost_workers(run: Run, alone: bool) -> None:
-    """A controller that dies leaves the placement group of its workers behind, whose CPUs the next ones need.
-
-    Args:
-        run: whose workers they were.
-        alone: nothing but this run was begun by this process: then whatever it has reserved is meant, also for workers
-            that had not come so far as to write down what holds them.
-    """
-    import ray
-    from ray.util import placement_group_table
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    groups = {run.placement_group_file.read_text()} if run.placement_group_file.exists() else set()
-    if alone:
-        job = ray.get_runtime_context().get_job_id()  # a group's id ends in that of the job
-        groups |= {group for group in placement_group_table() if group.endswith(job)}
-    for group in groups:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
@@ -349,7 +337,6 @@ def each_worker_takes(cluster: ClusterConfig, reserved: Reserved) -> dict[str, A
 def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray runs on each worker: where `train_worker` meets Ray Train."""
     import ray.train
-    import ray.util
 
     run: Run = settings["run"]
     context = ray.train.get_context()
@@ -359,10 +346,6 @@ def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     rank, world_size = context.get_world_rank(), context.get_world_size()
     worker = Worker(rank, world_size, is_warned if run.watches_nodes else lambda: False)
-    group = ray.util.get_current_placement_group()
-    if worker.rank == 0 and group is not None:
-        with suppress(OSError):
-            run.placement_group_file.write_text(group.id.hex())
 
     def batches_from(step: int) -> Iterator[Batch]:
         shard = ray.train.get_dataset_shard("train")

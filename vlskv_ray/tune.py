@@ -22,7 +22,7 @@ from typing import Any
 
 from vlskv_ray.cache import SeveralCaches, fill_ahead, samples_of
 from vlskv_ray.checkpoint import newest_step, write_text
-from vlskv_ray.cluster import Cluster, check_gpus, ray_cluster, reserve
+from vlskv_ray.cluster import Cluster, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, shown
 from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config, load_config_and_notices
 from vlskv_ray.config.problems import no_option
@@ -385,6 +385,7 @@ def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None]) -> int | N
         while thread.is_alive() and len(asked) < 2:
             thread.join(0.5)
             table.update()
+            free_what_the_dead_reserved()  # trials that were stopped early, or died, and had workers
             for row in table.rows.values() if asked else ():
                 if row.began is not None and row.outcome is None and row.folder.exists():
                     (row.folder / "STOP").touch()
@@ -533,7 +534,6 @@ def watcher(sweep: Sweep, table: SweepTable) -> Any:
             ours = trial_of(values_of(trial.config))
             if outcome_of(sweep.trials / ours.name) is None and not sweep.stop_file.exists():
                 end(sweep.trials / ours.name, ours, STOPPED, num_samples=sweep.num_samples)
-                free_workers(sweep.trials / ours.name)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             ours = trial_of(values_of(trial.config))
@@ -541,20 +541,8 @@ def watcher(sweep: Sweep, table: SweepTable) -> Any:
             if not sweep.stop_file.exists():
                 reason = f"its process ended ({lines[-1].strip()})" if lines else "its process ended"
                 end(sweep.trials / ours.name, ours, TRIAL_FAILED, reason)
-                free_workers(sweep.trials / ours.name)
 
     return Watcher()
-
-
-def free_workers(folder: Path) -> None:
-    """What a trial's workers held, where the process that started them was ended."""
-    from ray import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    file = folder / "ray" / "placement_group"
-    if file.exists():
-        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(file.read_text())))
-        file.unlink()
 
 
 def optuna_search(config: Config, sweep: Sweep, metric: str, mode: str) -> Any:

@@ -287,11 +287,7 @@ def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
     if now.data.max_length is None:
         now = now.model_copy(update={"data": now.data.model_copy(update={"max_length": before.data.max_length})})
     changed = changed_keys(before, now)
-    for name in (
-        "sources",
-        "num_samples",
-        "max_new_tokens",
-    ):  # else figures of other questions would stand side by side
+    for name in ("sources", "num_samples", "max_new_tokens"):  # else figures of other questions would be compared
         was, wanted = getattr(before.evaluation, name), getattr(now.evaluation, name)
         if was != wanted:
             changed[f"evaluation.{name}"] = (was, wanted)

@@ -143,7 +143,7 @@ def test_more_threads_than_cpus_are_warned_of() -> None:
     assert "warning: 6 threads of all workers together on 4 CPUs" in crowded
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_the_cluster_of_another_run_is_not_joined() -> None:
     """Runs side by side on one machine each have their own: one that joined the other's would end with it. Nor is one
     waited for that `ray start` has left the address of and that has ended."""
@@ -180,7 +180,7 @@ def test_a_token_is_looked_for_where_ray_does(tmp_path: Path, monkeypatch: pytes
     assert has_token()
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_who_has_no_token_joins_clusters_that_want_none(tmp_path: Path) -> None:
     """And gets one for a cluster of their own, without a word; a cluster that cannot be joined is one line."""
     open_one = (

@@ -19,7 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from vlskv_ray.checkpoint import write_json, write_text
 from vlskv_ray.command import shown
 from vlskv_ray.figures import at, decimal, is_number, percent, read_run
-from vlskv_ray.report_page import CSS, FAINT, INK, STUDENT, STYLE, THIRD, grid, plain_ticks, plot, table
+from vlskv_ray.report_page import FAINT, INK, STUDENT, STYLE, THIRD, document, grid, plain_ticks, plot, table
 from vlskv_ray.sweep import DONE, Trial, aligned, outcome_of
 
 COLUMNS = ("accuracy", "loses", "KL", "prefill operations", "cache bytes", "")
@@ -260,23 +260,8 @@ def page(
             f"<p>Its student lies in <code>trials/{escape(best.name)}/final</code>. To train the setting again, "
             f"for longer or on more data:</p>\n<pre>{escape(commands[best.name])}</pre>"
         )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(name)}: the frontier</title>
-<style>{CSS}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{escape(name)}</h1>
-<p>What SwiftKV settings keep of their teacher, and what they save</p>
-</header>
-<section id="recommended">
+    header = f"<h1>{escape(name)}</h1>\n<p>What SwiftKV settings keep of their teacher, and what they save</p>\n"
+    body = f"""<section id="recommended">
 <h2>Recommended</h2>
 <p>{escape(advice(points, best, limit))}.</p>
 {command}
@@ -285,10 +270,8 @@ def page(
 <h2>Frontier</h2>
 {grid(plots)}{table(list(COLUMNS), rows, caption)}</section>
 {f'<section id="others"><h2>Other trials</h2>{table(["", ""], rest, "Not in the figures.")}</section>' if rest else ""}
-</main>
-</body>
-</html>
 """
+    return document(f"{name}: the frontier", header, body)
 
 
 def train_command(file: str, overrides: Sequence[str], trial: Trial, name: str) -> str:

@@ -81,6 +81,14 @@ def page(run: RunFiles) -> str:
     )
     tiles = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, [text] in headline(run))
     objective = "supervised fine-tuning" if run.is_sft else "SwiftKV by distillation"
+    header = (
+        f'<h1>{escape(run.name)}</h1>\n<p>{escape(run.model)}: {objective}</p>\n<dl class="headline">{tiles}</dl>\n'
+    )
+    return document(f"{run.name}: {objective}", header, body)
+
+
+def document(title: str, header: str, body: str) -> str:
+    """A page that needs nothing but itself; header and body are HTML, the title is not."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -88,16 +96,13 @@ def page(run: RunFiles) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(run.name)}: {objective}</title>
+<title>{escape(title)}</title>
 <style>{CSS}</style>
 </head>
 <body>
 <main>
 <header>
-<h1>{escape(run.name)}</h1>
-<p>{escape(run.model)}: {objective}</p>
-<dl class="headline">{tiles}</dl>
-</header>
+{header}</header>
 {body}</main>
 </body>
 </html>

@@ -111,6 +111,8 @@ class Progress:
     epochs: int
     latest: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] | None = None
+    answers: dict[str, Any] = field(default_factory=dict)
+    """Its figures on held-out samples, once it is done."""
     began: float | None = None
     """Since when it runs, by the monotonic clock; None: it does not."""
 
@@ -119,6 +121,9 @@ class Progress:
             self.latest |= json.loads(line)
         if self.outcome is None:
             self.outcome = outcome_of(self.folder)
+            if self.status == DONE:  # read once: the table is drawn twice a second
+                evaluation = read_run(self.folder).evaluation
+                self.answers = at(evaluation, "student") or at(evaluation, "sft_model") or {}
 
     @property
     def status(self) -> str:
@@ -190,11 +195,8 @@ class SweepTable:
         return f"{row.trial.name} {row.status}{took}{figures}{reason}"
 
     def _cells(self, row: Progress) -> list[str]:
-        student: Any = {}
-        if row.status == DONE:
-            student = at(read_run(row.folder).evaluation, "student") or at(read_run(row.folder).evaluation, "sft_model")
-        kl = at(student, "kl_mean") if student else row.latest.get("eval_kl_mean")
-        accuracy = at(student, "accuracy") if student else row.latest.get("eval_accuracy")
+        kl = row.answers.get("kl_mean", row.latest.get("eval_kl_mean"))
+        accuracy = row.answers.get("accuracy", row.latest.get("eval_accuracy"))
         step = str(row.latest.get("step", ""))
         return [
             row.trial.name,

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -218,7 +219,10 @@ def run_sweep(config: Config, sweep: Sweep, trials: list[Trial], command: Callab
             for trial in to_do:
                 refuse_other_options(sweep, trial)
             fill_caches(config, sweep, to_do, cluster, held, told)
-            asked = attend(sweep, table, lambda: run_trials(config, sweep, to_do, table, at_once))
+            try:
+                asked = attend(sweep, table, lambda: run_trials(config, sweep, to_do, table, at_once))
+            finally:
+                shutil.rmtree(sweep.folder / "ray", ignore_errors=True)  # trials' folders are all that is resumed from
         asked = asked or early.signal
     table.update()
     trials = known_trials(config, sweep, trials)

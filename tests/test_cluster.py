@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import HANG_SECONDS
 
 from vlskv_ray.cluster import Cluster, ProgressLine, Reserved, check_gpus, describe, duration, has_token, reserve
 from vlskv_ray.config import ClusterConfig, Config, DataConfig, SourceConfig
@@ -160,7 +161,9 @@ def test_the_cluster_of_another_run_is_not_joined() -> None:
     ) as process:
         assert process.stdin and process.stdout
         assert any(line == "up\n" for line in process.stdout)
-        found = subprocess.run([sys.executable, "-c", mine], capture_output=True, text=True, env=env, timeout=120)
+        found = subprocess.run(
+            [sys.executable, "-c", mine], capture_output=True, text=True, env=env, timeout=HANG_SECONDS
+        )
         process.stdin.close()
     shutil.rmtree(temporary, ignore_errors=True)
     assert found.stdout.split() == ["False"], found.stderr
@@ -195,7 +198,7 @@ def test_who_has_no_token_joins_clusters_that_want_none(tmp_path: Path) -> None:
 
     def joined(address: str, **settings: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-c", mine, address]
-        return subprocess.run(command, capture_output=True, text=True, env=env | settings, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, env=env | settings, timeout=HANG_SECONDS)
 
     with subprocess.Popen(
         [sys.executable, "-c", open_one],

@@ -18,6 +18,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from waiting import HANG_SECONDS
 
 from vlskv_ray import __version__
 from vlskv_ray.cluster import reserve
@@ -279,7 +280,7 @@ def slurm(machine: Path, *arguments: str, **environment: str) -> subprocess.Pope
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_SECONDS
     while not path.exists() or not path.read_text():
         assert time.monotonic() < deadline, path
         time.sleep(0.02)

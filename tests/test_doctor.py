@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from waiting import HANG_SECONDS
 
 from vlskv_ray import doctor
 from vlskv_ray.doctor import dashboard, machine, main, memory, node_line, of_bfloat16, of_cpus, quota
@@ -90,7 +91,7 @@ def test_this_machine(tmp_path: Path, overrides: tuple[str, ...], status: int) -
     """With a config all is looked at, and nothing written; workers that do not fit are a problem."""
     options = ["--config", QUICKSTART, f"output.dir={tmp_path}/runs", "cluster.address=local", *overrides]
     done = subprocess.run(
-        [sys.executable, "-m", "vlskv_ray.doctor", *options], capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "vlskv_ray.doctor", *options], capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert done.returncode == status and not done.stderr, done
     groups = [line for line in done.stdout.splitlines() if not line.startswith("  ")]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from test_checkpoint import Evil
 from test_train import assert_same_run, lines, untimed, write_config, write_files
 from test_train_loop import free_port
+from waiting import HANG_SECONDS
 
 import vlskv_ray.train
 from vlskv_ray import faults
@@ -75,7 +76,7 @@ def started(files: Path, name: str, *arguments: str, **environment: str) -> Any:
 
 
 def wait_for(path: Path, process: Any) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + HANG_SECONDS
     while not path.exists():
         assert process.is_alive() and time.monotonic() < until, path
         time.sleep(0.01)
@@ -84,7 +85,7 @@ def wait_for(path: Path, process: Any) -> None:
 def run(files: Path, name: str, *arguments: str, **environment: str) -> int | None:
     """The command's exit status, negative where a signal ended it."""
     process = started(files, name, *arguments, **environment)
-    process.join(120)
+    process.join(HANG_SECONDS)
     assert process.exitcode is not None, (files / f"{name}.log").read_text()
     return process.exitcode
 
@@ -266,7 +267,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(files: Path, alone: Path, sma
     held = list((small_disk / "disk" / "checkpoints").iterdir())
     filler.unlink()
     (planted / "01.json.go").touch()
-    process.join(60)
+    process.join(HANG_SECONDS)
     said = (files / "disk.log").read_text()
     assert process.exitcode == 0, said
     assert held == []  # neither a checkpoint nor half of one
@@ -310,7 +311,7 @@ def run_on(files: Path, name: str, workers: int, stop_after: int | None = None) 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(HANG_SECONDS)
     assert [process.exitcode for process in processes] == [0] * workers
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from waiting import HANG_SECONDS
+
 import vlskv_ray
 
 PACKAGE = Path(vlskv_ray.__file__).parent
@@ -67,5 +69,5 @@ def test_importing_registers_the_models_and_does_nothing_else() -> None:
         "assert not {'ray', 'datasets'} & set(sys.modules), sys.modules\n"
         "assert threads == (torch.get_num_threads(), torch.random.get_rng_state().sum().item())\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr

@@ -19,6 +19,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from test_train import assert_same_run, lines, plan_faults
+from waiting import HANG_SECONDS
 
 import vlskv_ray.train
 from vlskv_ray import faults
@@ -61,11 +62,11 @@ class Head:
 
 def ended(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
     """Exit status and output, with its carriage returns, which Python takes from text."""
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=HANG_SECONDS)
     return process.returncode, out.decode()
 
 
-def wait_for(happened: Callable[[], object], seconds: float = 120, why: Callable[[], str] = str) -> None:
+def wait_for(happened: Callable[[], object], seconds: float = HANG_SECONDS, why: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, why()
@@ -231,7 +232,7 @@ def test_without_the_token_nothing_is_run(head: Head, tmp_path: Path) -> None:
     for headers, code in (({}, 401), ({"Authorization": "Bearer 0000"}, 403)):
         request = Request(f"{head.url}/api/jobs/", body, headers | {"Content-Type": "application/json"})
         with pytest.raises(HTTPError) as error:
-            urlopen(request, timeout=60)
+            urlopen(request, timeout=HANG_SECONDS)
         assert error.value.code == code
     status, out = ended(head.job("list"))
     assert status == 0 and "strangers" not in out and not ran.exists()

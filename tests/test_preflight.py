@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_faults_ray import command, wait_for
 from test_train import worker_processes, write_config, write_files
+from waiting import HANG_SECONDS
 
 from benchmarks.recovery import last_step
 from vlskv_ray import node, preflight
@@ -246,7 +247,7 @@ def blind_node(nodes: Any, environment: dict[str, str], hidden: Path) -> Iterato
         stderr=subprocess.DEVNULL,
     ) as process:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + HANG_SECONDS
             while len([one for one in nodes.global_state.node_table() if one["Alive"]]) < 2:
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.2)
@@ -298,7 +299,7 @@ def test_storage_that_a_node_does_not_see(tmp_path: Path, teacher_folder: Callab
         process = command(tmp_path, environment)
         assert process.wait(200) == 2, (tmp_path / "log.txt").read_text()
         doctor = [sys.executable, "-m", "vlskv_ray.doctor", "--config", str(tmp_path / "run.yaml")]
-        told = subprocess.run(doctor, env=environment, capture_output=True, text=True, timeout=200)
+        told = subprocess.run(doctor, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
         other = (
             "import ray; ray.__version__ = '1.0'; from vlskv_ray.cluster import ray_cluster\nwith ray_cluster(None): 1"
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from waiting import HANG_SECONDS
 
 from vlskv_ray.report_page import curve, write_report
 
@@ -382,6 +383,6 @@ def test_a_browser_shows_it(whole: Path, tmp_path: Path) -> None:
     if chromium is None:
         pytest.skip("no chromium here")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    found = subprocess.run([chromium, *flags, whole.as_uri()], capture_output=True, text=True, timeout=120)
+    found = subprocess.run([chromium, *flags, whole.as_uri()], capture_output=True, text=True, timeout=HANG_SECONDS)
     dom = Page(found.stdout)
     assert dom.ids("section") == SECTIONS and dom.ids("figure") == PLOTS

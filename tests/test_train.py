@@ -23,6 +23,7 @@ from conftest import conversation, picture
 from safetensors.torch import load_file, save_file
 from test_report_page import PLOTS, SECTIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from waiting import HANG_SECONDS
 
 import vlskv_ray.train
 from benchmarks.recovery import processes
@@ -110,7 +111,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def command(*arguments: str) -> tuple[int, str, str]:
     result = subprocess.run(
-        [sys.executable, "-m", "vlskv_ray.train", *arguments], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "vlskv_ray.train", *arguments], capture_output=True, text=True, timeout=HANG_SECONDS
     )
     return result.returncode, result.stdout, result.stderr
 
@@ -325,7 +326,7 @@ def test_a_dry_run_that_is_killed_leaves_no_process(files: Path) -> None:
     (beside,) = worker_processes(b"spawn_main")
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while Path(f"/proc/{beside}/stat").exists() and Path(f"/proc/{beside}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -381,7 +382,7 @@ def test_ctrl_c_and_sigterm_save_first(files: Path) -> None:
         )
         wait_for_steps(files / "runs" / name, 3, process)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == status, out
         assert "the same command goes on from there" in out
     assert main(files / "run.yaml", "epochs=6", "output.name=interrupted", "--resume", "must") == 0
@@ -423,13 +424,13 @@ def start(cluster: dict[str, str], files: Path, *arguments: str) -> "subprocess.
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
-    out, _ = process.communicate(timeout=240)
+    out, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, out
     return out
 
 
 def wait_for_steps(run: Path, count: int, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         metrics = run / "metrics.jsonl"
         if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
@@ -540,13 +541,13 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(cluster: dict[str, str], 
     os.kill(workers[1], signal.SIGKILL)
     wait_for_steps(run, 9, process)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 143, out
     process = start(cluster, files, *arguments, "--resume", "must")
     wait_for_steps(run, 14, process)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while worker_processes() and time.monotonic() < deadline:
         time.sleep(0.1)
     finish(start(cluster, files, *arguments))
@@ -619,7 +620,7 @@ def test_the_controller_and_a_data_worker_killed(
 
 
 def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_SECONDS
     while not happened():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.01)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from waiting import HANG_SECONDS
 
 from benchmarks.recovery import processes
 from vlskv_ray.cluster import Cluster
@@ -61,13 +62,13 @@ def start(config: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def finish(process: "subprocess.Popen[str]", status: int = 0) -> str:
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == status, out
     return out
 
 
 def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + HANG_SECONDS
     while not happened():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.02)

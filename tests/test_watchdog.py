@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import HANG_SECONDS
 
 from vlskv_ray.watchdog import Attempts
 
@@ -14,7 +14,7 @@ import sys, time
 from pathlib import Path
 from vlskv_ray.watchdog import Watchdog
 
-def a_part_that_hangs(): time.sleep(60)
+def a_part_that_hangs(): time.sleep(100_000)
 
 watchdog = Watchdog(Path(sys.argv[1]), 3, float(sys.argv[2]) if sys.argv[2] != "None" else None)
 watchdog.begin()
@@ -27,29 +27,27 @@ watchdog.rest()
 """
 
 
-def work(folder: Path, seconds: float | None, parts: list[float], end: str = "") -> tuple[int, float]:
-    """The exit status of a process that does these parts, and how long it took."""
-    began = time.monotonic()
+def work(folder: Path, seconds: float | None, parts: list[float], end: str = "") -> int:
+    """The exit status of a process that does these parts."""
     command = [sys.executable, "-c", WORK, str(folder), str(seconds), str(parts), end]
-    return subprocess.run(command, timeout=50, check=False).returncode, time.monotonic() - began
+    return subprocess.run(command, timeout=HANG_SECONDS, check=False).returncode
 
 
 def test_one_that_hangs_ends_with_its_stacks(tmp_path: Path) -> None:
-    status, took = work(tmp_path / "stacks", 0.5, [0.01, 0.01], "hang")
-    assert status == 1 and took < 20
+    assert work(tmp_path / "stacks", 0.5, [0.01, 0.01], "hang") == 1
     (path,) = (tmp_path / "stacks").iterdir()
     assert path.name.endswith("-rank-3.txt") and "a_part_that_hangs" in path.read_text()
 
 
 def test_one_that_is_slow_goes_on(tmp_path: Path) -> None:
     """The first part may take ten times as long, and each ten times as long as the slowest so far."""
-    assert work(tmp_path / "stacks", 0.2, [1.0, 3.0])[0] == 0
+    assert work(tmp_path / "stacks", 0.2, [1.0, 3.0]) == 0
     assert not (tmp_path / "stacks").exists()
-    assert work(tmp_path / "stacks", 0.2, [0.01, 5.0])[0] == 1
+    assert work(tmp_path / "stacks", 0.2, [0.01, 5.0]) == 1
 
 
 def test_without_a_limit_nothing_ends(tmp_path: Path) -> None:
-    assert work(tmp_path / "stacks", None, [1.0])[0] == 0
+    assert work(tmp_path / "stacks", None, [1.0]) == 0
     assert not (tmp_path / "stacks").exists()
 
 

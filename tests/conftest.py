@@ -88,9 +88,13 @@ def student(teacher_folder: Callable[..., Path]) -> Callable[..., Any]:
     """Builds a student whose new weights have moved away from the teacher's, so that nothing agrees by chance."""
 
     def build(
-        text_model_type: str = "llama", dtype: torch.dtype = torch.float32, moved: bool = True, **layers: Any
+        text_model_type: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        moved: bool = True,
+        text: dict[str, Any] | None = None,
+        **layers: Any,
     ) -> Any:
-        folder = teacher_folder(text_model_type)
+        folder = teacher_folder(text_model_type, **(text or {}))
         model = build_student(find_model(str(folder)), **({"num_key_value_layers": 2} | layers), dtype=dtype)
         if moved:
             generator = torch.Generator().manual_seed(3)
@@ -158,7 +162,11 @@ def mixed_samples() -> list[Sample]:
 
 
 @pytest.fixture
-def encoded(teacher_folder: Callable[..., Path]) -> list[Encoded]:
+def encoded() -> list[Encoded]:
+    return encoded_samples()
+
+
+def encoded_samples() -> list[Encoded]:
     """`mixed_samples`, ready for the tiny models."""
     config = tiny_config()
     processor = presets.llava_next_processor(config)

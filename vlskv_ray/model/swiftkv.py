@@ -29,8 +29,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    initialization,
+    QuantizedCache,
 )
+from transformers.cache_utils import DummyLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 BACKBONES = ("llama", "mistral", "qwen2", "qwen3")
@@ -98,6 +99,7 @@ class SwiftKVPass:
 
     Args:
         keep: the tokens that need an output, None for all. int: the last so many of each sequence, as [B, keep, D].
+            int64[B or 1, P]: those at these positions, from the end if negative, as [B, P, D].
             bool[B, T]: those marked, of all sequences in one row [1, n, D]. Then the whole text model runs without
             padding, which must be on the right, on all sequences in one row; and with an empty cache.
         distill: run the teacher's layers as well, without gradient. The forward then returns the teacher's hidden
@@ -113,12 +115,17 @@ class SwiftKVPass:
         self.trunk: Tensor | None = None  # [B, T, D] what enters layer N
         self.source: Tensor | None = None  # [B, T, D] norm_swiftkv of it: all keys and values come of that
         self.key_value: tuple[Tensor, Tensor] | None = None  # [B, K, S, E] each, of the group being run
-        self.student: Tensor | None = None  # [B, T, D], [B, keep, D] or [1, n, D]
+        self.student: Tensor | None = None  # [B, T, D], [B, keep, D], [B, P, D] or [1, n, D]
         self.position_embeddings: tuple[Tensor, Tensor] | None = None  # of the kept tokens
         self.student_input: Tensor | None = None  # likewise, as it entered the last layer
         self.teacher_input: Tensor | None = None
         self.norm: nn.Module | None = None
         self._masks: dict[Any, Any] = {}  # what `of_each` gave
+
+    @property
+    def packs(self) -> bool:
+        """Whether the text model runs on all sequences in one row."""
+        return isinstance(self.keep, Tensor) and self.keep.dtype == torch.bool
 
     def pack(self, there: Tensor) -> Tensor:
         """Makes one row of all sequences. `there` bool[B, T] marks their tokens; int64[1, sum of lengths], positions.
@@ -146,17 +153,28 @@ class SwiftKVPass:
             return x
         if isinstance(self.keep, int):
             return x[:, -self.keep :]
-        return x[self.keep][None]  # [1, n, ...]
+        if self.packs:
+            return x[self.keep][None]  # [1, n, ...]
+        return x[torch.arange(len(x), device=x.device)[:, None], self.keep]  # [B or 1, P, ...]
 
     def select_mask(self, mask: Tensor | None, num_keys: int) -> Tensor | None:
-        """The kept rows of an attention mask [B or 1, 1, T, S], or of the causal one that None stands for."""
-        if not isinstance(self.keep, int) or (mask is None and self.keep == 1):
-            return mask  # one row needs none, and the last token sees everything
+        """The kept rows of an attention mask [B or 1, 1, T, S], or of the causal one that None stands for.
+
+        None comes with an empty cache, whose keys are more than T where it has room for tokens to come, or with a
+        single token, which sees every key.
+        """
+        if self.keep is None or self.packs:
+            return mask
         if mask is not None:
-            return mask[:, :, -self.keep :]
-        assert self.source is not None  # None only ever with an empty cache, or with a single query
-        rows = torch.ones(self.keep, num_keys, dtype=torch.bool, device=self.source.device)
-        return rows.tril(num_keys - self.keep)[None, None]
+            return self.select(mask.transpose(1, 2)).transpose(1, 2)
+        assert self.source is not None
+        length, device = self.source.shape[1], self.source.device
+        last = self.select(torch.arange(length, device=device)[None])  # key that each query sees at last
+        if length == 1:
+            last = last + num_keys - 1
+        if isinstance(self.keep, int) and last.shape[1] == 1 and length in (1, num_keys):
+            return None  # one query that sees everything
+        return (torch.arange(num_keys, device=device) <= last[..., None])[:, None]
 
     def of_each(self, num_queries: int, sliding_window: int | None) -> tuple[list[int], list[Tensor | None]]:
         """How many queries each sequence of the row has, all or the kept ones, and what they see of its keys.
@@ -359,6 +377,11 @@ def _attention(config: Any, implementation: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def _is_lacking(weight: Tensor) -> bool:
+    """Whether a checkpoint being loaded does not hold a weight: it is neither marked as loaded nor left on disk."""
+    return not (getattr(weight, "_is_hf_initialized", False) or weight.is_meta)
+
+
 class SwiftKVModel(Stock):
     """Over a backbone: the layers from N on take keys and values from the input of layer N, through `norm_swiftkv`."""
 
@@ -388,7 +411,8 @@ class SwiftKVModel(Stock):
             return stock(**padded)
         swiftkv = swiftkv or SwiftKVPass()
         swiftkv.norm = self.norm_swiftkv
-        if isinstance(swiftkv.keep, Tensor):
+        if swiftkv.packs:
+            assert isinstance(swiftkv.keep, Tensor)
             there = torch.ones_like(swiftkv.keep) if attention_mask is None else attention_mask.bool()
             embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             positions = swiftkv.pack(there)
@@ -419,29 +443,40 @@ class SwiftKVModel(Stock):
         return self.norm(states)
 
     # `from_pretrained` calls these for what the checkpoint lacks. A plain teacher lacks the SwiftKV weights, which
-    # start from the teacher's; `initialization.copy_` leaves alone every weight that the checkpoint did hold.
+    # start from the teacher's; a student's checkpoint holds them, and no weight of it is touched.
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self and hasattr(self, "norm_swiftkv"):  # the stock __init__ passes here before there is one
-            self.start_from_teacher(initialization.copy_)
+        if module is not self or not hasattr(self, "norm_swiftkv"):  # the stock __init__ comes before there is one
+            return
+        try:
+            self.start_from_teacher(_is_lacking)
+        except RuntimeError as error:
+            raise ValueError(
+                f"SwiftKV weights start from the teacher's, which are quantised or on disk here ({error}); load the "
+                f"teacher as it is, save the student, and load that so"
+            ) from error
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # As library code: a module of custom code that holds no weights itself, as this one, would be passed over.
         super()._initialize_weights(module)
 
     @torch.no_grad()
-    def start_from_teacher(self, copy_: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """Norm of layer N and queries as the teacher's, keys and values the mean of their group's, biases too."""
+    def start_from_teacher(self, starts: Callable[[Tensor], bool] = lambda weight: True) -> None:
+        """Norm of layer N and queries as the teacher's, keys and values the mean of their group's, biases too.
+
+        `starts` tells which weights do, all if it is not given; nothing is read or computed for the others.
+        """
         layers = self.layers[self.config.num_key_value_layers :]
-        if len(layers):
-            copy_(self.norm_swiftkv.weight, layers[0].input_layernorm.weight)
+        if len(layers) and starts(self.norm_swiftkv.weight):
+            self.norm_swiftkv.weight.copy_(layers[0].input_layernorm.weight)
         for layer in layers:
             attention = layer.self_attn
             group = [x.self_attn for x in layers if self.config.key_value_leader(x.layer_idx) == layer.layer_idx]
             for name, teachers in (("q_proj", [attention]), ("k_proj", group), ("v_proj", group)):
                 if teachers:  # only a group's first layer has key and value projections
                     for key, weight in getattr(attention, f"{name}_swiftkv").named_parameters():
-                        copy_(weight, torch.stack([getattr(x, name).get_parameter(key) for x in teachers]).mean(0))
+                        if starts(weight):
+                            weight.copy_(torch.stack([getattr(x, name).get_parameter(key) for x in teachers]).mean(0))
 
 
 class SwiftKVForCausalLM(Stock):
@@ -455,11 +490,36 @@ class SwiftKVForCausalLM(Stock):
 
 # ------------------------------------------------------------------------------------------------------ fast prefill
 def _keep_what_generate_needs(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pre-hook of a whole model: `generate` asks it for the last logits only, which it does not tell its backbone."""
-    keep = kwargs.get("logits_to_keep", 0)
-    if isinstance(keep, int) and keep > 0 and "swiftkv" not in kwargs and swiftkv_backbone(model).config.swiftkv:
+    """Pre-hook of a whole model: tells its backbone for which tokens logits are asked, as `generate` asks for few."""
+    keep, config = kwargs.get("logits_to_keep", 0), swiftkv_backbone(model).config
+    # the masks of other attention functions do not consist of rows to select: with those all tokens are run
+    if not config.swiftkv or config._attn_implementation not in ("sdpa", "eager") or "swiftkv" in kwargs:
+        return args, kwargs
+    if isinstance(keep, int) and keep > 0:
         kwargs["swiftkv"] = SwiftKVPass(keep=keep)
+    elif isinstance(keep, Tensor) and keep.dtype == torch.int64 and keep.ndim in (1, 2) and keep.numel():
+        kwargs |= {"swiftkv": SwiftKVPass(keep=keep.view(-1, keep.shape[-1])), "logits_to_keep": 0}  # all that come
+    elif isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == _tokens(args, kwargs):
+        positions, there = _positions(keep)
+        kwargs |= {"swiftkv": SwiftKVPass(keep=positions), "logits_to_keep": there}
     return args, kwargs
+
+
+def _tokens(args: Any, kwargs: dict[str, Any]) -> torch.Size:
+    """[B, T] of what a model is given."""
+    given = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]]
+    return next(x for x in given if x is not None).shape[:2]
+
+
+def _positions(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions int64[B, P] that bool[B, T] marks, rows filled up with their first, and bool[B, P] of the unfilled.
+
+    The latter takes from the hidden states at these positions what `marked` takes from all.
+    """
+    counts = marked.sum(1, keepdim=True)
+    there = torch.arange(max(int(counts.max()), 1), device=marked.device) < counts
+    marked_first = marked.byte().argsort(dim=1, descending=True, stable=True)
+    return torch.where(there, marked_first[:, : there.shape[1]], marked_first[:, :1]), there
 
 
 def _add_fast_prefill(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -472,6 +532,28 @@ def _add_fast_prefill(parent: nn.Module, name: str, child: nn.Module | None) -> 
         held = any(isinstance(m, SwiftKVModel) for m in parent.modules())
         if not held and any(isinstance(m, SwiftKVModel) for m in child.modules()):
             parent.register_forward_pre_hook(_keep_what_generate_needs, with_kwargs=True)
+
+
+def _quantize_what_groups_keep(stock_init: Callable[..., None]) -> Callable[..., None]:
+    """Over the constructor of transformers' quantised cache, which refuses every config with layers that store nothing.
+
+    Theirs is of no use to it, so it is built as if all layers stored something; those that reuse get the layer that the
+    other caches give them.
+    """
+
+    @functools.wraps(stock_init)
+    def init(cache: Any, backend: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        text = config.get_text_config(decoder=True)
+        modes = (text.kv_sharing_modes if isinstance(text, SwiftKVConfig) else None) or []
+        if "reuse" in modes:
+            config = copy.copy(text)
+            config.swiftkv = False
+        stock_init(cache, backend, config, *args, **kwargs)
+        for i, mode in enumerate(modes):
+            if mode == "reuse":
+                cache.layers[i] = DummyLayer()
+
+    return init
 
 
 def has_swiftkv(config: Any) -> bool:
@@ -512,3 +594,4 @@ def register(model_type: str) -> None:
 for _model_type in BACKBONES:
     register(_model_type)
 nn.modules.module.register_module_module_registration_hook(_add_fast_prefill)
+QuantizedCache.__init__ = _quantize_what_groups_keep(QuantizedCache.__init__)

@@ -1,6 +1,7 @@
 """The command that asks: it answers as `generate` does, SwiftKV on or off, and says what is wrong with its input."""
 
 import io
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlskv_ray.generate import Answer, answer, comparison, load, main, read_question
+from vlskv_ray.generate import Answer, answer, compare, comparison, load, main, open_image, read_question
 from vlskv_ray.model.build import find_model, load_processor
 
 TIMES = r"first token after \d+\.\d{3} s, \d+\.\d tokens/s after it, (\d+) prompt tokens \((\d+) of images\)\n"
@@ -84,6 +85,45 @@ def test_compare_shows_both_answers(folder: Path, pictures: list[str], capsys: p
         assert row.startswith(f"{name} ") and row.endswith(f"  {' '.join(text.split())}")
     assert re.fullmatch(r"time to first token, teacher / student: \d+\.\d\d", ratio)
     assert tokens == f"{num_tokens} prompt tokens ({of_images} of images)"
+
+
+@pytest.mark.parametrize(("enough_seconds", "turns"), [(math.inf, 4), (0, 1)])
+def test_sides_are_timed_in_turn(folder: Path, pictures: list[str], enough_seconds: float, turns: int) -> None:
+    """Each is asked as often, by the whole prompt, before it is timed as while it is: the teacher, then the student.
+
+    Where one turn takes longer than is enough there is one.
+    """
+    model, processor = load(str(folder))
+    inputs, _ = read_question(model.config, processor, "hello", [open_image(pictures[0])])
+    prefills: list[bool] = []
+    steps: list[bool] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        passes = prefills if kwargs["input_ids"].shape == inputs["input_ids"].shape else steps
+        passes.append(module.config.text_config.swiftkv)
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    teacher, student = compare(model, processor, inputs, max_new_tokens=6, turns=4, enough_seconds=enough_seconds)
+    assert prefills == [False, True] * (1 + turns + 1)  # warming up, being timed, and the answers
+    assert steps == [False, True] + [False] * (teacher.num_tokens - 1) + [True] * (student.num_tokens - 1)
+    assert model.config.text_config.swiftkv
+
+
+def test_the_time_to_the_first_token_is_the_median(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the model's passes move: neither the first uses nor a stray slow pass are what is told."""
+    model, processor = load(str(folder))
+    inputs, _ = read_question(model.config, processor, "hello", [])
+    took = iter([9.0, 90.0, 3.0, 1.0, 2.0, 50.0, 40.0, 2.0, 5.0, 5.0])  # the teacher's, the student's, and so on
+    now = 0.0
+
+    def pass_time(*_: Any) -> None:
+        nonlocal now
+        now += next(took)
+
+    model.register_forward_pre_hook(pass_time)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    teacher, student = compare(model, processor, inputs, max_new_tokens=1, turns=3, enough_seconds=math.inf)
+    assert (teacher.first_token_seconds, student.first_token_seconds) == (3.0, 2.0)
 
 
 def test_the_table_of_a_comparison() -> None:

@@ -20,7 +20,8 @@ from vlskv_ray.cluster import threads_of
 from vlskv_ray.command import shown
 from vlskv_ray.config import Config, changed_keys
 from vlskv_ray.counting import matmul_seconds, size
-from vlskv_ray.data.chat import Limits, check_template
+from vlskv_ray.data.chat import Limits
+from vlskv_ray.data.check import check_processor
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.plan import Plan, Table, Tokens, first_of_mixture
@@ -80,7 +81,7 @@ def prepare(
         model = model.model_copy(update=resolved)
     if model.dtype == "auto":
         model = model.model_copy(update={"dtype": dtype_of(config, saved, text_config)})
-    check_template(load_processor(files))
+    check_processor(files, load_processor(files))
     positions = text_config.max_position_embeddings
     max_length = config.data.max_length or positions
     if max_length > positions:

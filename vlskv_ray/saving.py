@@ -206,7 +206,8 @@ def export(run: Run, model: Any) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     transformers_logging.disable_progress_bar()
     model.save_pretrained(aside)
-    load_processor(find_model(run.config.model.name_or_path, run.config.model.revision)).save_pretrained(aside)
+    files = find_model(run.config.model.name_or_path, run.config.model.revision)
+    load_processor(files, tried=True).save_pretrained(aside)
     share(aside)
     if final.exists():  # written by this very run before it was killed at its last step
         shutil.rmtree(final)

@@ -82,7 +82,7 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
     per_worker = run.micro_batches_per_step // worker.world_size
     evaluator = None
     if run.held_out:
-        processor = load_processor(find_model(config.model.name_or_path, config.model.revision))
+        processor = load_processor(find_model(config.model.name_or_path, config.model.revision), tried=True)
         evaluator = Evaluator(model, processor, run.held_out, rank=worker.rank, world_size=worker.world_size)
     watchdog = Watchdog(
         run.folder / "stacks", worker.rank, config.cluster.stall_seconds if config.cluster.most_workers else None

@@ -71,7 +71,7 @@ def num_image_features(config: Any, image_size: tuple[int, int]) -> int:
     side = vision.image_size // vision.patch_size
     rows, columns = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, vision.image_size)
     height, width = unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), image_size).shape[1:]
-    whole = side * side + (config.vision_feature_select_strategy == "full")  # "full" keeps the class token
+    whole = side * side  # a feature for each patch: a class token has no place in the grid of the tiles
     return whole + height * (width + 1)  # each row of the grid ends in a newline
 
 

@@ -32,7 +32,7 @@ ROWS_PER_EXECUTION = 2**15
 def _model_side(name_or_path: str, revision: str | None) -> tuple[Any, Any]:
     """Processor and config of a model, loaded once a process: data tasks come again and again to the same ones."""
     files = find_model(name_or_path, revision)
-    return load_processor(files), load_config(files)
+    return load_processor(files, tried=True), load_config(files)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ Teacher and student are one model. What trains is `*_swiftkv`; everything else i
 
 import copy
 import hashlib
-import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,22 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaNextProcessor,
+    PreTrainedConfig,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.model import presets
+from vlskv_ray.model.folder import Damaged, check_folder, read_json, weight_files
+from vlskv_ray.model.sanity import check_config, check_fit, check_processor, check_relations
 from vlskv_ray.model.swiftkv import BACKBONES, check_layers, has_swiftkv, swiftkv_backbone
+from vlskv_ray.model.trial import problem_of
 
 WRAPPERS = ("llava_next",)
 """Vision-language model types whose images `vlskv_ray.data` prepares and checks; no other is accepted."""
@@ -67,12 +79,7 @@ def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
         return ModelFiles(name_or_path, preset=True, folder=None, revision=None)
     folder = presets.SHIPPED.get(name_or_path) or Path(name_or_path)
     if os.path.isdir(folder):
-        if not (folder / "config.json").is_file():
-            meant = f"; did you mean {folder}/final?" if (folder / "final" / "config.json").is_file() else ""
-            raise ValueError(
-                f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint{meant}"
-            )
-        return ModelFiles(name_or_path, preset=False, folder=folder, revision=None)
+        return _checked(ModelFiles(name_or_path, preset=False, folder=folder, revision=None))
     names = ", ".join([*presets.PRESETS, *presets.SHIPPED])
     wanted = f"a preset ({names}), a folder, or a hub id such as llava-hf/llava-v1.6-mistral-7b-hf"
     if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~")):
@@ -100,7 +107,30 @@ def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
             f"model.name_or_path: {name_or_path!r}{at} is neither a folder nor to be had from the hub ({reason}); "
             f"wanted {wanted}"
         ) from error
-    return ModelFiles(name_or_path, preset=False, folder=Path(path), revision=Path(path).name)
+    return _checked(ModelFiles(name_or_path, preset=False, folder=Path(path), revision=Path(path).name))
+
+
+def _checked(files: ModelFiles) -> ModelFiles:
+    """The same. ValueError where the folder is no model's, or holds what is not safe to read."""
+    folder = files.folder
+    assert folder is not None
+    if not os.path.lexists(folder / "config.json") and not (folder / "adapter_config.json").exists():
+        meant = f"; did you mean {folder}/final?" if (folder / "final" / "config.json").is_file() else ""
+        raise ValueError(
+            f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint{meant}"
+        )
+    with _told_of(files):
+        check_folder(folder)
+    return files
+
+
+@contextmanager
+def _told_of(files: ModelFiles) -> Iterator[None]:
+    """What is wrong with files names the model that they are of, on one line."""
+    try:
+        yield
+    except Damaged as error:
+        raise ValueError(f"model.name_or_path: {files.name_or_path}: {' '.join(str(error).split())}") from error
 
 
 def fingerprint_of(files: ModelFiles) -> str:
@@ -147,8 +177,12 @@ def parameter_counts(
         config = with_layers(config, num_hidden_layers or config.text_config.num_hidden_layers)
     else:
         config = swiftkv_config(config, num_key_value_layers, key_value_group_size)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except LIBRARY_ERRORS as error:
+        where = f"model.name_or_path: {files.name_or_path}"
+        raise ValueError(f"{where}: config.json: no model can be made with it: {one_line(error)}") from error
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained = sum(count for name, count in counts.items() if whole or "_swiftkv" in name)
     return sum(counts.values()) - trained, trained
@@ -160,28 +194,25 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         return presets.PRESETS[files.name_or_path].config()
     assert files.folder is not None
     where = f"model.name_or_path: {files.name_or_path}"
+    with _told_of(files):
+        declared = read_json(files.folder, "config.json")
+        model_type = declared.get("model_type")
+        if model_type not in WRAPPERS:
+            supported = ", ".join(WRAPPERS)
+            raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {supported}")
+        check_config(declared)
     try:
-        declared = json.loads((files.folder / "config.json").read_text())
-        model_type = declared["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{where}: config.json cannot be read, or names no model_type ({error})") from error
-    if model_type not in WRAPPERS:
-        raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(WRAPPERS)}")
-    try:
-        config = AutoConfig.from_pretrained(files.folder)
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         raise ValueError(f"{where}: config.json is not a config of this model type: {one_line(error)}") from error
-    pinpoints = config.image_grid_pinpoints
-    if not pinpoints or not all(
-        isinstance(point, list | tuple) and [type(side) for side in point] == [int, int] for point in pinpoints
-    ):
-        raise ValueError(f"{where}: image_grid_pinpoints of config.json are {pinpoints}; wanted [height, width] pairs")
     backbone = config.text_config.model_type.removesuffix("_swiftkv")
     if backbone not in BACKBONES:
         raise ValueError(
             f"{where}: its text model is a {backbone!r}, whose SwiftKV form is not proven exact; "
             f"supported: {', '.join(BACKBONES)}"
         )
+    with _told_of(files):
+        check_relations(config, sum((files.folder / name).stat().st_size for name in weight_files(files.folder)))
     return config
 
 
@@ -346,6 +377,7 @@ def _load_weights(
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (*LIBRARY_ERRORS, SafetensorError) as error:
@@ -375,11 +407,15 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def load_processor(files: ModelFiles) -> Any:
+def load_processor(files: ModelFiles, *, tried: bool = False) -> Any:
     """The checkpoint's own processor, images by Pillow.
 
+    Args:
+        files: of the model. Those that do not come with the package are tried in a process of their own first.
+        tried: whether the process that started this one has done that.
+
     Raises:
-        ValueError: there is none, it has no chat template, or its ids do not fit the model.
+        ValueError: there is none, it has no chat template, cannot be used, or does not fit the model.
     """
     config = load_config(files)
     where = f"model.name_or_path: {files.name_or_path}"
@@ -387,34 +423,68 @@ def load_processor(files: ModelFiles) -> Any:
         preset = presets.PRESETS[files.name_or_path]
         processor = presets.llava_next_processor(config, **preset.image_processor)
     else:
-        try:
-            processor = AutoProcessor.from_pretrained(files.folder, backend="pil")
-        except LIBRARY_ERRORS as error:
-            raise ValueError(f"{where}: its processor cannot be loaded: {one_line(error)}") from error
+        processor = _processor_of(files, tried)
     if processor.chat_template is None:
         raise ValueError(f"{where}: its processor has no chat template (chat_template.jinja), which data needs")
-    tokenizer, vocab_size = processor.tokenizer, config.text_config.vocab_size
-    largest = max(tokenizer.get_vocab().values())
+    _check_tokens(processor, config, where)
+    if processor.patch_size is processor.vision_feature_select_strategy is None:
+        # processors saved by older versions leave them to the model's config
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    with _told_of(files):
+        check_fit(processor, config, files.folder)
+    return processor
+
+
+def _processor_of(files: ModelFiles, tried: bool) -> Any:
+    """As transformers reads it from a folder; ValueError where it cannot, or it is another model type's."""
+    where, folder = f"model.name_or_path: {files.name_or_path}", files.folder
+    assert folder is not None
+    with _told_of(files):
+        check_processor(folder)
+    if not tried and folder not in presets.SHIPPED.values() and (problem := problem_of(folder)):
+        raise ValueError(f"{where}: {problem}")
+    try:
+        processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"{where}: its processor cannot be loaded: {one_line(error)}") from error
+    if not isinstance(processor, LlavaNextProcessor) or not isinstance(
+        processor.image_processor, LlavaNextImageProcessorPil
+    ):
+        raise ValueError(
+            f"{where}: its processor is a {type(processor).__name__} that reads images by a "
+            f"{type(getattr(processor, 'image_processor', None)).__name__}; wanted a LlavaNextProcessor and a "
+            f"LlavaNextImageProcessor, named in processor_config.json"
+        )
+    return processor
+
+
+def _check_tokens(processor: Any, config: PreTrainedConfig, where: str) -> None:
+    """ValueError where a tokenizer's ids are not those of the model's embeddings."""
+    vocabulary, vocab_size = processor.tokenizer.get_vocab(), config.text_config.vocab_size
+    largest = max(vocabulary.values(), default=-1)
     if largest >= vocab_size:
         raise ValueError(
             f"{where}: its tokenizer has ids up to {largest} but the model has {vocab_size} embeddings; "
             f"a tokenizer that is not the model's own cannot be used"
         )
-    if processor.image_token_id != config.image_token_id:
+    token, wanted = processor.image_token, config.image_token_id
+    if token not in vocabulary:
         raise ValueError(
-            f"{where}: its tokenizer's id of {processor.image_token!r} is {processor.image_token_id}, but the model "
-            f"puts images at id {config.image_token_id}; a tokenizer that is not the model's own cannot be used"
+            f"{where}: tokenizer.json: has no token {token!r}; wanted one with id {wanted}, the image_token_index of "
+            f"config.json; add it by tokenizer.add_tokens({token!r}, special_tokens=True), and save the tokenizer again"
         )
-    vision = config.vision_config
-    if processor.patch_size is None:  # processors saved by older versions leave it to the model's config
-        processor.patch_size = vision.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    if processor.patch_size != vision.patch_size:
+    if processor.image_token_id != wanted:
         raise ValueError(
-            f"{where}: its processor counts patches of {processor.patch_size} pixels, its vision tower "
-            f"{vision.patch_size}; a processor that is not the model's own cannot be used"
+            f"{where}: its tokenizer's id of {token!r} is {processor.image_token_id}, but the model "
+            f"puts images at id {wanted}; a tokenizer that is not the model's own cannot be used"
         )
-    return processor
+    written = processor.tokenizer(2 * token, add_special_tokens=False)["input_ids"]
+    if list(written) != [wanted, wanted]:
+        raise ValueError(
+            f"{where}: tokenizer.json: writes {2 * token!r} as {list(written)[:10]}; wanted {[wanted, wanted]}: "
+            f"add {token!r} to its added_tokens, as a special one"
+        )
 
 
 def device_of(name: str | None = None) -> torch.device:

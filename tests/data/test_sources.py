@@ -34,6 +34,7 @@ class Spec:
     split: str = "train"
     revision: str | None = None
     num_samples: int | None = None
+    ignore_columns: tuple[str, ...] = ()
 
 
 def picture(colour: str, format: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -119,7 +120,7 @@ def one(row: dict[str, Any], folder: Path) -> Sample:
         (chat("What is <image> in HTML?", "A tag."), ["What is <image> in HTML?"]),
         (chat("Hello?", "Hi.", image=""), ["Hello?"]),
         (chat("Hello?", "Hi.", image=None, images=[]), ["Hello?"]),
-        (chat("Hello?", "Hi.", images=[None, {"bytes": None, "path": None}]), ["Hello?"]),
+        (chat("Hello?", "Hi.", image={"bytes": None, "path": None}), ["Hello?"]),
         (chat([{"index": 0, "type": "image", "text": None}, text("x")], "Hi.", images=["a.png"]), ["<image>", "x"]),
         (chat("x", [{"index": None, "type": "text", "text": "Hi."}], score=float("nan")), ["x"]),
     ],
@@ -149,9 +150,9 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"other": 1}, "schema"),
         ({"messages": "text"}, "schema"),
         ({"messages": ["text"]}, "schema"),
-        (chat("x", 5), "schema"),
-        (chat(float("nan"), "y"), "schema"),
-        (chat([{"type": "image_url", "image_url": {"url": "http://localhost"}}], "y"), "schema"),
+        (chat("x", 5), "content_type"),
+        (chat(float("nan"), "y"), "content_type"),
+        (chat("x", {"text": "y"}), "content_type"),
         (chat([{"type": "text", "text": None}], "y"), "schema"),
         (chat(["x"], "y"), "schema"),
         (chat("x", [IMAGE, text("y")], image="a.png"), "schema"),
@@ -160,7 +161,16 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("user"), "no_answer"),
         (turns("system", "user", "user"), "no_answer"),
         (chat("x", ""), "answer_empty"),
-        (chat("x", None), "answer_empty"),
+        (chat("x", None), "content_type"),
+        (chat(None, "y"), "content_type"),
+        (chat(None, "y", image="a.png"), "content_type"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}, "content_type"),
+        (chat("", "y"), "question_empty"),
+        (chat(" \n", "y"), "question_empty"),
+        (chat("\0", "y"), "question_empty"),
+        (chat([], "y"), "question_empty"),
+        (chat("x", "y", "", "z", image="a.png"), "question_empty"),
+        (chat("x", "\0\x7f"), "answer_empty"),
         (chat("x", " \n"), "answer_empty"),
         (chat("x", []), "answer_empty"),
         (turns("assistant", "user"), "role_order"),
@@ -192,6 +202,9 @@ def test_unusable_rows_are_rejected_and_their_neighbours_are_not(row: Any, code:
         (b"{} {}", "json_line"),
         (b'{"messages": ' + b"9" * 5000 + b"}", "json_line"),
         (b"[" * 100_000, "json_depth"),
+        (json.dumps(ROWS[1]).encode()[:-1] + b', "a": 1, "a": 1}', "json_duplicate_key"),
+        (json.dumps(ROWS[1]).replace('"content"', '"content": "Hello", "content"').encode(), "json_duplicate_key"),
+        (b'{"\\ud800": 1, "\\ud800": 2}', "json_duplicate_key"),
         (
             b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
             "text_encoding",
@@ -421,7 +434,7 @@ def test_damaged_and_dangerous_parquet_files_are_named(folder: Path) -> None:
     with pytest.raises(SourceError, match=r"b\.parquet: found the columns 'question'; wanted messages"):
         open_source(pattern, cache_dir=cache_dir)
     write(folder / "b.parquet", content[:100] + bytes(900) + content[1000:])
-    with pytest.raises(SourceError, match=r"\*\.parquet: .*damaged"):
+    with pytest.raises(SourceError, match=r"b\.parquet: cannot be read as Parquet: .*damaged"):
         open_source(pattern, cache_dir=cache_dir)
     tensor = pa.field("t", pa.binary(), metadata={"ARROW:extension:name": "ray.data.arrow_tensor_v2"})
     pq.write_table(pa.Table.from_pylist([chat("x", "y")]).append_column(tensor, pa.array([b"x"])), folder / "b.parquet")

@@ -218,9 +218,10 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
     more = len(rejected) - SHOWN_REJECTED
     with_images = sum(int(batch.has_image.sum()) for batch in found)
     print(
-        f"tried         {seen} samples, {with_images} of them with images used, {len(rejected)} left out"
+        f"tried         {seen} samples: {seen - len(rejected)} used, {with_images} of them with images; "
+        f"{len(rejected)} left out"
         + (f", {more} more than shown" if more > 0 else "")
-        + (f", {len(notices)} changed" if notices else "")
+        + (f"; {len(notices)} changed" if notices else "")
     )
     allowed = run.config.data.max_rejected_fraction
     if not found:

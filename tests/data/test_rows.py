@@ -170,7 +170,7 @@ def opened(file: Path, **options: Any) -> Any:
     ],
 )
 def test_columns_that_look_like_pictures_are_named(suffix: str, name: str, value: Any, tmp_path: Path) -> None:
-    """In the middle of a source, among text rows; no row is trained as text, unless the user says what the column is."""
+    """In the middle of a source, among text rows; none is trained as text, unless the user says what it is."""
     file = tmp_path / f"rows.{suffix}"
     write(file, [chat("Hello?"), chat("What is shown?", **{name: value}), chat("Hello?")])
     with pytest.raises(SourceError) as caught:

@@ -13,7 +13,8 @@ _NESTED = ("image", "image_url", "source")
 """Keys of a part under which formats keep the picture itself; the others stand in the part beside its type."""
 _WAYS = ("bytes", "path", "url", "base64", "data")
 _NAME = re.compile(
-    r"(images?|imgs?|pictures?|pics?|photos?)([ _-]?(paths?|files?|file_?names?|urls?|uris?|bytes|data|base64|b64|\d+))?",
+    r"(images?|imgs?|pictures?|pics?|photos?)"
+    r"([ _-]?(paths?|files?|file_?names?|urls?|uris?|bytes|data|base64|b64|\d+))?",
     re.IGNORECASE,
 )
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl")

@@ -17,8 +17,8 @@ READ_COLUMNS = frozenset((*LAYOUTS, *IMAGE_COLUMNS))
 WANTED = f"{' or '.join(LAYOUTS)} (list of {{role, content}}), with {' or '.join(IMAGE_COLUMNS)} for images"
 MARKER = "<image>"
 
-# What no text means to say: control characters but for tab and line ends, and code points that are no characters. Told by
-# what a text may hold, which is ten times as fast to look for.
+# What no text means to say: control characters but for tab and line ends, and code points that are no characters. Told
+# by what a text may hold, which is ten times as fast to look for.
 _CONTROL = re.compile("[^\t\n\r -~\xa0-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]")
 _LINE_ENDS = "\x0b\x0c\x85"  # they part lines, or pages: without them words would run together
 _BASE64_STARTS = (";base64,", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # of data URIs; PNG, JPEG, GIF, WebP
@@ -80,7 +80,8 @@ def told_of_unread(columns: Sequence[str]) -> str:
     one = len(columns) == 1
     return (
         f"{', '.join(columns)} {'looks like a picture' if one else 'look like pictures'} and {'is' if one else 'are'} "
-        f"not read; give pictures in the column images, or list {'it' if one else 'them'} in ignore_columns of the source"
+        f"not read; give pictures in the column images, or list {'it' if one else 'them'} in ignore_columns of the "
+        f"source"
     )
 
 
@@ -96,7 +97,7 @@ def _check_roles(roles: list[Any]) -> None:
         raise Rejected("role_order", f"{', '.join(roles)}; wanted an optional system, then user and assistant in turn")
 
 
-# ---------------------------------------------------------------------------------------------------------- the pictures
+# --------------------------------------------------------------------------------------------------------- the pictures
 def _images(
     row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], root: Path | None
 ) -> tuple[list[bytes | ImageFile], bool]:
@@ -160,7 +161,7 @@ def _place_images(messages: list[dict[str, Any]], images: Sequence[bytes | Image
         raise Rejected("marker_mismatch", f"{found}; wanted equally many{remedy}")
 
 
-# ------------------------------------------------------------------------------------------------------------- the texts
+# ------------------------------------------------------------------------------------------------------------ the texts
 def _parts(content: str | list[Any], role: str, has_images: bool) -> list[dict[str, str]]:
     """The parts of one turn. Only user turns hold images, and only in a string of theirs `<image>` is one."""
     if isinstance(content, list):

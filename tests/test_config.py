@@ -324,7 +324,7 @@ def test_a_wrong_option_is_told_with_its_line(text: str, line: str) -> None:
     )
 
 
-SOURCE_KEYS = "name, path, image_root, format, weight, split, revision, num_samples"
+SOURCE_KEYS = "name, path, image_root, format, weight, split, revision, num_samples, ignore_columns"
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,10 @@ def test_samples_that_cannot_be_used_are_counted(student: Callable[..., Any], pr
     """By reason; the others are asked about."""
     source = ShapesSource("test", 8)
     place = [(0, row) for row in range(8)]
-    questions, left_out = read_questions(held_out(source), place, processor, student().config)
+    questions, left_out, _ = read_questions(held_out(source), place, processor, student().config)
     assert len(questions) == sum(len(source.read(row).kinds) for row in range(8)) and not left_out
     few = held_out(source, limits=Limits(512, max_images_per_sample=0))
-    questions, left_out = read_questions(few, place, processor, student().config)
+    questions, left_out, _ = read_questions(few, place, processor, student().config)
     assert {question.place[1] for question in questions} == {4} and left_out == {"too_many_images": 7}
 
 
@@ -257,7 +257,7 @@ def test_the_teacher_keeps_all_of_itself(student: Callable[..., Any], processor:
     """KL 0, every token agreed, and its whole answer, as many tokens as it has."""
     evaluator = Evaluator(student(), processor, held_out(ShapesSource("test", 6)))
     with toggled(evaluator.model, on=False):
-        questions, _ = read_questions(evaluator.held_out, evaluator.places, processor, evaluator.model.config)
+        questions, *_ = read_questions(evaluator.held_out, evaluator.places, processor, evaluator.model.config)
         answers, texts = greedy_answers(evaluator.model, questions, processor, evaluator.held_out)
     results = evaluator.results("teacher")
     assert [result.by["teacher"].answer for result in results] == texts

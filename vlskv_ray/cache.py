@@ -18,9 +18,10 @@ from vlskv_ray.command import DONE, exit_status, run_parser, shown, up_to
 from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates
 from vlskv_ray.data.pipeline import Loader
+from vlskv_ray.data.sample import refused_message
 from vlskv_ray.distill import frozen_states
 from vlskv_ray.prepare import check_cache, prepare
-from vlskv_ray.run import Run
+from vlskv_ray.run import Run, StoppedRun
 from vlskv_ray.step import autocast
 from vlskv_ray.teacher_cache import TeacherCache
 from vlskv_ray.train_loop import model_of
@@ -79,7 +80,8 @@ def fill_ahead(
 ) -> None:
     """Makes what is missing of the samples of a run, on all CPUs or GPUs, and tells of it.
 
-    OSError where the disk is full; ValueError where there is no GPU for a run that wants them.
+    OSError where the disk is full; ValueError where there is no GPU for a run that wants them; StoppedRun where a row
+    is refused.
     """
     tell = functools.partial(print, flush=True) if not quiet else lambda text: None
     check_gpus(run.config.cluster, cluster.gpus)
@@ -93,6 +95,8 @@ def fill_ahead(
     for result in results(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers):
         done, made = done + result["samples"], made + result["made"]
         left_out.update(result["left_out"])
+        if message := refused_message(result["refused"], run.config.data.on_refused):
+            raise StoppedRun(message)
         if result["full"]:
             raise OSError(f"{caches.first.folder}: the disk is full; {made} samples were made")
         now = time.monotonic()
@@ -139,7 +143,14 @@ class CacheWorker:
                 states = frozen_states(self.model, batch.to(self.model.device), self.caches.by_layer)
             self.caches.put_batch(batch, states)
         left_out = Counter(rejected["reason"] for rejected in batch.rejected)
-        return {"samples": len(numbers), "made": made, "left_out": dict(left_out), "full": self.caches.full}
+        refused = [rejected for rejected in batch.rejected if rejected.get("refused")]
+        return {
+            "samples": len(numbers),
+            "made": made,
+            "left_out": dict(left_out),
+            "refused": refused,
+            "full": self.caches.full,
+        }
 
 
 def results(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlskv_ray.run import StoppedRun
+
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 
@@ -25,6 +27,9 @@ def exit_status(command: Callable[[], int]) -> int:
     except ValueError as error:  # each of ours names the option, key or file, what was wanted and the remedy
         print(error, file=sys.stderr)
         return WRONG_INPUT
+    except StoppedRun as error:  # what was asked for cannot be done, though nothing is wrong with how it was asked
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except BrokenPipeError:  # whoever reads what is printed has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

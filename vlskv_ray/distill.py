@@ -61,6 +61,7 @@ class LossSums:
     samples: float = 0.0
     tokens: float = 0.0
     rejected: float = 0.0
+    notices: float = 0.0
     cached: float = 0.0
     """Samples whose frozen states came from the teacher cache."""
 
@@ -220,7 +221,10 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
         a scalar with a graph, None where nothing is supervised (which then contributes exactly nothing), and the sums.
     """
     sums = LossSums(
-        samples=len(batch.sample_ids), tokens=float(batch.attention_mask.sum()), rejected=len(batch.rejected)
+        samples=len(batch.sample_ids),
+        tokens=float(batch.attention_mask.sum()),
+        rejected=len(batch.rejected),
+        notices=len(batch.notices),
     )
     keep = supervised_positions(batch.labels)
     if not keep.any():

@@ -18,9 +18,10 @@ from vlskv_ray.cluster import Reserved, duration, reserve, threads_of
 from vlskv_ray.counting import flop_counter, peak_bytes, size
 from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
+from vlskv_ray.data.sample import refused_message
 from vlskv_ray.distill import shared_pass
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.run import Run
+from vlskv_ray.run import Run, StoppedRun
 from vlskv_ray.step import GradientBuffer, StepResult, autocast, build_optimizer, objective_of, train_step
 from vlskv_ray.train_loop import model_of
 
@@ -37,7 +38,7 @@ def dry_run(run: Run, loader: Loader) -> float:
 
     Raises:
         ValueError: the run would not get far: too many rows are left out, or its workers do not fit this machine.
-        StoppedRun: loss or gradient of a step is not finite.
+        StoppedRun: a row was refused; loss or gradient of a step is not finite.
     """
     config = run.config
     here = config.cluster.address == "local" or not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
@@ -195,21 +196,33 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
 
     Raises:
         ValueError: more of their samples are left out than the run would stand.
+        StoppedRun: a row was refused.
     """
     began, made, seen = time.perf_counter(), 0, 0
-    rejected: list[dict[str, str]] = []
+    rejected: list[dict[str, Any]] = []
+    notices: list[dict[str, str]] = []
     found = []
     for batch in spread(run, loader):
         made, seen = made + 1, seen + len(batch.sample_ids) + len(batch.rejected)
         rejected += batch.rejected
+        notices += batch.notices
         found += [batch] if batch.sample_ids else []
         if len(found) >= TIMED_MICRO_BATCHES and seen >= TRIED_SAMPLES:
             break
     seconds = (time.perf_counter() - began) / made
-    for row in rejected[:SHOWN_REJECTED]:
-        print(f"left out {row['id']}: {row['reason']}: {row['detail']}")
+    if message := refused_message(rejected, run.config.data.on_refused):
+        raise StoppedRun(message)
+    for what, rows in (("left out", rejected), ("changed", notices)):
+        for row in rows[:SHOWN_REJECTED]:
+            print(f"{what} {row['id']}: {row['reason']}: {row['detail']}")
     more = len(rejected) - SHOWN_REJECTED
-    print(f"tried         {seen} samples, {len(rejected)} left out" + (f", {more} more than shown" if more > 0 else ""))
+    with_images = sum(int(batch.has_image.sum()) for batch in found)
+    print(
+        f"tried         {seen} samples: {seen - len(rejected)} used, {with_images} of them with images; "
+        f"{len(rejected)} left out"
+        + (f", {more} more than shown" if more > 0 else "")
+        + (f"; {len(notices)} changed" if notices else "")
+    )
     allowed = run.config.data.max_rejected_fraction
     if not found:
         raise ValueError(f"data.sources: none of {seen} samples tried can be used; mend the data")

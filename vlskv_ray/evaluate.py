@@ -17,6 +17,7 @@ from vlskv_ray.config import SourceConfig, load_config, source_from_text
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.check import check_processor
 from vlskv_ray.data.questions import HeldOut
+from vlskv_ray.data.sample import refused_message
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of
 from vlskv_ray.figures import as_written, read_run
@@ -27,6 +28,7 @@ from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
 from vlskv_ray.model_card import card, write_model_card
 from vlskv_ray.report import evaluation_table
 from vlskv_ray.report_page import write_report
+from vlskv_ray.run import StoppedRun
 from vlskv_ray.savings import layers_of, measure_savings
 
 
@@ -54,6 +56,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--split", help="of a named data set (default test)")
     parser.add_argument("--image-root", metavar="DIR", help="what image paths in files are relative to")
+    parser.add_argument(
+        "--on-refused",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do with a row that asks for a file outside the folder of images, or a URL (default %(default)s)",
+    )
     parser.add_argument(
         "--num-samples", type=up_to(10**7), default=2000, metavar="N", help="the first N samples (default %(default)s)"
     )
@@ -107,7 +115,7 @@ def samples_of(file: Path) -> int:
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """What evaluation.json holds."""
+    """What evaluation.json holds. StoppedRun where a row is refused."""
     device = device_asked_for(options.device)
     specs = sources_of(options)
     with told_of("--data", "data.sources"):
@@ -120,6 +128,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     evaluator = Evaluator(model, processor, held_out, teacher=teacher)
     names = ", ".join(source.name for source in sources)
     sample = evaluator.typical_sample()
+    stop_if_refused(evaluator, options.on_refused)
     if sample is None:
         left_out = ", ".join(f"{count} x {reason}" for reason, count in evaluator.left_out.most_common(5)) or "none"
         if sum(evaluator.left_out.values()) == len(evaluator.places):
@@ -128,12 +137,23 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             f"--data: no sample of {names} has an image (left out: {left_out}), so nothing could be said of what the "
             f"student sees; add a source with images, such as --data shapes"
         )
-    results = evaluator.results(*SIDES, on_progress=lambda done, of: print(f"answered {done} of {of}", flush=True))
+
+    def tell(done: int, of: int) -> None:
+        stop_if_refused(evaluator, options.on_refused)
+        print(f"answered {done} of {of}", flush=True)
+
+    results = evaluator.results(*SIDES, on_progress=tell)
     evaluation = evaluation_of([(results, evaluator.left_out)], SIDES, held_out)
     print("measuring what the student saves", flush=True)
     evaluation["model"] = layers_of(model)
     evaluation["savings"] = measure_savings(model, sample)
     return evaluation
+
+
+def stop_if_refused(evaluator: Evaluator, on_refused: str) -> None:
+    """StoppedRun where a row asked for what data may not open."""
+    if message := refused_message(evaluator.refused, on_refused, "--on-refused skip"):
+        raise StoppedRun(message)
 
 
 def student(name_or_path: str) -> tuple[Any, Any]:

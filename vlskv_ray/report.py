@@ -52,6 +52,7 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
         "first": {name: mean(name, lines[:count]) for name in AVERAGED},
         "last": {name: mean(name, lines[-count:]) for name in AVERAGED},
         "rejected": outcome["rejected"],
+        "notices": outcome["notices"],
         "data": {name: outcome[name] for name in ("lengths", "images")} | {"samples": outcome["seen"]},
         "model": run.config.model.name_or_path,
         "revision": run.config.model.revision,
@@ -79,6 +80,9 @@ def closing_lines(run: RunFiles) -> list[str]:
             lines.append(f"{label:36}" + "".join("           -" if v is None else f"{v:12.4g}" for v in values))
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["rejected"].items()))
     left_out = f"{sum(summary['rejected'].values())} samples left out" + (f": {reasons}" if reasons else "")
+    if notices := summary.get("notices"):
+        changed = ", ".join(f"{count} {reason}" for reason, count in sorted(notices.items()))
+        left_out += f"; {sum(notices.values())} samples changed: {changed}"
     times = f"{duration(summary['training_seconds'])}, the command in {duration(summary['command_seconds'])}"
     lines.append(f"{summary['steps']} steps in {times}; {left_out}")
     return [*lines, "", *evaluation_table(run.evaluation)]

@@ -21,7 +21,7 @@ class RunLog:
 
     def __init__(self, folder: Path, start: int, *, order: bool, tensorboard: bool) -> None:
         take_back(folder, start)
-        names = ("metrics", "rejected", *(("order",) if order else ()))
+        names = ("metrics", "rejected", "notices", *(("order",) if order else ()))
         self.folder, self.files = folder, {name: _opened(folder, name) for name in names}
         self.waiting = dict.fromkeys((*names, "warnings"), b"")
         self.warned: set[str] = set()
@@ -34,12 +34,14 @@ class RunLog:
     def step(
         self,
         metrics: dict[str, float],
-        rejected: Sequence[dict[str, str]],
+        rejected: Sequence[dict[str, Any]],
+        notices: Sequence[dict[str, str]],
         ids: Sequence[Sequence[str]],
         *,
         with_metrics: bool,
     ) -> None:
-        """Writes down one step: its metrics if they are due, rows left out, and its samples if they are asked for."""
+        """Writes down one step: its metrics if they are due, rows left out, what was changed in others, and its samples
+        if they are asked for."""
         self.latest_step = step = int(metrics["step"])
         if with_metrics:
             self._line("metrics", metrics)
@@ -50,6 +52,8 @@ class RunLog:
                             self.tensorboard.add_scalar(name, value, step)
         for row in rejected:
             self._line("rejected", {"step": step, **row})
+        for row in notices:
+            self._line("notices", {"step": step, **row})
         if "order" in self.files:
             self._line("order", {"step": step, "micro_batches": ids})
 
@@ -84,7 +88,7 @@ def _opened(folder: Path, name: str) -> io.FileIO:
 
 def take_back(folder: Path, step: int) -> None:
     """Drops from a run's logs the lines of later steps, and a last line that a kill cut short."""
-    for path in (folder / name for name in ("metrics.jsonl", "rejected.jsonl", "order.jsonl", "warnings.jsonl")):
+    for path in (folder / f"{name}.jsonl" for name in ("metrics", "rejected", "notices", "order", "warnings")):
         if path.exists():
             lines = path.read_text(errors="replace").splitlines()
             write_text(path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))

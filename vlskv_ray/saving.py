@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint, share
 from vlskv_ray.data.collate import Batch
+from vlskv_ray.data.sample import refused_message
 from vlskv_ray.distill import LossSums
 from vlskv_ray.lease import is_owner
 from vlskv_ray.model.build import find_model, load_processor
@@ -24,21 +25,24 @@ TRIES, SECONDS_BETWEEN_TRIES = 3, 5.0
 
 
 class Counts:
-    """What was seen since the run began: samples, rows left out by reason, and those of the latest step; how long
-    samples were in tokens, and how many images they had; and the seconds all steps took."""
+    """What was seen since the run began: samples, rows left out and notices by reason, and those of the latest step;
+    how long samples were in tokens, and how many images they had; and the seconds all steps took."""
 
     def __init__(self, saved: dict[str, Any] | None = None) -> None:
         saved = saved or {"seen": 0, "rejected": {}, "seconds": 0.0, "lengths": {}, "images": {}}
         self.seen, self.reasons, self.seconds = saved["seen"], Counter(saved["rejected"]), saved["seconds"]
+        self.notices = Counter(saved.get("notices", {}))  # not there: of an earlier version
         self.lengths, self.images = Counter(saved["lengths"]), Counter(saved["images"])
         self.mine: list[tuple[int, int]] = []  # length and images of this worker's samples since the last gathering
-        self.latest_rejected: list[dict[str, str]] = []
+        self.latest_rejected: list[dict[str, Any]] = []
+        self.latest_notices: list[dict[str, str]] = []
         self.latest_ids: list[list[str]] = []
 
     def to_json(self) -> dict[str, Any]:
         return {
             "seen": self.seen,
             "rejected": dict(self.reasons),
+            "notices": dict(self.notices),
             "seconds": self.seconds,
             "lengths": dict(self.lengths),
             "images": dict(self.images),
@@ -55,18 +59,22 @@ class Counts:
         self,
         micro_batches: Sequence[Batch],
         sums: LossSums,
-        gathered: Sequence[tuple[int, list[str], list[Any]]],
+        gathered: Sequence[tuple[int, list[str], list[Any], list[Any]]],
     ) -> None:
         for batch in micro_batches:
             self.mine += zip(batch.attention_mask.sum(1).tolist(), batch.num_images.tolist(), strict=True)
         self.seen += int(sums.samples + sums.rejected)
-        self.latest_ids = [ids for _, ids, _ in gathered]
-        self.latest_rejected = [row for _, _, rejected in gathered for row in rejected]
+        self.latest_ids = [ids for _, ids, _, _ in gathered]
+        self.latest_rejected = [row for _, _, rejected, _ in gathered for row in rejected]
+        self.latest_notices = [row for _, _, _, notices in gathered for row in notices]
         self.reasons.update(row["reason"] for row in self.latest_rejected)
+        self.notices.update(row["reason"] for row in self.latest_notices)
 
-    def check(self, max_fraction: float, whole_epoch: bool) -> None:
-        """StoppedRun once more rows are left out than allowed; within an epoch, of the first hundred as many as of a
-        hundred."""
+    def check(self, max_fraction: float, on_refused: str, whole_epoch: bool) -> None:
+        """StoppedRun where a row of the step was refused, or once more rows are left out than allowed; within an epoch,
+        of the first hundred as many as of a hundred."""
+        if message := refused_message(self.latest_rejected, on_refused):
+            raise StoppedRun(message)
         rejected = sum(self.reasons.values())
         if rejected > max_fraction * (self.seen if whole_epoch else max(self.seen, 100)):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))

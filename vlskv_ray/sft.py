@@ -16,7 +16,10 @@ def cross_entropy_loss(model: Any, batch: Batch) -> tuple[Tensor | None, LossSum
         a scalar with a graph, None where nothing is supervised, and the sums.
     """
     sums = LossSums(
-        samples=len(batch.sample_ids), tokens=float(batch.attention_mask.sum()), rejected=len(batch.rejected)
+        samples=len(batch.sample_ids),
+        tokens=float(batch.attention_mask.sum()),
+        rejected=len(batch.rejected),
+        notices=len(batch.notices),
     )
     keep = supervised_positions(batch.labels)  # bool[B, T]
     if not keep.any():

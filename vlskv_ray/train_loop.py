@@ -10,6 +10,7 @@ import torch
 
 from vlskv_ray.checkpoint import write_json
 from vlskv_ray.data.collate import Batch
+from vlskv_ray.data.sample import refused_message
 from vlskv_ray.distill import LossSums
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of, figures_of
 from vlskv_ray.faults import point
@@ -123,8 +124,9 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
             if log:
                 metrics = metrics_of(run, step, result, optimizer, data_wait, seconds) | measured
                 due = step % output.log_every_steps == 0 or step == run.total_steps or bool(measured)
-                log.step(metrics, counts.latest_rejected, counts.latest_ids, with_metrics=due)
-            counts.check(config.data.max_rejected_fraction, whole_epoch=step % run.steps_per_epoch == 0)
+                log.step(metrics, counts.latest_rejected, counts.latest_notices, counts.latest_ids, with_metrics=due)
+            is_epoch = step % run.steps_per_epoch == 0
+            counts.check(config.data.max_rejected_fraction, config.data.on_refused, whole_epoch=is_epoch)
             stopped = result.stop
             newly_warned = worker.is_warned() and not warned
             warned |= newly_warned
@@ -159,6 +161,8 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
             measure(run, worker, model, evaluator, watchdog)
         except AskedToStop:
             outcome = {"status": "stopped", "step": step}
+        except StoppedRun as reason:
+            outcome = {"status": "failed", "message": str(reason), "step": step}
     watchdog.rest()
     return outcome
 
@@ -194,11 +198,14 @@ def take(batches: Iterator[Batch], step: int, count: int) -> tuple[list[Batch], 
     return taken, time.perf_counter() - began
 
 
-def gather(micro_batches: Sequence[Batch], sums: LossSums, always: bool) -> list[tuple[int, list[str], list[Any]]]:
-    """Place, sample ids and left-out rows of all workers' micro-batches; nothing where there is nothing to tell."""
-    if not always and not sums.rejected:
+def gather(
+    micro_batches: Sequence[Batch], sums: LossSums, always: bool
+) -> list[tuple[int, list[str], list[Any], list[Any]]]:
+    """Place, sample ids, left-out rows and notices of all workers' micro-batches; nothing where there is nothing to
+    tell."""
+    if not always and not sums.rejected and not sums.notices:
         return []
-    mine = [(batch.micro_batch, batch.sample_ids, batch.rejected) for batch in micro_batches]
+    mine = [(batch.micro_batch, batch.sample_ids, batch.rejected, batch.notices) for batch in micro_batches]
     return sorted(entry for of_worker in gather_objects(mine) for entry in of_worker)
 
 
@@ -213,7 +220,7 @@ def measured_on_the_way(
 
     def together(done: int, of: int) -> None:
         point("evaluate_on_the_way", step, this_rank())
-        gather_objects(None)  # so that one that does not answer is noticed
+        stop_if_refused(run, evaluator)  # all are asked, so that one that does not answer is noticed
         watchdog.done()
 
     watchdog.begin()
@@ -237,6 +244,7 @@ def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, w
             point("evaluate", run.total_steps, worker.rank)
             if any(gather_objects(worker.rank == 0 and run.stop_file.exists())):
                 raise AskedToStop
+            stop_if_refused(run, evaluator)
             watchdog.done()
 
         watchdog.begin()
@@ -251,6 +259,13 @@ def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, w
             evaluation["savings"] = measure_savings(model, evaluator.typical_sample() if evaluator else None)
         write_json(run.folder / "evaluation.json", evaluation)
         point("end", run.total_steps)
+
+
+def stop_if_refused(run: Run, evaluator: Evaluator) -> None:
+    """StoppedRun on every worker where a held-out row of one of them was refused."""
+    rows = [row for of_worker in gather_objects(evaluator.refused) for row in of_worker]
+    if message := refused_message(rows, run.config.data.on_refused):
+        raise StoppedRun(message)
 
 
 def metrics_of(

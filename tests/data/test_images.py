@@ -322,3 +322,110 @@ def test_reasons_survive_pickling() -> None:
     for error in (cls("code", "detail") for cls in make):
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), copy.code, copy.detail, str(copy)) == (type(error), "code", "detail", "code: detail")
+
+
+# --- PNG metadata ---
+
+
+def with_chunk(kind: bytes, content: bytes, after: bytes) -> bytes:
+    """PNG with one more chunk, behind the first one of another kind."""
+    at = PNG.index(after) - 4
+    at += 12 + int.from_bytes(PNG[at : at + 4])
+    checksum = zlib.crc32(kind + content).to_bytes(4)
+    return PNG[:at] + len(content).to_bytes(4) + kind + content + checksum + PNG[at:]
+
+
+LARGE = zlib.compress(np.random.default_rng(0).bytes(3 * 2**19))  # 1.5 MiB, more than Pillow unpacks
+BOMB = zlib.compress(bytes(2**28))
+
+
+@pytest.mark.parametrize("unpacked", [LARGE, BOMB], ids=["honest", "bomb"])
+@pytest.mark.parametrize(
+    ("kind", "head", "after"),
+    [
+        (b"iCCP", b"profile\0\0", b"IHDR"),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0", b"IHDR"),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0", b"IDAT"),
+        (b"zTXt", b"Raw profile type xmp\0\0", b"IHDR"),
+        (b"zTXt", b"Raw profile type xmp\0\0", b"IDAT"),
+    ],
+)
+def test_large_metadata_of_a_png_do_not_cost_its_pixels(
+    kind: bytes, head: bytes, after: bytes, unpacked: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the pixels or after them; nothing large is unpacked on the way."""
+    sizes: list[int] = []
+    unpack = zlib.decompressobj
+
+    class Counting:
+        def __init__(self, *arguments: object) -> None:
+            self.inner = unpack()
+
+        def decompress(self, data: bytes, most: int = 0) -> bytes:
+            found = self.inner.decompress(data, most)
+            sizes.append(len(found))
+            return found
+
+        @property
+        def unconsumed_tail(self) -> bytes:
+            return self.inner.unconsumed_tail
+
+    monkeypatch.setattr(zlib, "decompressobj", Counting)
+    assert decode_image(with_chunk(kind, head + unpacked, after)).tobytes() == decode_image(PNG).tobytes()
+    assert max(sizes, default=0) <= 2**20
+
+
+def test_what_a_small_text_of_a_png_says_of_its_pixels_stays() -> None:
+    """Pillow turns by an orientation in XMP: a PNG that it opens keeps all of its texts."""
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    assert decode_image(with_chunk(b"iTXt", xmp, b"IHDR")).size == decode_image(PNG).size[::-1]
+
+
+# --- What is there instead of a missing file ---
+
+
+@pytest.mark.parametrize(
+    ("there", "path", "words"),
+    [
+        ("b1.gif", "b1.jpg", "'b1.gif' is there, with another suffix"),
+        ("sub/B1.PNG", "sub/b1.png", "'sub/B1.PNG' is there, in another case"),
+        ("sub/b1.png", "SUB/b1.png", "'sub/b1.png' is there, in another case"),
+        ("sub/b1.png", "sub\\b1.png", "'sub/b1.png' is there, with slashes for the backslashes of Windows"),
+        ("a b.png", "a%20b.png", "'a b.png' is there, with its %-escapes decoded"),
+        ("sub/a b.png", "sub\\a%20b.jpg", "with its %-escapes decoded and slashes for backslashes and with another su"),
+        ("e\u0301.png", "\u00e9.png", "is there, in another Unicode form (NFD)"),
+        ("\u00e9/a.png", "e\u0301/a.png", "is there, in another Unicode form (NFC)"),
+        ("other.png", "C:\\data\\other.png", "it is a path of Windows"),
+        ("other.png", "b1.png", "is image_root right?"),
+        ("b1.gif/x.png", "b1.jpg", "is image_root right?"),
+        ("sub/b1.png", "sub/%2e%2e/%2e%2e/secret.png", "is image_root right?"),
+        ("b1.gif", "a%00b.png", "is image_root right?"),
+    ],
+)
+def test_a_missing_picture_that_is_there_otherwise_is_named(there: str, path: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(PNG)
+    (tmp_path / "images" / there).parent.mkdir(parents=True)
+    (tmp_path / "images" / there).write_bytes(PNG)
+    with pytest.raises(Rejected, match="image_missing") as caught:
+        read_image_file(path, tmp_path / "images")
+    assert words in caught.value.detail and "secret.png' is there" not in caught.value.detail
+
+
+def test_a_folder_is_listed_once_for_many_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of a large data set may be missing."""
+    listed: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    (tmp_path / "b1.gif").write_bytes(PNG)
+    for number in range(50):
+        with pytest.raises(Rejected, match="image_missing"):
+            read_image_file(f"b{number}.jpg", tmp_path)
+    assert len(listed) == 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_base64_instead_of_a_path_is_named(format: str, tmp_path: Path) -> None:
+    """That of a JPEG begins with a slash: it is no file outside the folder."""
+    with pytest.raises(Rejected, match="image_path: .*is a picture as base64; write data:image") as caught:
+        read_image_file(base64.b64encode(encode(noise(), format)).decode(), tmp_path)
+    assert not isinstance(caught.value, Refused) and len(caught.value.detail) < 500

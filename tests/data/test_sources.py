@@ -34,6 +34,7 @@ class Spec:
     split: str = "train"
     revision: str | None = None
     num_samples: int | None = None
+    ignore_columns: tuple[str, ...] = ()
 
 
 def picture(colour: str, format: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -119,7 +120,7 @@ def one(row: dict[str, Any], folder: Path) -> Sample:
         (chat("What is <image> in HTML?", "A tag."), ["What is <image> in HTML?"]),
         (chat("Hello?", "Hi.", image=""), ["Hello?"]),
         (chat("Hello?", "Hi.", image=None, images=[]), ["Hello?"]),
-        (chat("Hello?", "Hi.", images=[None, {"bytes": None, "path": None}]), ["Hello?"]),
+        (chat("Hello?", "Hi.", image={"bytes": None, "path": None}), ["Hello?"]),
         (chat([{"index": 0, "type": "image", "text": None}, text("x")], "Hi.", images=["a.png"]), ["<image>", "x"]),
         (chat("x", [{"index": None, "type": "text", "text": "Hi."}], score=float("nan")), ["x"]),
     ],
@@ -149,9 +150,9 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"other": 1}, "schema"),
         ({"messages": "text"}, "schema"),
         ({"messages": ["text"]}, "schema"),
-        (chat("x", 5), "schema"),
-        (chat(float("nan"), "y"), "schema"),
-        (chat([{"type": "image_url", "image_url": {"url": "http://localhost"}}], "y"), "schema"),
+        (chat("x", 5), "content_type"),
+        (chat(float("nan"), "y"), "content_type"),
+        (chat("x", {"text": "y"}), "content_type"),
         (chat([{"type": "text", "text": None}], "y"), "schema"),
         (chat(["x"], "y"), "schema"),
         (chat("x", [IMAGE, text("y")], image="a.png"), "schema"),
@@ -160,7 +161,16 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("user"), "no_answer"),
         (turns("system", "user", "user"), "no_answer"),
         (chat("x", ""), "answer_empty"),
-        (chat("x", None), "answer_empty"),
+        (chat("x", None), "content_type"),
+        (chat(None, "y"), "content_type"),
+        (chat(None, "y", image="a.png"), "content_type"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}, "content_type"),
+        (chat("", "y"), "question_empty"),
+        (chat(" \n", "y"), "question_empty"),
+        (chat("\0", "y"), "question_empty"),
+        (chat([], "y"), "question_empty"),
+        (chat("x", "y", "", "z", image="a.png"), "question_empty"),
+        (chat("x", "\0\x7f"), "answer_empty"),
         (chat("x", " \n"), "answer_empty"),
         (chat("x", []), "answer_empty"),
         (turns("assistant", "user"), "role_order"),
@@ -192,6 +202,9 @@ def test_unusable_rows_are_rejected_and_their_neighbours_are_not(row: Any, code:
         (b"{} {}", "json_line"),
         (b'{"messages": ' + b"9" * 5000 + b"}", "json_line"),
         (b"[" * 100_000, "json_depth"),
+        (json.dumps(ROWS[1]).encode()[:-1] + b', "a": 1, "a": 1}', "json_duplicate_key"),
+        (json.dumps(ROWS[1]).replace('"content"', '"content": "Hello", "content"').encode(), "json_duplicate_key"),
+        (b'{"\\ud800": 1, "\\ud800": 2}', "json_duplicate_key"),
         (
             b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
             "text_encoding",
@@ -273,6 +286,46 @@ def test_json_rows_at_random_equal_those_in_sequence(
             r":1: found the columns 'conversations', 'id'; want",
         ),
         ("a.txt", b"Dear all,", "wanted JSON lines, a JSON list or Parquet"),
+        (
+            "a.json",
+            b'{\n "info": {},\n "data": [{"a": 1}, {}],\n "b": []\n}',
+            r"'info', 'data' \(list of 2\), 'b' .*'data' as",
+        ),
+        (
+            "a.json",
+            b'\xef\xbb\xbf{\r\n "rows": [{}]}',
+            r"keys 'rows' \(list of 1\); wanted a list of rows: save the list un",
+        ),
+        (
+            "a.json",
+            b'{"rows": [{"a": 1}], "more": 1}',
+            r":1: holds one object with the keys 'rows' \(list of 1\), 'more'; w",
+        ),
+        (
+            "a.json",
+            b'{\n "a": {"question": "x"},\n "b": {}\n}',
+            "keys 'a', 'b'; wanted a list of rows: save its rows as a",
+        ),
+        (
+            "a.jsonl",
+            json.dumps(ROWS[1], indent=1).encode() * 2,
+            r"a\.jsonl:1 begins an object over several lines; .*jq -c",
+        ),
+        ("a.jsonl", b"\x1f\x8b\x08" + bytes(20), r"is gzip; .*gunzip -k .*a\.jsonl"),
+        ("a.tar.gz", b"\x1f\x8b\x08" + bytes(20), "is a packed tar archive; .*tar -xf"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(20), "is zstd; .*zstd -d"),
+        ("a.bz2", b"BZh9" + bytes(20), "is bzip2; .*bunzip2"),
+        ("a.xz", b"\xfd7zXZ\0" + bytes(20), "is xz; .*unxz"),
+        ("a.parquet", b"PK\3\4" + bytes(20), "is a zip archive; .*unzip"),
+        ("a.json", b"x" * 257 + b"ustar" + bytes(250), "is a tar archive; .*tar -xf .*WebDataset"),
+        ("a.csv", b"question,answer\n1,2\n", "is CSV; .*write its rows as JSON lines or Parquet"),
+        ("a.TSV", b"question\tanswer\n", "is TSV; .*write its rows"),
+        ("a.arrow", b"ARROW1\0\0", "is an Arrow file; .*as Parquet"),
+        ("a.db", b"SQLite format 3\0", "is an SQLite database"),
+        ("a.json", pickle.dumps(ROWS), "is a pickle; .*it can run code and is never opened"),
+        ("a.png", b"\x89PNG\r\n", "is PNG; .*wanted the file of rows that names it"),
+        ("a.json", b"<!DOCTYPE html><html>", "is a web page; .*error page"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS; .*git lfs pull"),
         ("a.parquet", b"", "the file is empty"),
         ("a.parquet", b"PAR1 and not much more", "cannot be read as Parquet"),
     ],
@@ -421,7 +474,7 @@ def test_damaged_and_dangerous_parquet_files_are_named(folder: Path) -> None:
     with pytest.raises(SourceError, match=r"b\.parquet: found the columns 'question'; wanted messages"):
         open_source(pattern, cache_dir=cache_dir)
     write(folder / "b.parquet", content[:100] + bytes(900) + content[1000:])
-    with pytest.raises(SourceError, match=r"\*\.parquet: .*damaged"):
+    with pytest.raises(SourceError, match=r"b\.parquet: cannot be read as Parquet: .*damaged"):
         open_source(pattern, cache_dir=cache_dir)
     tensor = pa.field("t", pa.binary(), metadata={"ARROW:extension:name": "ray.data.arrow_tensor_v2"})
     pq.write_table(pa.Table.from_pylist([chat("x", "y")]).append_column(tensor, pa.array([b"x"])), folder / "b.parquet")
@@ -464,6 +517,127 @@ def test_hub_data_set_out_of_reach_is_an_error_that_names_it(folder: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match="some/where, split 'test': .*set path to them"):
         open_source(Spec(name="some/where", split="test"), cache_dir=str(folder / "cache"))
+
+
+# --- Parquet files that differ, and rows that are damaged ---
+
+
+def test_files_of_other_columns_are_one_source(folder: Path) -> None:
+    """Lists that are empty in one file, a column that is not there, content that is text here and parts there."""
+    tables = {
+        "a": [chat("x", "1", images=[]), chat("x", "2", images=[])],
+        "b": [chat("<image>x", "3", images=[{"bytes": picture("red"), "path": None}])],
+        "c": [chat("x", "4")],
+        "d": [chat([text("x")], [text("5")]), chat([text("x")], [text("6")])],
+        "e": [chat("x", "7", images=[]), chat("x", "8", images=[])],
+    }
+    for name, rows in tables.items():
+        write_parquet(folder / f"{name}.parquet", rows)
+    for count in (None, 7, 6, 3):
+        source = open_source(Spec(path=str(folder / "*.parquet"), num_samples=count), cache_dir=str(folder / "cache"))
+        answers = [conversation(source.read(row))[1][1] for row in range(source.num_rows)]
+        assert answers == [[str(n)] for n in range(1, (count or 8) + 1)]
+        assert source.num_images.tolist() == [0, 0, 1, 0, 0, 0, 0, 0][:count]
+        of_file = [
+            "a.parquet:1",
+            "a.parquet:2",
+            "b.parquet:1",
+            "c.parquet:1",
+            "d.parquet:1",
+            "d.parquet:2",
+            "e.parquet:1",
+        ]
+        assert [source.uid(row) for row in range(min(source.num_rows, 7))] == [f"*.parquet:{at}" for at in of_file][
+            :count
+        ]
+    copy: Source = pickle.loads(pickle.dumps(source))
+    assert outcomes(copy) == outcomes(source)
+    write_parquet(folder / "f.parquet", [chat("x", "9", picture="a.png")])
+    with pytest.raises(SourceError, match=r"f\.parquet: 'picture' \(row 1\) looks like a picture and is not read"):
+        open_source(Spec(path=str(folder / "*.parquet")), cache_dir=str(folder / "cache"))
+
+
+def test_a_string_that_is_not_utf_8_costs_its_row(folder: Path) -> None:
+    """Arrow takes any bytes for a string until one is read."""
+    rows = [chat("x", "before"), chat("x", "QQQQ"), chat("x", "after")]
+    write_parquet(folder / "a.parquet", rows)
+    plain = pa.Table.from_pylist(rows)
+    pq.write_table(plain, folder / "b.parquet", compression="none", use_dictionary=False, write_statistics=False)
+    content = (folder / "b.parquet").read_bytes()
+    assert content.count(b"QQQQ") == 1
+    write(folder / "b.parquet", content.replace(b"QQQQ", b"Q\xff\xfeQ"))
+    source = open_source(Spec(path=str(folder / "*.parquet")), cache_dir=str(folder / "cache"))
+    found = outcomes(source)
+    assert [found[row] for row in range(6) if not isinstance(found[row], Sample)] == ["text_encoding"]
+    assert source.uid(4) == "*.parquet:b.parquet:2"
+    with pytest.raises(Rejected, match="a text is not UTF-8: invalid start byte at its byte 1"):
+        source.read(4)
+
+
+def test_a_row_that_arrow_cannot_make_sense_of_costs_itself(folder: Path) -> None:
+    """JSON in a column that says it is JSON, and a time beyond all calendars."""
+    rows = [chat("x", "y", images=[picture("red")]), chat([text("x")], "QQQQ", images=[])]
+    datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(folder / "a.parquet")
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pq.read_table(folder / "a.parquet"), folder / "a.parquet", **plain)
+    content = (folder / "a.parquet").read_bytes()
+    assert content.count(b'"QQQQ"') == 1
+    write(folder / "a.parquet", content.replace(b'"QQQQ"', b"{QQQQ{"))
+    source = open_source(Spec(path=str(folder / "a.parquet")), cache_dir=str(folder / "cache"))
+    good, bad = outcomes(source)
+    assert isinstance(good, Sample) and bad == "row_unreadable"
+    times = pa.table({"messages": pa.array([[2**62], [0]], type=pa.list_(pa.timestamp("us")))})
+    pq.write_table(times, folder / "b.parquet")
+    assert outcomes(open_source(Spec(path=str(folder / "b.parquet")), cache_dir=str(folder / "cache"))) == [
+        "row_unreadable",
+        "schema",
+    ]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [b"{", b"null", b"\xff\xfe", b"[" * 10**5, b'{"info": 5}', b'{"info": {"features": [1]}}']
+    + [json.dumps({"info": {"features": {"messages": {"_type": kind, "languages": 5}}}}).encode()
+       for kind in ("Nothing", "Translation")],
+)  # fmt: skip
+def test_metadata_that_make_no_sense_are_one_line(metadata: bytes, folder: Path) -> None:
+    table = pa.Table.from_pylist([chat("x", "y")]).replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, folder / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet") as caught:
+        open_source(Spec(path=str(folder / "a.parquet")), cache_dir=str(folder / "cache"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_any_byte_of_a_parquet_file_may_be_wrong(folder: Path) -> None:
+    """Its rows are read or have a reason, or the file is named in one line."""
+    rows = [chat(f"{i}", "y", images=[{"bytes": b"x", "path": None}]) for i in range(20)]
+    write_parquet(folder / "a.parquet", rows)
+    content = (folder / "a.parquet").read_bytes()
+    rng = np.random.default_rng(0)
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for number in range(24):
+        damaged = bytearray(content)
+        for at in rng.integers(*((4, footer) if number % 3 == 0 else (footer, len(content))), 3):
+            damaged[at] = rng.integers(256)
+        spec = write(folder / f"b{number}.parquet", bytes(damaged))
+        try:
+            outcomes(open_source(spec, cache_dir=str(folder / "cache")))
+        except SourceError as error:
+            assert f"b{number}.parquet" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("feature", [datasets.Audio(), datasets.Video(), datasets.Pdf(), datasets.Nifti()])
+def test_no_feature_opens_what_a_row_names(feature: Any, folder: Path) -> None:
+    """Whatever a file says that its column of images is, a path in it is a confined reference."""
+    schema = {"messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}], "image": feature}
+    rows = [chat("x", "y", image={"bytes": None, "path": name}) for name in ("/etc/hostname", "red.png")]
+    arrow = datasets.Features(schema).arrow_schema
+    pq.write_table(pa.Table.from_pylist(rows, schema=arrow), folder / "a.parquet")
+    source = open_source(Spec(path=str(folder / "a.parquet")), cache_dir=str(folder / "cache"))
+    assert [source.read(row).images for row in (0, 1)] == [
+        [ImageFile("/etc/hostname", folder)],
+        [ImageFile("red.png", folder)],
+    ]
 
 
 # --- Pickling ---

@@ -147,6 +147,10 @@ class SourceConfig(_Section):
     num_samples: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Use only the first so many rows; for the built-in world, how many to draw. None: all."""
 
+    ignore_columns: Annotated[tuple[Text, ...], Strict(False)] = ()
+    """Columns that look like pictures but are none that the model should see; otherwise such columns, beside images and
+    image, are an error. A key of the turns is written messages.key."""
+
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
@@ -159,6 +163,8 @@ class SourceConfig(_Section):
             problems[""] = f"wanted exactly one of name and path, got {'neither' if self.name is None else 'both'}"
         elif self.path is not None and self.split != "train":
             problems["split"] = "files have no splits; give the files of this split as path"
+        if self.name == "shapes" and self.ignore_columns:
+            problems["ignore_columns"] = "the built-in world has no columns; remove it"
         if self.name is None or self.name == "shapes":
             problems |= {"revision": "only a hub dataset has revisions; remove it"} if self.revision else {}
         if self.path is None:
@@ -196,6 +202,10 @@ class DataConfig(_Section):
 
     max_rejected_fraction: Fraction = 0.1
     """Stop the run when more than this fraction of the rows is left out: the data are then not what they seem."""
+
+    on_refused: Literal["stop", "skip"] = "stop"
+    """What a row does to the run that asks for what data may not open, a file outside image_root or a URL. skip: it is
+    left out and counted like any other that cannot be used."""
 
 
 class OptimizerConfig(_Section):
@@ -564,6 +574,7 @@ _DECIDES_NO_NUMBER = (
     "data.cpus_per_task",
     "data.cache_dir",
     "data.max_rejected_fraction",
+    "data.on_refused",
     "model.teacher_cache",  # but for the last bits
     "model.teacher_cache_dir",
     "model.gradient_checkpointing",

@@ -3,9 +3,11 @@
 import base64
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,64 +15,120 @@ import numpy as np
 import numpy.typing as npt
 
 from vlskv_ray.data.json_files import folder_of
-from vlskv_ray.data.rows import IMAGE_COLUMNS, LAYOUTS, check_columns, sample_of
-from vlskv_ray.data.sample import Sample, SourceError
+from vlskv_ray.data.pictures import IMAGE_COLUMNS
+from vlskv_ray.data.rows import LAYOUTS, check_columns, sample_of, told_of_unread, unread_pictures
+from vlskv_ray.data.sample import Rejected, Sample, SourceError
+
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+"""What Arrow and `datasets` raise for values and metadata that make no sense to them, beside OSError."""
+_LOOKED_AT = 8  # filled values of a column in each file, to tell whether it has pictures
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a source that come from one file, or from a hub data set."""
+
+    file: str
+    """As a uid shows it; empty where the source has only one."""
+    num_rows: int
+    table: int
+    """Which of the source's tables holds them."""
+    first: int
+    """The first one's row there."""
 
 
 @dataclass(frozen=True, eq=False)
 class ArrowSource:
-    """A memory-mapped `datasets.Dataset`, which pickles as file names. `features` decode JSON columns but no image."""
+    """Memory-mapped `datasets.Dataset`s, which pickle as file names: one for all files of the same columns.
+
+    `tables` are pairs of a data set and its features, which decode JSON columns but no image. `ends` says where each
+    part ends among the rows of the source, int64[parts].
+    """
 
     name: str
     weight: float
-    dataset: Any
-    features: Any
+    tables: tuple[tuple[Any, Any], ...]
+    parts: tuple[Part, ...]
+    ends: npt.NDArray[np.int64]
     root: Path | None
     num_images: npt.NDArray[np.int32]
     text_bytes: npt.NDArray[np.int64]
     fingerprint: str
+    ignored: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
-        return len(self.dataset)
+        return int(self.ends[-1])
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The memory-mapped tables: what is left to be read once it is opened."""
-        return tuple(Path(file["filename"]) for file in self.dataset.cache_files)
+        return tuple(Path(file["filename"]) for dataset, _ in self.tables for file in dataset.cache_files)
 
     def __getstate__(self) -> dict[str, Any]:
         nothing = {"num_images": np.empty(0, np.int32), "text_bytes": np.empty(0, np.int64)}  # workers only read rows
         return self.__dict__ | nothing
 
     def uid(self, row: int) -> str:
-        return f"{self.name}:{row + 1}"
+        part, at = self._locate(row)
+        return f"{self.name}:{part.file}:{at + 1}" if part.file else f"{self.name}:{at + 1}"
 
     def read(self, row: int) -> Sample:
-        columns = self.features.decode_example(self.dataset[row].to_pylist()[0])
-        return sample_of(self.uid(row), columns, self.root)
+        part, at = self._locate(row)
+        dataset, features = self.tables[part.table]
+        try:
+            columns = features.decode_example(dataset[part.first + at].to_pylist()[0])
+        except UnicodeDecodeError as error:
+            reason = f"a text is not UTF-8: {error.reason} at its byte {error.start}; save it as UTF-8"
+            raise Rejected("text_encoding", reason) from error
+        except _UNREADABLE as error:
+            raise Rejected("row_unreadable", f"{_line(error)}; write the row anew") from error
+        return sample_of(self.uid(row), columns, self.root, self.ignored)
+
+    def _locate(self, row: int) -> tuple[Part, int]:
+        """The part of a row, and which of its rows that is, from 0."""
+        k = int(np.searchsorted(self.ends, row, side="right"))
+        return self.parts[k], row - int(self.ends[k]) + self.parts[k].num_rows
 
 
 def open_parquet(
-    name: str, weight: float, files: Sequence[Path], root: Path | None, num_samples: int | None, cache_dir: str | None
+    name: str,
+    weight: float,
+    files: Sequence[Path],
+    root: Path | None,
+    num_samples: int | None,
+    cache_dir: str | None,
+    ignored: Sequence[str] = (),
 ) -> ArrowSource:
-    """Parquet files of the same columns as one table; image paths in them lead from `root` or the files' folder.
+    """Parquet files as one table, whatever columns each has; image paths in them lead from `root` or the files' folder.
 
     Raises:
-        SourceError: a file is damaged, or has no columns that are known.
+        SourceError: a file is damaged, has no columns that are known, or has columns that look like pictures, are not
+            read and not among those `ignored`.
     """
     digest = hashlib.sha256()
+    alike: list[tuple[Any, list[Path]]] = []  # of the same columns
     for file in files:
-        digest.update(_checked_footer(file))
-    dataset = _load(
-        name,
-        "is one of the files damaged, or do their columns differ?",
-        "parquet",
-        data_files=[glob.escape(str(file)) for file in files],
-        split="train",
-        cache_dir=cache_dir,
+        footer, columns = _checked_footer(file)
+        digest.update(footer)
+        of_same = next((of_same for known, of_same in alike if known == columns), None)
+        if of_same is None:
+            alike.append((columns, of_same := []))
+        of_same.append(file)
+    datasets = [_load_parquet(name, of_same, cache_dir) for _, of_same in alike]
+    parts = {}
+    for table, (_, of_same) in enumerate(alike):
+        first = 0
+        for file in of_same:
+            shown = os.path.relpath(file, folder_of(files)) if len(files) > 1 else ""
+            parts[file] = Part(shown, _num_rows(file), table, first)
+            first += parts[file].num_rows
+        if first != len(datasets[table]):
+            raise SourceError(f"{of_same[0]}: {first} rows are announced, {len(datasets[table])} are there; {DAMAGED}")
+    in_order = [parts[file] for file in files]
+    return _arrow_source(
+        name, weight, datasets, in_order, root or Path(folder_of(files)), num_samples, digest.hexdigest(), ignored
     )
-    return _arrow_source(name, weight, dataset, root or Path(folder_of(files)), num_samples, digest.hexdigest())
 
 
 def open_hub(
@@ -82,11 +140,13 @@ def open_hub(
     root: Path | None,
     num_samples: int | None,
     cache_dir: str | None,
+    ignored: Sequence[str] = (),
 ) -> ArrowSource:
     """A split of a data set on the Hugging Face hub.
 
     Raises:
-        SourceError: it is not to be had, or has no columns that are known.
+        SourceError: it is not to be had, has no columns that are known, or has columns that look like pictures, are not
+            read and not among those `ignored`.
     """
     remedy = (
         "wanted a data set on the Hugging Face hub and one of its splits; without a network, copy its Parquet files "
@@ -94,11 +154,49 @@ def open_hub(
     )
     place = f"{dataset_id}, split {split!r}"
     dataset = _load(place, remedy, dataset_id, split=split, revision=revision, cache_dir=cache_dir)
-    return _arrow_source(name, weight, dataset, root, num_samples, f"{dataset_id}@{dataset.info.version}")
+    whole = [Part("", len(dataset), 0, 0)]
+    fingerprint = f"{dataset_id}@{dataset.info.version}"
+    return _arrow_source(name, weight, [dataset], whole, root, num_samples, fingerprint, ignored)
 
 
-def _checked_footer(file: Path) -> bytes:
-    """The footer of a Parquet file: its schema, and place, size and extremes of every column."""
+DAMAGED = "is it damaged? Write or download it anew"
+
+
+def _load_parquet(name: str, files: Sequence[Path], cache_dir: str | None) -> Any:
+    """Parquet files of the same columns as one data set. SourceError names the first one that cannot be read."""
+    data_files = [glob.escape(str(file)) for file in files]
+    try:
+        return _load(name, DAMAGED, "parquet", data_files=data_files, split="train", cache_dir=cache_dir)
+    except SourceError:
+        for file in files:
+            _check_content(file)
+        raise
+
+
+def _check_content(file: Path) -> None:
+    """SourceError where a Parquet file cannot be read to its end."""
+    import pyarrow.parquet
+
+    try:
+        for _ in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
+            pass
+    except (OSError, *_UNREADABLE) as error:
+        raise SourceError(f"{file}: cannot be read as Parquet: {_line(error)}; {DAMAGED}") from error
+
+
+def _num_rows(file: Path) -> int:
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(file).num_rows)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _checked_footer(file: Path) -> tuple[bytes, Any]:
+    """The footer of a Parquet file (its schema, and place, size and extremes of every column), and its columns as what
+    tells them from those of another."""
     import pyarrow.parquet
 
     if file.stat().st_size == 0:
@@ -110,12 +208,14 @@ def _checked_footer(file: Path) -> bytes:
         raise SourceError(f"{file}: holds Ray tensor columns, which are not opened; wanted images as encoded bytes")
     try:
         metadata = pyarrow.parquet.read_metadata(file)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file}: cannot be read as Parquet: {error}; is the file complete?") from error
-    check_columns(metadata.schema.to_arrow_schema().names, str(file))
+        schema = metadata.schema.to_arrow_schema()
+        columns = [(field.name, str(field.type)) for field in schema]
+    except (OSError, *_UNREADABLE) as error:
+        raise SourceError(f"{file}: cannot be read as Parquet: {_line(error)}; is the file complete?") from error
+    check_columns(schema.names, str(file))
     if not metadata.num_rows:
         raise SourceError(f"{file}: no rows; wanted at least one")
-    return footer
+    return footer, (columns, (schema.metadata or {}).get(b"huggingface"))
 
 
 def _footer(file: Path) -> bytes:
@@ -147,40 +247,109 @@ def _load(place: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
     huggingface_hub.utils.disable_progress_bars()
     try:
         return datasets.load_dataset(*args, **kwargs)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+    except (OSError, *_UNREADABLE, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise SourceError(f"{place}: {reason}; {remedy}") from error
 
 
 def _arrow_source(
-    name: str, weight: float, dataset: Any, root: Path | None, num_samples: int | None, fingerprint: str
+    name: str,
+    weight: float,
+    datasets: Sequence[Any],
+    parts: Sequence[Part],
+    root: Path | None,
+    num_samples: int | None,
+    fingerprint: str,
+    ignored: Sequence[str],
 ) -> ArrowSource:
+    ends = np.cumsum([part.num_rows for part in parts])
+    if num_samples is not None and num_samples < ends[-1]:
+        count = int(np.searchsorted(ends, num_samples)) + 1
+        ends, parts = ends[:count].copy(), list(parts[:count])
+        left = parts[-1].num_rows - int(ends[-1]) + num_samples
+        parts[-1], ends[-1] = replace(parts[-1], num_rows=left), num_samples
+    if not ends[-1]:
+        raise SourceError(f"{name}: no rows; wanted at least one")
+    for dataset in datasets:
+        check_columns(dataset.column_names, name)
+    _check_unread(name, datasets, parts, ignored)
+    tables = [_read_columns(dataset) for dataset in datasets]
+    of_tables = [_estimates_of(dataset) for dataset, _ in tables]
+    num_images, text_bytes = (
+        np.concatenate([of_tables[part.table][which][part.first : part.first + part.num_rows] for part in parts])
+        for which in (0, 1)
+    )
+    return ArrowSource(
+        name,
+        weight,
+        tuple(tables),
+        tuple(parts),
+        ends,
+        root,
+        num_images.astype(np.int32),
+        text_bytes,
+        fingerprint,
+        tuple(ignored),
+    )
+
+
+def _read_columns(dataset: Any) -> tuple[Any, Any]:
+    """The columns that are read of a data set, as Arrow tables, and what decodes them."""
     import datasets
 
-    check_columns(dataset.column_names, name)
     used = [column for column in (*LAYOUTS, *IMAGE_COLUMNS) if column in dataset.column_names]
-    dataset = dataset.select_columns(used).with_format("arrow")
-    if num_samples is not None:
-        dataset = dataset.select(range(min(num_samples, len(dataset))))
-    if not len(dataset):
-        raise SourceError(f"{name}: no rows; wanted at least one")
     features = datasets.Features({column: _undecoded(dataset.features[column]) for column in used})
-    estimates = [_estimates(table) for table in dataset.iter(10_000)]
-    num_images, text_bytes = (np.concatenate(column) for column in zip(*estimates, strict=True))
-    return ArrowSource(name, weight, dataset, features, root, num_images.astype(np.int32), text_bytes, fingerprint)
+    return dataset.select_columns(used).with_format("arrow"), features
+
+
+def _check_unread(name: str, datasets: Sequence[Any], parts: Sequence[Part], ignored: Sequence[str]) -> None:
+    """SourceError where the first filled values of columns that are not read, or of keys of turns, look like pictures,
+    in any of the files."""
+    for part in parts:
+        rows = datasets[part.table].with_format("arrow").select(range(part.first, part.first + part.num_rows))
+        columns = [column for column in rows.column_names if column not in (*IMAGE_COLUMNS, *ignored)]
+        found: dict[str, str] = {}
+        for column in columns:
+            for row, value in _first_filled(rows.select_columns([column]), column):
+                for unread in unread_pictures({column: value}, ignored):
+                    found.setdefault(unread, f"{unread!r} (row {row + 1})")
+        if found:
+            raise SourceError(f"{os.path.join(name, part.file)}: {told_of_unread([*found.values()])}")
+
+
+def _first_filled(rows: Any, column: str) -> list[tuple[int, Any]]:
+    """The first few values of a column that hold text or bytes, and their rows from 0."""
+    found: list[tuple[int, Any]] = []
+    before = 0
+    for table in rows.iter(10_000):
+        filled = np.concatenate([_per_row(chunk, np.sign, np.maximum) for chunk in table.column(column).chunks])
+        for at in np.flatnonzero(filled)[: _LOOKED_AT - len(found)].tolist():
+            with suppress(*_UNREADABLE):  # where the row is used, reading it says so
+                found.append((before + at, table.column(column)[at].as_py()))
+        before += len(table)
+        if len(found) >= _LOOKED_AT:
+            break
+    return found
 
 
 def _undecoded(feature: Any) -> Any:
-    """The feature without decoding of images: by itself `datasets` opens any path or URL it finds in a row."""
+    """The feature without decoding of anything but JSON: by itself `datasets` opens any path or URL it finds in a row,
+    as whatever the file says that its columns are: images, sounds, documents."""
     import datasets
 
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    if getattr(feature, "decode", False) and not isinstance(feature, datasets.Json):
+        return replace(feature, decode=False)
     if isinstance(feature, dict):
         return {name: _undecoded(inner) for name, inner in feature.items()}
     if isinstance(feature, datasets.List | datasets.LargeList):
         return type(feature)(_undecoded(feature.feature))
     return feature
+
+
+def _estimates_of(dataset: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """int64[num_rows] each: images and bytes of text per row."""
+    num_images, text_bytes = zip(*[_estimates(table) for table in dataset.iter(10_000)], strict=True)
+    return np.concatenate(num_images), np.concatenate(text_bytes)
 
 
 def _estimates(table: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -202,6 +371,8 @@ def _per_row(array: Any, leaf: np.ufunc, join: np.ufunc) -> npt.NDArray[np.int64
     import pyarrow.compute as pc
 
     kind = array.type
+    if pa.types.is_dictionary(kind):
+        return _per_row(array.dictionary_decode(), leaf, join)
     if isinstance(kind, pa.BaseExtensionType):
         return _per_row(array.storage, leaf, join)
     if pa.types.is_fixed_size_list(kind):

@@ -52,8 +52,8 @@ class Batch:
     micro_batch: int
     """Place within the global step, counted over all workers."""
     sample_ids: list[str]
-    rejected: list[dict[str, str]]
-    """Rows of this micro-batch that were left out: `id`, `reason`, `detail`."""
+    rejected: list[dict[str, Any]]
+    """Rows of this micro-batch that were left out: `id`, `reason`, `detail`, and `refused` where they are."""
     input_ids: Tensor  # int64[B, T]
     attention_mask: Tensor  # int64[B, T]
     labels: Tensor  # int64[B, T]
@@ -63,6 +63,8 @@ class Batch:
     image_sizes: Tensor | None = field(default=None)  # int64[I, 2]
     keys: list[str] = field(default_factory=list)
     """Of the samples in the teacher cache, where there is one."""
+    notices: list[dict[str, str]] = field(default_factory=list)
+    """What was changed in the samples: `id`, `reason`, `detail`."""
     # of samples whose states are all known, without padding, one sample after another
     trunk: Tensor | None = field(default=None)  # float[all tokens, D]
     teacher: Tensor | None = field(default=None)  # float[n, D]
@@ -106,7 +108,8 @@ def collate(
     *,
     step: int = 0,
     micro_batch: int = 0,
-    rejected: Sequence[dict[str, str]] = (),
+    rejected: Sequence[dict[str, Any]] = (),
+    notices: Sequence[dict[str, str]] = (),
 ) -> Batch:
     """Pads samples to one micro-batch; also of no samples at all, where every row was left out."""
     shape = (len(samples), max((len(s.input_ids) for s in samples), default=0))
@@ -144,6 +147,7 @@ def collate(
         normalise=normalise,
         image_sizes=image_sizes,
         keys=[sample.key for sample in samples],
+        notices=list(notices),
         **frozen,
     )
 
@@ -165,7 +169,7 @@ def parts(batch: Batch, max_tokens: int | None) -> Iterator[Batch]:
 
 
 def _cut(batch: Batch, start: int, end: int) -> Batch:
-    """The samples [start, end) of a batch; rows left out go with the first."""
+    """The samples [start, end) of a batch; rows left out and notices go with the first."""
     samples = slice(start, end)
     longest = int(batch.attention_mask[samples].sum(1).max())
     images = _slice(batch.num_images, samples)
@@ -176,6 +180,7 @@ def _cut(batch: Batch, start: int, end: int) -> Batch:
         batch,
         sample_ids=batch.sample_ids[samples],
         rejected=batch.rejected if start == 0 else [],
+        notices=batch.notices if start == 0 else [],
         input_ids=batch.input_ids[samples, :longest],
         attention_mask=batch.attention_mask[samples, :longest],
         labels=batch.labels[samples, :longest],
@@ -210,7 +215,7 @@ def tensors_of(batch: Batch) -> dict[str, Tensor]:
 
 def to_row(batch: Batch) -> dict[str, Any]:
     """A batch as one row of a Ray dataset: its tensors as safetensors bytes, the rest as JSON."""
-    about = {"sample_ids": batch.sample_ids, "rejected": batch.rejected, "keys": batch.keys}
+    about = {name: getattr(batch, name) for name in ("sample_ids", "rejected", "keys", "notices")}
     return {
         "step": batch.step,
         "micro_batch": batch.micro_batch,

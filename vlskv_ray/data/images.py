@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
+from vlskv_ray.data.lookalikes import nearest_to
 from vlskv_ray.data.sample import ImageFile, Refused, Rejected
 
 MAX_BYTES = 32 * 2**20
@@ -65,6 +66,8 @@ _OTHER_FORMATS = (
     (257, b"ustar", "TAR"),
 )
 
+_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk")  # PNG, JPEG, GIF, WebP, BMP
+
 # EXIF orientation -> what brings the stored pixels upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -105,6 +108,18 @@ def decode_image(
         raise Rejected("image_empty", "the image has 0 bytes")
     if len(data) > max_bytes:
         raise Rejected("image_too_large", f"the image has {len(data):,} bytes; at most {max_bytes:,} are accepted")
+    limits = (max_pixels, min_side, max_aspect)
+    try:
+        return _decoded(data, *limits)
+    except Rejected as reason:
+        # Pillow opens no PNG whose profile or texts are large unpacked, a guard against bombs: its pixels are whole.
+        pixels = _without_metadata(data) if reason.code in ("image_unreadable", "image_corrupt") else b""
+        if not pixels:
+            raise
+        return _decoded(pixels, *limits)
+
+
+def _decoded(data: bytes, max_pixels: int, min_side: int, max_aspect: float) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata and about sizes which are checked here
         image = _opened(data)
@@ -142,6 +157,8 @@ def read_image_file(path: str, root: Path | None, *, max_bytes: int = MAX_BYTES)
     shown = repr(path if len(path) <= 120 else path[:117] + "...")
     if path[:5].lower() == "data:":
         return _from_data_uri(path, shown, max_bytes)
+    if len(path) > 255 and path.startswith(_BASE64_STARTS):  # one begins with a slash, as a path outside would
+        raise Rejected("image_path", f"{shown} is a picture as base64; write data:image/png;base64, or alike before it")
     if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
         raise Refused("remote_image", f"{shown} is a URL; download images first and name them relative to image_root")
     if "\0" in path or not _is_encodable(path):
@@ -165,7 +182,8 @@ def read_image_file(path: str, root: Path | None, *, max_bytes: int = MAX_BYTES)
     except IsADirectoryError as error:
         raise Rejected("image_not_file", f"{shown} is a folder") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Rejected("image_missing", f"{shown} is not in image_root {str(root)!r}; is image_root right?") from error
+        remedy = nearest_to(path, real_root) or "is image_root right?"
+        raise Rejected("image_missing", f"{shown} is not in image_root {str(root)!r}; {remedy}") from error
     except PermissionError as error:
         raise Rejected("image_permission", f"{shown} may not be read by this user") from error
     except OSError as error:
@@ -194,6 +212,23 @@ def _opened(data: bytes) -> Image.Image:
     except _BAD_BYTES as error:
         code, detail = _unidentified(data)
         raise Rejected(code, detail) from error
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without its colour profile and texts, none of which are unpacked; nothing where it has none."""
+    if not data.startswith(_PNG):
+        return b""
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])  # length, type, content, checksum
+        if data[at + 4 : at + 8] not in (b"iCCP", b"iTXt", b"zTXt", b"tEXt"):
+            kept.append(data[at:end])
+        at = end
+    slim = b"".join(kept)
+    return slim if len(slim) < len(data) else b""
 
 
 def _unidentified(data: bytes) -> tuple[str, str]:

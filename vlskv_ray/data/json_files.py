@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlskv_ray.data.rows import WANTED, check_columns, sample_of
+from vlskv_ray.data.rows import LAYOUTS, WANTED, check_columns, sample_of, told_of_unread, unread_pictures
 from vlskv_ray.data.sample import Rejected, Sample, SourceError
 
 _WINDOW = 2**24  # characters of a JSON list held at once
+_INDENTED_HEAD, _LARGEST_OBJECT = 2**10, 2**28  # bytes of a file looked at to tell what is wrong with it
 
 _ROW = np.dtype(
     [("file", "i4"), ("number", "i4"), ("offset", "i8"), ("length", "i8"), ("num_images", "i4"), ("text_bytes", "i8")]
@@ -39,6 +41,7 @@ class JsonSource:
     root: Path | None
     index: npt.NDArray[Any]
     fingerprint: str
+    ignored: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -65,28 +68,40 @@ class JsonSource:
             stream.seek(entry["offset"])
             data = stream.read(entry["length"])
         root = file.parent if self.root is None else self.root
-        return sample_of(self.uid(row), _parsed(data, file, int(entry["number"])), root)
+        return sample_of(self.uid(row), _parsed(data, file, int(entry["number"])), root, self.ignored)
 
 
 def open_json(
-    name: str, weight: float, files: Sequence[Path], formats: Sequence[str], root: Path | None, num_samples: int | None
+    name: str,
+    weight: float,
+    files: Sequence[Path],
+    formats: Sequence[str],
+    root: Path | None,
+    num_samples: int | None,
+    ignored: Sequence[str] = (),
 ) -> JsonSource:
     """Scans JSON files of the given formats ("jsonl" or "json" each) into one table.
 
     Raises:
-        SourceError: a file as a whole cannot be used.
+        SourceError: a file as a whole cannot be used, or has columns that look like pictures, are not read and not
+            among those `ignored`.
     """
+    unread: dict[str, str] = {}
     rows = (
         (number, *entry)
         for number, (file, format) in enumerate(zip(files, formats, strict=True))
-        for entry in _measured(file, _list_rows(file) if format == "json" else _line_rows(file))
+        for entry in _measured(file, _list_rows(file) if format == "json" else _line_rows(file), ignored, unread)
     )
     index = np.fromiter(itertools.islice(rows, num_samples), dtype=_ROW)
+    if unread:
+        first = next(iter(unread.values()))
+        columns = [f"{column!r}" if place == first else f"{column!r} ({place})" for column, place in unread.items()]
+        raise SourceError(f"{first}: {told_of_unread(columns)}")
     digest = hashlib.sha256()
     for file in files:
         with opened(file) as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return JsonSource(name, weight, tuple(files), root, index, digest.hexdigest())
+    return JsonSource(name, weight, tuple(files), root, index, digest.hexdigest(), tuple(ignored))
 
 
 def folder_of(files: Sequence[Path]) -> str:
@@ -94,58 +109,102 @@ def folder_of(files: Sequence[Path]) -> str:
     return os.path.commonpath([file.parent for file in files])
 
 
-def _measured(file: Path, rows: Iterator[_Found]) -> Iterator[tuple[int, int, int, int, int]]:
-    """One index entry per row of a file, after the checks which concern the file as a whole."""
+def _measured(
+    file: Path, rows: Iterator[_Found], ignored: Sequence[str], unread: dict[str, str]
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """One index entry per row of a file, after the checks which concern the file as a whole. Columns that look like
+    pictures and are not read are added to `unread` with their first place."""
     _check_utf8(file)
     num_objects = 0
     first_reason: Rejected | None = None
-    for number, offset, length, found in rows:
+    for number, offset, length, row in rows:
         num_images = text_bytes = 0
         try:
-            row = _object(found, f"{file}:{number}")
+            if not isinstance(row, dict):
+                raise _no_object(row, file, number)
             num_objects += 1
             if num_objects == 1:
-                check_columns(list(row), f"{file}:{number}")
-            sample = sample_of("", row, None)
+                _check_first(row, file, number)
+            sample = sample_of("", row, None, ignored)
         except Rejected as reason:  # counted when the row is read; here it only matters if no row is any good
             first_reason = first_reason or reason
+            for column in unread_pictures(row, ignored) if reason.code == "image_unread" else ():
+                unread.setdefault(column, f"{file}:{number}")
         else:
             num_images = len(sample.images)
-            parts = [part for message in sample.messages for part in message["content"]]
-            text_bytes = sum(len(part["text"].encode()) for part in parts if part["type"] == "text")
+            texts = [part["text"] for message in sample.messages for part in message["content"] if len(part) > 1]
+            text_bytes = sum([len(text) if text.isascii() else len(text.encode()) for text in texts])
         yield number, offset, length, num_images, text_bytes
     if not num_objects:
         raise SourceError(f"no row of the file can be read; the first: {first_reason and first_reason.detail}")
+
+
+def _check_first(row: dict[str, Any], file: Path, number: int) -> None:
+    """SourceError where the first object of a file is no row."""
+    if not any(column in row for column in LAYOUTS) and _lists_in(row):
+        raise SourceError(f"{file}:{number}: {_told_of_lists(row)}")
+    check_columns(list(row), f"{file}:{number}")
+
+
+def _lists_in(holder: dict[str, Any]) -> list[str]:
+    """The keys under which an object has lists of objects."""
+    return [key for key, value in holder.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+
+
+def _told_of_lists(holder: dict[str, Any]) -> str:
+    """What an object that holds the rows, instead of being one, has, and what to do."""
+    keys = [
+        f"{key!r} (list of {len(value)})" if isinstance(value, list) else repr(key) for key, value in holder.items()
+    ]
+    shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    lists = [repr(key) for key in _lists_in(holder)]
+    remedy = f"save the list under {' or '.join(lists)}" if lists else "save its rows as a list"
+    return f"holds one object with the keys {shown or '(none)'}; wanted a list of rows: {remedy} as a file of its own"
 
 
 def _parsed(data: bytes, file: Path, number: int) -> dict[str, Any]:
     """One row of JSON.
 
     Raises:
-        Rejected: json_line, json_depth.
+        Rejected: json_line, json_depth, json_duplicate_key.
     """
-    place = f"{file}:{number}"
     try:
-        row = json.loads(data.decode())
+        row = _DECODER.decode(data.decode())
     except RecursionError as error:
-        raise Rejected("json_depth", f"{place}: brackets are nested too deep; wanted {WANTED}") from error
+        raise Rejected("json_depth", f"{file}:{number}: brackets are nested too deep; wanted {WANTED}") from error
     except json.JSONDecodeError as error:
-        raise Rejected("json_line", f"{place}:{error.colno}: {error.msg}; wanted one JSON object") from error
+        raise Rejected("json_line", f"{file}:{number}:{error.colno}: {error.msg}; wanted one JSON object") from error
+    except Rejected as error:
+        raise Rejected(error.code, f"{file}:{number}: {error.detail}") from error
     except ValueError as error:  # a number of thousands of digits; bytes changed since the file was opened
-        raise Rejected("json_line", f"{place}: {error}; wanted one JSON object") from error
-    return _object(row, place)
-
-
-def _object(row: Any, place: str) -> dict[str, Any]:
-    if isinstance(row, Rejected):
-        raise row
+        raise Rejected("json_line", f"{file}:{number}: {error}; wanted one JSON object") from error
     if not isinstance(row, dict):
-        raise Rejected("json_line", f"{place}: the row is {type(row).__name__}; wanted a JSON object")
+        raise _no_object(row, file, number)
     return row
+
+
+def _no_object(row: Any, file: Path, number: int) -> Rejected:
+    if isinstance(row, Rejected):
+        return row
+    return Rejected("json_line", f"{file}:{number}: the row is {type(row).__name__}; wanted a JSON object")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Rejected where a key is given twice: which of them is meant cannot be told."""
+    held = dict(pairs)
+    if len(held) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise Rejected("json_duplicate_key", f"the key {twice[:80]!r} is given twice in one object; keep one of them")
+    return held
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
+_LENIENT = json.JSONDecoder()
 
 
 def _line_rows(file: Path) -> Iterator[_Found]:
     """The rows of JSON lines, by physical line; blank lines are none."""
+    _check_one_a_line(file)
     offset = _text_start(file)
     empty = True
     with file.open("rb") as stream:
@@ -161,6 +220,26 @@ def _line_rows(file: Path) -> Iterator[_Found]:
             offset += len(line)
     if empty:
         raise SourceError(f"{file}: the file is empty; wanted one JSON object per line")
+
+
+def _check_one_a_line(file: Path) -> None:
+    """SourceError where the file holds JSON objects, but over several lines each."""
+    with opened(file) as stream:
+        head = stream.read(_INDENTED_HEAD)
+        if not re.match(rb"(\xef\xbb\xbf)?\s*{[ \t]*\r?\n", head):
+            return
+        content = head + stream.read(_LARGEST_OBJECT)
+    try:
+        text = content.decode("utf-8-sig")
+        held, end = _LENIENT.raw_decode(text, len(text) - len(text.lstrip()))
+    except (ValueError, RecursionError):  # told when its lines are read
+        return
+    if not text[end:].strip() and not any(column in held for column in LAYOUTS):
+        raise SourceError(f"{file}: {_told_of_lists(held)}")
+    raise SourceError(
+        f"no row of the file can be read; the first: {file}:1 begins an object over several lines; wanted each object "
+        f"on one line: jq -c . {file} > rows.jsonl"
+    )
 
 
 def _list_rows(file: Path) -> Iterator[_Found]:
@@ -196,11 +275,11 @@ def _list_rows(file: Path) -> Iterator[_Found]:
 
 
 _PUNCTUATION = re.compile(r"[ \t\r\n]*([\[\],])[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
 
 
 def _next_element(text: str, start: int, number: int) -> tuple[int, int, Any]:
     """Begin, end and value of the element behind the bracket or comma at `start`; at the list's end begin equals end.
+    The value is why the element is rejected where a key of it is given twice.
 
     Raises:
         json.JSONDecodeError: not a list, or `text` ends within it.
@@ -218,7 +297,10 @@ def _next_element(text: str, start: int, number: int) -> tuple[int, int, Any]:
     if number and text.startswith("]", begin):
         raise json.JSONDecodeError("no element between ',' and ']'", text, begin)
     try:
-        row, end = _DECODER.raw_decode(text, begin)
+        try:
+            row, end = _DECODER.raw_decode(text, begin)
+        except Rejected as reason:
+            row, (_, end) = reason, _LENIENT.raw_decode(text, begin)
     except RecursionError as error:
         raise json.JSONDecodeError("brackets are nested too deep", text, begin) from error
     except json.JSONDecodeError:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from vlskv_ray.data.chat import Limits, encode, num_image_features
 from vlskv_ray.data.collate import Batch, Encoded, collate, from_row
 from vlskv_ray.data.plan import Plan
-from vlskv_ray.data.sample import Rejected, Sample
+from vlskv_ray.data.sample import Rejected, Sample, left_out
 from vlskv_ray.data.sources import Source
 from vlskv_ray.model.build import find_model, load_config, load_processor
 from vlskv_ray.teacher_cache import content_key
@@ -53,26 +53,28 @@ class Loader:
         Where the teacher cache has all of them, their states come from there and no image is decoded.
         """
         processor, _ = _model_side(self.name_or_path, self.revision)
-        samples, rejected = self.samples(row["samples"])
+        samples, rejected, notices = self.samples(row["samples"])
         return collate(
             samples,
             processor.tokenizer.pad_token_id or 0,
             step=int(row["step"]),
             micro_batch=int(row["micro_batch"]),
             rejected=rejected,
+            notices=notices,
         )
 
-    def samples(self, numbers: Sequence[int]) -> tuple[list[Encoded], list[dict[str, str]]]:
-        """The samples of these numbers in the plan that can be used, all or none with states, and why others cannot."""
+    def samples(self, numbers: Sequence[int]) -> tuple[list[Encoded], list[dict[str, Any]], list[dict[str, str]]]:
+        """The samples of these numbers in the plan that can be used, all or none with states; why others cannot; and
+        what was changed in those that can."""
         read: list[tuple[Sample, str]] = []
-        rejected: list[dict[str, str]] = []
+        rejected: list[dict[str, Any]] = []
         for number in numbers:
             k, at = self.plan.locate(int(number))
             try:
                 sample = self.sources[k].read(at)
                 read.append((sample, content_key(sample) if self.cache is not None else ""))
             except Rejected as reason:
-                rejected.append({"id": self.sources[k].uid(at), "reason": reason.code, "detail": reason.detail})
+                rejected.append(left_out(self.sources[k].uid(at), reason))
         encoded: dict[int, Encoded] = {}
         if self.cache is not None:
             for i, (sample, key) in enumerate(read):
@@ -83,10 +85,12 @@ class Loader:
         if made:  # all of a micro-batch come from the cache, or none
             made |= self._encode_all(read, list(encoded), rejected)
             encoded = made
-        return [encoded[i] for i in sorted(encoded)], rejected
+        used = sorted(encoded)
+        notices = [notice.to_json(sample.uid) for sample, _ in map(read.__getitem__, used) for notice in sample.notices]
+        return [encoded[i] for i in used], rejected, notices
 
     def _encode_all(
-        self, read: Sequence[tuple[Sample, str]], which: Sequence[int], rejected: list[dict[str, str]]
+        self, read: Sequence[tuple[Sample, str]], which: Sequence[int], rejected: list[dict[str, Any]]
     ) -> dict[int, Encoded]:
         """Those of `read` that can be used, by their place; the others are added to `rejected`."""
         processor, config = _model_side(self.name_or_path, self.revision)
@@ -97,7 +101,7 @@ class Loader:
             try:
                 encoded[i] = replace(encode(sample, processor, num_features, self.limits), key=key)
             except Rejected as reason:
-                rejected.append({"id": sample.uid, "reason": reason.code, "detail": reason.detail})
+                rejected.append(left_out(sample.uid, reason))
         return encoded
 
 

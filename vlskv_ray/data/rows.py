@@ -1,18 +1,28 @@
 """From a row of a file to a `Sample`: what its columns may be called, and the checks every row passes."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlskv_ray.data.sample import ImageFile, Rejected, Sample, SourceError
+from vlskv_ray.data.pictures import IMAGE_COLUMNS, picture_in_part, picture_of, unread_in
+from vlskv_ray.data.sample import ImageFile, Notice, Rejected, Sample, SourceError
 
 # How each layout of conversations becomes turns of {"role", "content"}, by the column that shows it, preferred first. A
-# further layout is one more entry. Images come from the columns `images` or `image` in all of them.
+# further layout is one more entry. Images come from the columns `images` or `image` in all of them, or from the parts.
 LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "messages": lambda row: row["messages"],
 }
-IMAGE_COLUMNS = ("images", "image")
+READ_COLUMNS = frozenset((*LAYOUTS, *IMAGE_COLUMNS))
 WANTED = f"{' or '.join(LAYOUTS)} (list of {{role, content}}), with {' or '.join(IMAGE_COLUMNS)} for images"
+MARKER = "<image>"
+
+# What no text means to say: control characters but for tab and line ends, and code points that are no characters. Told
+# by what a text may hold, which is ten times as fast to look for.
+_CONTROL = re.compile("[^\t\n\r -~\xa0-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]")
+_LINE_ENDS = "\x0b\x0c\x85"  # they part lines, or pages: without them words would run together
+_BASE64_STARTS = (";base64,", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # of data URIs; PNG, JPEG, GIF, WebP
+_BASE64_PICTURE = re.compile(f"(?:{'|'.join(_BASE64_STARTS)})[A-Za-z0-9+/\r\n]{{400}}")  # far more than an example has
 
 
 def _layout(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], Any]:
@@ -22,33 +32,57 @@ def _layout(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], Any]:
     raise Rejected("schema", f"found the columns {', '.join(map(repr, columns)) or '(none)'}; wanted {WANTED}")
 
 
-def sample_of(uid: str, row: Mapping[str, Any], root: Path | None) -> Sample:
+def sample_of(uid: str, row: Mapping[str, Any], root: Path | None, ignored: Collection[str] = ()) -> Sample:
     """Checks a row and brings it into the one form everything else knows.
 
+    Args:
+        uid: of the row.
+        row: its columns.
+        root: the only folder that its image paths may lead into; None: no folder.
+        ignored: columns that are not read even where they look like pictures.
+
     Raises:
-        Rejected: schema, conv_empty, role_unknown, no_answer, role_order, answer_empty, marker_mismatch, text_encoding.
+        Rejected: schema, conv_empty, role_unknown, no_answer, role_order, content_type, question_empty, answer_empty,
+            marker_mismatch, image_null, image_unread, text_encoding, text_base64.
     """
     turns = _layout(list(row))(row)
     if not turns:
         raise Rejected("conv_empty", "the conversation has no turns")
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Rejected("schema", f"the conversation is {type(turns).__name__}; wanted a list of {{role, content}}")
+    if unread := unread_pictures(row, ignored):
+        raise Rejected("image_unread", told_of_unread([*map(repr, unread)]))
     roles = [turn.get("role") for turn in turns]
     _check_roles(roles)
-    images = _images(row, root)
+    images, has_null = _images(row, turns, root)
     messages = [
-        {"role": role, "content": _parts(turn.get("content"), role, bool(images))}
-        for role, turn in zip(roles, turns, strict=True)
+        {"role": turn["role"], "content": _parts(turn["content"], turn["role"], bool(images))} for turn in turns
     ]
-    if any(m["role"] == "assistant" and not any(p["text"].strip() for p in m["content"]) for m in messages):
-        raise Rejected("answer_empty", "an assistant turn has no text")
-    num_markers = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if images and not num_markers:
-        first_user = messages[roles.index("user")]
-        first_user["content"] = [{"type": "image"} for _ in images] + first_user["content"]
-    elif num_markers != len(images):
-        raise Rejected("marker_mismatch", f"{num_markers} image markers for {len(images)} images; wanted equally many")
-    return Sample(uid, messages, images)
+    notices = _clean(messages)
+    _place_images(messages, images, has_null)
+    _check_texts(messages)
+    return Sample(uid, messages, images, notices=notices)
+
+
+def unread_pictures(row: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """The columns that look like pictures and are not read; keys of turns as `messages.image`."""
+    unread = unread_in(row, READ_COLUMNS, ignored)
+    for column in LAYOUTS:
+        turns = row.get(column)
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and len(turn) > 2:
+                unread += unread_in(turn, ("role", "content"), ignored, f"{column}.")
+    return list(dict.fromkeys(unread))
+
+
+def told_of_unread(columns: Sequence[str]) -> str:
+    """What to do about columns that look like pictures and are not read."""
+    one = len(columns) == 1
+    return (
+        f"{', '.join(columns)} {'looks like a picture' if one else 'look like pictures'} and {'is' if one else 'are'} "
+        f"not read; give pictures in the column images, or list {'it' if one else 'them'} in ignore_columns of the "
+        f"source"
+    )
 
 
 def _check_roles(roles: list[Any]) -> None:
@@ -63,56 +97,148 @@ def _check_roles(roles: list[Any]) -> None:
         raise Rejected("role_order", f"{', '.join(roles)}; wanted an optional system, then user and assistant in turn")
 
 
-def _parts(content: Any, role: str, has_images: bool) -> list[dict[str, str]]:
-    """The parts of one turn. Only user turns hold images; a string's `<image>` is one if the row has any at all."""
-    if content is None:
-        return []
-    if isinstance(content, str):
-        pieces = content.split("<image>") if has_images and role == "user" else [content]
-        parts: list[dict[str, str]] = []
-        for index, piece in enumerate(pieces):
-            parts += [{"type": "image"}] if index else []
-            parts += [{"type": "text", "text": _text(piece)}] if piece else []
-        return parts
-    if not isinstance(content, list):
-        raise Rejected("schema", f"content is {type(content).__name__}; wanted text or a list of parts")
-    return [_part(part, role) for part in content]
+# --------------------------------------------------------------------------------------------------------- the pictures
+def _images(
+    row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], root: Path | None
+) -> tuple[list[bytes | ImageFile], bool]:
+    """The images of a row, of its columns or of its parts, and whether one is given as null."""
+    in_columns, has_null = _images_of_columns(row, root)
+    in_parts: list[bytes | ImageFile] = []
+    for number, turn in enumerate(turns, 1):
+        content = turn.get("content")
+        if isinstance(content, list):
+            for part in content:
+                if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+                    picture, is_null = picture_in_part(part, root)
+                    in_parts += [] if picture is None else [picture]
+                    has_null |= is_null
+        elif not isinstance(content, str):
+            is_what = (
+                "is missing" if "content" not in turn else "is null" if content is None else type(content).__name__
+            )
+            what = f"the content of turn {number} ({turn['role']})"
+            raise Rejected("content_type", f"{what}: {is_what}; wanted text or a list of parts")
+    if in_columns and in_parts and in_columns != in_parts:
+        raise Rejected(
+            "marker_mismatch",
+            f"{len(in_columns)} images in the row's column and {len(in_parts)} others in the parts of its turns; "
+            f"wanted them in one of the two",
+        )
+    return in_columns or in_parts, has_null
+
+
+def _images_of_columns(row: Mapping[str, Any], root: Path | None) -> tuple[list[bytes | ImageFile], bool]:
+    has_null = False
+    given: dict[str, list[bytes | ImageFile]] = {}
+    for column in IMAGE_COLUMNS:
+        if column not in row:
+            continue
+        value = row[column]
+        entries = value if isinstance(value, list) else [value]
+        pictures = [picture_of(entry, root, repr(column)) for entry in entries]
+        if isinstance(value, list) and None in pictures:
+            which = f"entry {pictures.index(None) + 1} of {len(pictures)} in {column!r}"
+            raise Rejected("image_null", f"{which} is null: the picture is missing; mend the row, or leave it out")
+        has_null |= pictures == [None]
+        if found := [picture for picture in pictures if picture is not None]:
+            given[column] = found
+    if len(given) > 1 and given["images"] != given["image"]:
+        raise Rejected("schema", "'images' and 'image' hold different pictures; wanted one of these columns")
+    return next(iter(given.values()), []), has_null
+
+
+def _place_images(messages: list[dict[str, Any]], images: Sequence[bytes | ImageFile], has_null: bool) -> None:
+    """Images without any marker go before the first question; else there must be as many of both."""
+    num_markers = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if images and not num_markers:
+        first_user = next(message for message in messages if message["role"] == "user")
+        first_user["content"] = [{"type": "image"} for _ in images] + first_user["content"]
+    elif num_markers != len(images):
+        found = f"{num_markers} image markers for {len(images)} images"
+        if has_null:
+            raise Rejected("image_null", f"{found}: a picture is null; mend the row, or leave it out")
+        remedy = "" if images else f"; where the characters {MARKER} are meant, write a part {{type: text, text: ...}}"
+        raise Rejected("marker_mismatch", f"{found}; wanted equally many{remedy}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the texts
+def _parts(content: str | list[Any], role: str, has_images: bool) -> list[dict[str, str]]:
+    """The parts of one turn. Only user turns hold images, and only in a string of theirs `<image>` is one."""
+    if isinstance(content, list):
+        return [_part(part, role) for part in content]
+    is_marked = role == "user" and MARKER in content and (has_images or _is_at_an_end(content))
+    parts: list[dict[str, str]] = []
+    for index, piece in enumerate(content.split(MARKER) if is_marked else [content]):
+        parts += [{"type": "image"}] if index else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def _is_at_an_end(content: str) -> bool:
+    """Whether `<image>` stands where data sets put an image: without any, one is missing. Within a text it is text."""
+    content = content.strip()
+    return content.startswith(MARKER) or content.endswith(MARKER)
 
 
 def _part(part: Any, role: str) -> dict[str, str]:
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": _text(part["text"])}
-    if kind != "image":
+        if len(part) > 2 and (unread := unread_in(part, ("type", "text"), ())):
+            raise Rejected("image_unread", f"a text part holds a picture under {unread[0]!r}; wanted an image part")
+        return {"type": "text", "text": part["text"]}
+    if kind not in ("image", "image_url"):
         raise Rejected("schema", f"content part {kind!r}; wanted {{type: text, text: ...}} or {{type: image}}")
     if role != "user":
         raise Rejected("schema", f"an image in a turn of role {role!r}; wanted images in user turns only")
+    if len(part) > 1 and (unread := unread_in(part, _READ_OF_IMAGE_PART, ())):
+        raise Rejected("image_unread", f"an image part's {unread[0]!r} is not read; wanted image, path or url")
     return {"type": "image"}
 
 
-def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Rejected("text_encoding", f"half a surrogate pair at character {error.start}: not valid text") from error
-    return text
+_READ_OF_IMAGE_PART = ("type", "image", "image_url", "source", "bytes", "path", "url", "base64", "data")
 
 
-def _images(row: Mapping[str, Any], root: Path | None) -> list[bytes | ImageFile]:
-    """The images of a row; null and "" are none."""
-    column = next((column for column in IMAGE_COLUMNS if row.get(column)), None)
-    values = row[column] if column else []
-    images: list[bytes | ImageFile] = []
-    for value in values if isinstance(values, list) else [values]:
-        if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:
-            value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if isinstance(value, bytes):
-            images.append(value)
-        elif isinstance(value, str) and value:
-            images.append(ImageFile(value, root))
-        elif value is not None and value != "":
-            raise Rejected("schema", f"{column} holds {type(value).__name__}; wanted a path, bytes or {{bytes, path}}")
-    return images
+def _clean(messages: list[dict[str, Any]]) -> tuple[Notice, ...]:
+    """Takes control characters out of all texts; says which.
+
+    Raises:
+        Rejected: a text cannot be one at all.
+    """
+    removed: list[str] = []
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] != "text":
+                continue
+            text = part["text"]
+            if len(text) > 400 and any(start in text for start in _BASE64_STARTS) and _BASE64_PICTURE.search(text):
+                raise Rejected("text_base64", "a text holds a picture as base64; give it as data URI in 'images'")
+            if text.isprintable():  # so most are, and there is nothing more to look for
+                continue
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                reason = f"half a surrogate pair at character {error.start}: not valid text"
+                raise Rejected("text_encoding", reason) from error
+            if found := _CONTROL.findall(text):
+                removed += found
+                part["text"] = _CONTROL.sub(lambda match: "\n" * (match[0] in _LINE_ENDS), text)
+    if not removed:
+        return ()
+    kinds = ", ".join(f"U+{ord(character):04X}" for character in sorted(set(removed))[:5])
+    return (Notice("control_characters", f"{len(removed)} control characters taken out of its text ({kinds})"),)
+
+
+def _check_texts(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Rejected where an answer has no text, or a question neither text nor image."""
+    for number, message in enumerate(messages, 1):
+        for part in message["content"]:
+            if part["type"] == "image" or part["text"].strip():
+                break
+        else:
+            if message["role"] == "assistant":
+                raise Rejected("answer_empty", f"the answer in turn {number} has no text")
+            if message["role"] == "user":
+                raise Rejected("question_empty", f"the question in turn {number} has neither text nor image")
 
 
 def check_columns(columns: Sequence[str], place: str) -> None:

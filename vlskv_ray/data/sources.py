@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlskv_ray.data.json_files import open_json, opened
+from vlskv_ray.data.other_formats import refuse_other_formats
 from vlskv_ray.data.sample import Sample, SourceError
 
 
@@ -38,6 +39,8 @@ class SourceSpec(Protocol):
     def revision(self) -> str | None: ...
     @property
     def num_samples(self) -> int | None: ...
+    @property
+    def ignore_columns(self) -> tuple[str, ...]: ...
 
 
 class Source(Protocol):
@@ -109,6 +112,7 @@ def open_source(spec: SourceSpec, *, cache_dir: str | None = None, name: str | N
     """
     name = name or _name(spec, 1)
     root = None if spec.image_root is None else Path(os.path.abspath(os.path.expanduser(spec.image_root)))
+    ignored = spec.ignore_columns
     if root is not None and not root.is_dir():
         raise SourceError(f"{name}: image_root: there is no folder {root}")
     if spec.name == "shapes":
@@ -120,14 +124,18 @@ def open_source(spec: SourceSpec, *, cache_dir: str | None = None, name: str | N
 
     if spec.path is None:
         assert spec.name is not None
-        return open_hub(name, spec.weight, spec.name, spec.split, spec.revision, root, spec.num_samples, cache_dir)
+        return open_hub(
+            name, spec.weight, spec.name, spec.split, spec.revision, root, spec.num_samples, cache_dir, ignored
+        )
     files = _matches(spec.path)
+    for file in files:
+        refuse_other_formats(file)
     formats = [_sniffed(file) if spec.format == "auto" else spec.format for file in files]
     if "parquet" not in formats:
-        return open_json(name, spec.weight, files, formats, root, spec.num_samples)
+        return open_json(name, spec.weight, files, formats, root, spec.num_samples, ignored)
     if set(formats) != {"parquet"}:
         raise SourceError(f"{spec.path}: matches Parquet and JSON files; list them as two sources")
-    return open_parquet(name, spec.weight, files, root, spec.num_samples, cache_dir)
+    return open_parquet(name, spec.weight, files, root, spec.num_samples, cache_dir, ignored)
 
 
 def _name(spec: SourceSpec, depth: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vlskv_ray.cluster import Reserved, duration, reserve, threads_of
+from vlskv_ray.command import printable
 from vlskv_ray.counting import flop_counter, peak_bytes, size
 from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
@@ -207,7 +208,7 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
             break
     seconds = (time.perf_counter() - began) / made
     for row in rejected[:SHOWN_REJECTED]:
-        print(f"left out {row['id']}: {row['reason']}: {row['detail']}")
+        print(printable(f"left out {row['id']}: {row['reason']}: {row['detail']}"))
     more = len(rejected) - SHOWN_REJECTED
     print(f"tried         {seen} samples, {len(rejected)} left out" + (f", {more} more than shown" if more > 0 else ""))
     allowed = run.config.data.max_rejected_fraction

@@ -443,6 +443,74 @@ def test_all_problems_are_told_at_once_in_the_order_of_their_lines() -> None:
     ]
 
 
+# --- Texts that become file names and stand on a terminal -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        *((name, "control characters") for name in (r"a\nb", r"a\e[31m", r"a\0", r"a\x7f", r"\x9b2J", r"a\u2028b")),
+        *((name, "the name of one folder") for name in (" a", "a ", ".", "..", "a/b", "a/", r"a\_")),
+        *((name, "half of a character") for name in (r"\ud83d", r"\ude00", r"\ude00\ud83d", r"a\ud83d b")),
+    ],
+)
+def test_a_name_that_is_no_folder_or_would_steer_the_terminal_is_one_line(value: str, wrong: str) -> None:
+    for lines in (
+        problems(SMALL, f'output.name="{value}"'),
+        problems(SMALL + f'output: {{name: "{value}"}}\n'),
+    ):
+        assert len(lines) == 1 and wrong in lines[0] and lines[0].isprintable()
+
+
+def test_no_name_of_a_config_may_hold_control_characters() -> None:
+    """Whatever key it stands at, and the keys too; paths may, but for NUL."""
+    keys = ["model.name_or_path", "model.revision", "data.sources.0.name", "data.sources.0.split"]
+    keys += ["cluster.address", "cluster.network_interface", "checkpoint.allow_changed.0"]
+    for key in keys:
+        (line,) = problems(SMALL + "checkpoint: {allow_changed: []}\n", rf'{key}="x\e[2J"')
+        assert line == rf"command line: {key}: wanted text without control characters, got 'x\x1b[2J'"
+    (line,) = problems(SMALL, r'output.dir="x\0"')
+    assert line == r"command line: output.dir: wanted a path, got 'x\x00', which holds a NUL character"
+    for text in (
+        r'"a\e[2J": 3',
+        r'output: {"a\nb": 3}',
+        r'tune: {space: {"a\e": [3]}}',
+        r'epochs: ["\x7f"]',
+        r'"\ud83d": 3',
+        r'data: {x: "\ud83d"}',
+    ):
+        assert all(line.isprintable() for line in problems(text))
+    for override in ("a\x1bb=3", "a\udcffb=3", "output.name=\udcff", "output.name=\x1b"):
+        (line,) = problems(SMALL, override)
+        assert line.startswith("command line: ") and line.isprintable()
+    Path("a\nb.yaml").write_text(SMALL)
+    with pytest.raises(ConfigError) as caught:
+        load_config("a\nb.yaml")
+    assert caught.value.problems == (r"a\nb.yaml: output.name: wanted text without control characters, got 'a\nb'",)
+
+
+def test_a_character_may_be_written_as_json_does() -> None:
+    name = "\U0001f600 \U0001d11e"
+    assert load(SMALL, f"output.name={json.dumps(name)}").output.name == name
+    assert load(SMALL + f"output: {{name: {json.dumps(name)}}}\n").output.name == name
+    assert load(SMALL + f"output: {{name: {name}}}\n").output.name == name
+
+
+def test_each_problem_is_told_once() -> None:
+    (line,) = problems(SMALL, "optimizer.betas=[]")
+    assert line == "command line: optimizer.betas: wanted a list of 2 values, got []"
+    values = ("null", "[]", "[[]]", "{}", "x", "-1", "[null, null]", "[x, y, z]", "[0.9]", "{a: {b: 1}}")
+    sections = [name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")]
+    for section in sections:
+        for name in Config.model_fields[section].annotation.model_fields:  # type: ignore[union-attr]
+            for value in values:
+                Path("run.yaml").write_text(SMALL)
+                try:
+                    load_config("run.yaml", [f"{section}.{name}={value}"])
+                except ConfigError as error:
+                    assert len(set(error.problems)) == len(error.problems), (section, name, value)
+
+
 # --- The original project's layout ------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from vlskv_ray.checkpoint import newest_checkpoint
 from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import local_batches
+from vlskv_ray.finished import is_finished
 from vlskv_ray.prepare import prepare
 from vlskv_ray.run import Worker
 from vlskv_ray.train_loop import train_worker
@@ -106,8 +107,9 @@ def assert_same_end(folder: Path, alone: Path) -> None:
     for timed in (a, b):
         timed.pop("savings")
     assert a == b
-    left = {path.name for path in folder.iterdir()} - {path.name for path in alone.iterdir()}
-    assert not left, f"left behind: {left}"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
+    assert {path.name for path in (folder / "final").iterdir()} == {path.name for path in (alone / "final").iterdir()}
+    assert is_finished(folder)
     assert not [path for path in (folder / "checkpoints").iterdir() if not path.name.startswith("step-")]
 
 
@@ -135,8 +137,12 @@ MOMENTS = [
     ("save_renamed", STEPS),
     ("save_committed", STEPS),
     ("export", STEPS),
+    ("export_weights", STEPS),
     ("evaluate", STEPS),
     ("end", STEPS),
+    ("summary", STEPS),
+    ("report.html", 0),
+    ("README.md", 0),
 ]
 
 
@@ -171,6 +177,25 @@ def test_a_step_that_ends_its_worker_three_times_is_not_tried_again(files: Path,
     assert "step 6 was begun 3 times" in error and all(uid in error for uid in of_step)
     assert run(files, "poison") == 0
     assert_same_end(files / "runs" / "poison", alone)
+
+
+def test_an_end_from_outside_between_steps_is_not_the_steps_doing(files: Path, alone: Path) -> None:
+    """However often it comes: while answers are measured, and after an update that was made."""
+    moments = [("evaluate_on_the_way", 5, 0)] * 4 + [("updated", 7, 0)] * 4
+    planted = plant(files / "faults-outside", *moments)
+    ends = [run(files, "outside", **{faults.FOLDER: planted}) for _ in range(9)]
+    assert ends == [KILLED] * 8 + [0], (files / "outside.log").read_text()
+    assert_same_end(files / "runs" / "outside", alone)
+
+
+def test_a_sample_that_ends_its_process_while_it_is_prepared_is_named(files: Path, alone: Path) -> None:
+    """In one process; and that an end may have come from outside is said too."""
+    planted = plant(files / "faults-prepared", *[("step", 5, 0)] * 3)
+    assert [run(files, "prepared", **{faults.FOLDER: planted}) for _ in range(4)] == [KILLED] * 3 + [1]
+    of_step = [uid for batch in lines(alone / "order.jsonl")[5]["micro_batches"] for uid in batch]
+    (error,) = [line for line in (files / "prepared.log").read_text().splitlines() if line.startswith("error: ")]
+    assert "step 6 was begun 3 times" in error and "or from outside" in error and all(uid in error for uid in of_step)
+    assert "The same command tries it again" in error
 
 
 # -------------------------------------------------------------------------------------------------- damaged on storage
@@ -275,6 +300,31 @@ def test_a_full_disk_costs_checkpoints_not_the_run(files: Path, alone: Path, sma
     assert "warning: metrics.jsonl cannot be written" in said
     (small_disk / "disk" / "warnings.jsonl").unlink()
     assert_same_end(small_disk / "disk", alone)
+
+
+@pytest.mark.parametrize("moment", ["export", "export_weights", "evaluate"])
+def test_a_disk_that_is_full_at_the_end_is_one_line(files: Path, alone: Path, small_disk: Path, moment: str) -> None:
+    """Before the weights, between them and the tokenizer, or after both: nothing half-written is left, and the same
+    command goes on when there is room."""
+    name = f"full-{moment}"
+    planted = Path(plant(files / f"faults-{name}", (moment, STEPS, 0), action="wait"))
+    options = (f"output.dir={small_disk}", "checkpoint.keep_last=1", "cluster.stall_seconds=60")
+    process = started(files, name, *options, **{faults.FOLDER: str(planted)})
+    wait_for(planted / "00.json.done", process)
+    filler = fill(small_disk)
+    (planted / "00.json.go").touch()
+    process.join(60)
+    said = (files / f"{name}.log").read_text()
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert process.exitcode == 1 and "Traceback" not in said
+    assert "No space left on device" in error and "make room, and the same command goes on" in error
+    if moment != "evaluate":
+        assert str(small_disk / name / "final") in error and "its weights take 0.3" in error and "is free" in error
+        assert not (small_disk / name / "final").exists()
+    assert not (small_disk / name / ".writing-final").exists()
+    filler.unlink()
+    assert run(files, name, *options) == 0, (files / f"{name}.log").read_text()
+    assert_same_end(small_disk / name, alone)
 
 
 # ------------------------------------------------------------------------------------------ other numbers of workers

@@ -21,6 +21,7 @@ import torch
 import yaml
 from conftest import conversation, picture
 from safetensors.torch import load_file, save_file
+from test_checkpoint import seal
 from test_report_page import PLOTS, SECTIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from waiting import HANG_SECONDS
@@ -367,6 +368,86 @@ def test_rows_that_cannot_be_used_stop_a_run_with_exit_status_1(
     assert main(files / "run.yaml", "output.name=short", "data.max_length=40") == 1
     assert "samples so far had to be left out" in capsys.readouterr().err
     assert len(lines(files / "runs" / "short" / "rejected.jsonl")) > 10
+
+
+NO_ANSWERS = ("evaluation.sources=[]", "evaluation.every_steps=null", "output.tensorboard=false")
+PLAIN = ("objective=sft", "model.num_key_value_layers=null")
+
+
+@pytest.mark.parametrize("objective", ["distill", "sft"])
+def test_a_run_that_learnt_from_nothing_has_failed(
+    files: Path, capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
+    """Though it made all its steps, and as often as it is asked; stopped on the way, it goes on to the same end."""
+    options = (f"output.name=nothing-{objective}", *NO_ANSWERS, "data.max_length=20", "max_steps=3")
+    options += ("data.max_rejected_fraction=1", "checkpoint.every_steps=1", *(PLAIN if objective == "sft" else ()))
+    run = files / "runs" / f"nothing-{objective}"
+    for last in (None, "step-00000003", None):
+        if last:
+            shutil.rmtree(run / "checkpoints" / last)
+            (run / "rejected.jsonl").unlink()
+        assert main(files / "run.yaml", *options) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: the run has come to its end and learnt nothing: ") and error.count("\n") == 1
+        assert re.search(r"all 2[24] samples had to be left out \(", error)
+        assert "x too_long" in error and "For one, " in error and "data.max_length=20" in error
+        assert "mend the data, and start anew with --resume never" in error
+        assert not (run / "final").exists() and not (run / "summary.json").exists()
+
+
+def test_samples_without_weight_teach_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of these have images."""
+    source = f"data.sources=[{{path: {files / 'more.parquet'}}}]"
+    options = ("output.name=weightless", *NO_ANSWERS, source, "max_steps=1", "vision_loss_weight=0")
+    assert main(files / "run.yaml", *options) == 1
+    assert "all its samples have images, and vision_loss_weight is 0; raise it" in capsys.readouterr().err
+    assert not (files / "runs" / "weightless" / "final").exists()
+
+
+def test_steps_without_samples_are_told(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where others had some: the run is done, and says how many had none."""
+    few = ("gradient_accumulation_steps=1", "micro_batch_size=1", "data.max_rejected_fraction=1", "data.max_length=150")
+    options = ("output.name=holes", *NO_ANSWERS, *few, "epochs=1", "--num-samples", "12")
+    assert main(files / "run.yaml", *options) == 0
+    empty = sum(not line["supervised_tokens"] for line in lines(files / "runs" / "holes" / "metrics.jsonl"))
+    assert 0 < empty < 12
+    assert f"warning: {empty} of the 12 steps had no sample to learn from\n" in capsys.readouterr().out
+    assert json.loads((files / "runs" / "holes" / "summary.json").read_text())["empty_steps"] == empty
+
+
+def test_what_data_are_called_does_not_steer_the_terminal(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of files and images, which become ids and details of rows."""
+    evil = files / "a\x1b[31m\nb.jsonl"
+    rows = [{"messages": conversation("a?", "b", images=1), "images": [f"\x1b]0;owned\x07{i}.png"]} for i in range(30)]
+    evil.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("output.name=evil", *NO_ANSWERS, f"data.sources=[{{path: {json.dumps(str(evil))}}}]", "max_steps=3")
+    options += ("data.image_processing_batch_size=1", f"data.sources.0.image_root={files / 'images'}")
+    assert main(files / "run.yaml", *options, "--dry-run") == 2
+    assert main(files / "run.yaml", *options) == 1
+    printed = capsys.readouterr()
+    assert "left out a\\x1b[31m\\nb.jsonl:" in printed.out and "For one, a\\x1b[31m\\nb.jsonl:" in printed.err
+    assert not set("\x1b\x07") & set(printed.out + printed.err)
+    evil.unlink()
+
+
+def test_a_crafted_checkpoint_is_refused_in_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its hashes right, its weights of another model; moved away, the run goes on from the one before."""
+    options = ("output.name=crafted", *NO_ANSWERS, "max_steps=2", "checkpoint.every_steps=1")
+    assert main(files / "run.yaml", *options) == 0
+    run = files / "runs" / "crafted"
+    newest = run / "checkpoints" / "step-00000002"
+    weights = load_file(newest / "trainable.safetensors")
+    save_file({name: weight.flatten() for name, weight in weights.items()}, newest / "trainable.safetensors")
+    seal(newest)
+    shutil.rmtree(run / "final")
+    capsys.readouterr()
+    assert main(files / "run.yaml", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{newest}/trainable.safetensors: is not what this run wrote: ") and error.count("\n") == 1
+    newest.rename(run / "aside")
+    assert main(files / "run.yaml", *options) == 0
+    again = load_file(newest / "trainable.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
 
 
 def test_ctrl_c_and_sigterm_save_first(files: Path) -> None:

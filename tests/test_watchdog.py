@@ -51,12 +51,14 @@ def test_without_a_limit_nothing_ends(tmp_path: Path) -> None:
     assert not (tmp_path / "stacks").exists()
 
 
-def die(path: Path, *steps: int) -> int | None:
-    """A process that begins these steps and dies in the last; what it was told of poison at its start."""
+def die(path: Path, *steps: int, after: bool = False) -> int | None:
+    """A process that computes these steps and dies in the last, or after it; what it was told of poison at first."""
     attempts = Attempts(path)
     poisoned = attempts.poisoned(20)
     for step in steps:
         attempts.begin(step)
+        if after or step != steps[-1]:
+            attempts.done(step)
     return poisoned
 
 
@@ -72,6 +74,14 @@ def test_a_step_that_was_done_after_all_is_none(tmp_path: Path) -> None:
     path = tmp_path / "attempt.json"
     assert [die(path, 6), die(path, 6), die(path, 6, 7), die(path, 6, 7), die(path, 8)] == [None] * 5
     assert die(path) is None
+
+
+def test_an_end_between_steps_is_none_of_theirs(tmp_path: Path) -> None:
+    """While samples are waited for, answers are measured or a checkpoint is written, however often."""
+    path = tmp_path / "attempt.json"
+    assert [die(path, 6, after=True) for _ in range(5)] == [None] * 5
+    assert [die(path, 6), die(path, 6), die(path, 6, after=True), die(path, 6), die(path, 6)] == [None] * 5
+    assert [die(path, 6), die(path, 6)] == [None, 6]
 
 
 @pytest.mark.parametrize(

@@ -8,23 +8,27 @@
         COMMIT                  written last: sha256 of the manifest
 
 Nothing is ever unpickled. A process may be killed at any moment: what lacks its COMMIT, or does not match its manifest,
-is not a checkpoint, and the one before it is used.
+is not a checkpoint, and the one before it is used. So it is with one that holds something else than a run writes, even
+where every hash fits: its files are regular ones of these names, and its state is within what a run can have.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +36,49 @@ from vlskv_ray.faults import point
 
 FORMAT = 3
 STATE_FILES = {"trainable.safetensors", "optimizer.safetensors", "state.json"}
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
+_MAX_JSON = 64 * 2**20
+"""Bytes; the state of a run has a few thousand."""
+
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+_Part = Annotated[int, Field(ge=1, le=2**24)]
+_Counts = dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], _Count]
+
+
+class _Fingerprints(BaseModel):
+    model: str
+    data: str
+    versions: str
+
+
+class _State(BaseModel):
+    """What state.json must hold for a run to go on from it, see `saving.state_of`; more may stand there."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: Annotated[int, Field(ge=1)]
+    micro_batches_per_step: _Part
+    shares_per_step: _Part
+    tokens: dict[Literal["per_image", "per_byte"], Annotated[float, Field(ge=0, le=1e9)]]
+    threads: Annotated[int, Field(ge=1, le=4096)] | None
+    use_gpu: bool = False
+    fingerprints: _Fingerprints
+    score: Annotated[float, Field(allow_inf_nan=True)] | None = None
+    seen: _Count
+    rejected: dict[str, _Count]
+    seconds: Annotated[float, Field(ge=0)]
+    lengths: _Counts
+    images: _Counts
+    supervised: dict[Literal["vision", "text"], _Count] = {}
+    empty_steps: _Count = 0
+    example: dict[Literal["id", "detail"], str] = {}
+    config: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _is_dealt_evenly(self) -> Self:
+        if self.micro_batches_per_step % self.shares_per_step:
+            raise ValueError(f"shares_per_step {self.shares_per_step} does not divide {self.micro_batches_per_step}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -88,7 +134,8 @@ def save_checkpoint(
     write_text(target / "COMMIT", _sha256(target / "manifest.json"))
     _flush(target)
     point("save_committed", step)
-    older = sorted(s for s in _committed(root) if s <= step)  # later ones are damaged: the run was set back behind them
+    # later ones are damaged: the run was set back behind them; what a link leads to is not ours to remove
+    older = sorted(s for s, path in _committed(root).items() if s <= step and not path.is_symlink())
     kept = {*older[-keep_last:], *_best(root, older, keep_best)}
     for old in older:
         if old not in kept:
@@ -106,7 +153,7 @@ def _write_aside(aside: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
         point("save_tensors", step)
     write_json(aside / "state.json", {"format": FORMAT, "step": step, **state})
     share(aside)
-    manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
+    manifest = {path.name: {"sha256": _sha256(path), "bytes": _size(path)} for path in sorted(aside.iterdir())}
     write_json(aside / "manifest.json", manifest)
     for path in (*aside.iterdir(), aside):
         _flush(path)
@@ -116,8 +163,8 @@ def _best(root: Path, steps: Sequence[int], count: int) -> list[int]:
     """Of these checkpoints the ones with the lowest scores."""
     scores = {}
     for step in steps if count else ():
-        with suppress(OSError, ValueError):
-            score = json.loads((root / f"step-{step:08d}" / "state.json").read_bytes()).get("score")
+        with suppress(OSError, DamagedCheckpoint):
+            score = _json(root / f"step-{step:08d}" / "state.json").get("score")
             if isinstance(score, float) and math.isfinite(score):
                 scores[step] = score
     return sorted(scores, key=lambda step: scores[step])[:count]
@@ -125,9 +172,9 @@ def _best(root: Path, steps: Sequence[int], count: int) -> list[int]:
 
 def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> SavedState | None:
     """The newest checkpoint that verifies, found by looking; `warn` is told of every damaged one passed over."""
-    for step in sorted(_committed(root), reverse=True):
+    for _, path in sorted(_committed(root).items(), reverse=True):
         try:
-            return verified_checkpoint(root / f"step-{step:08d}")
+            return verified_checkpoint(path)
         except DamagedCheckpoint as error:
             warn(f"{error}; looking for one before it")
     return None
@@ -143,23 +190,55 @@ def verified_checkpoint(path: Path) -> SavedState:
     """One checkpoint, every byte of it checked.
 
     Raises:
-        DamagedCheckpoint: a file is missing, is not what the manifest says, or is of another format.
+        DamagedCheckpoint: a file is missing, is not what the manifest says, or is of another format; or it is what no
+            run writes.
     """
+    if path.is_symlink():
+        raise DamagedCheckpoint(f"{path}: is a link; wanted the folder itself")
     try:
-        if (path / "COMMIT").read_text() != _sha256(path / "manifest.json"):
-            raise DamagedCheckpoint(f"{path}: manifest.json is not the one that was committed")
-        manifest: dict[str, dict[str, Any]] = json.loads((path / "manifest.json").read_bytes())
-        for name, entry in manifest.items():
-            if _sha256(path / name) != entry["sha256"]:
-                raise DamagedCheckpoint(f"{path}: {name} is damaged (its sha256 is not the manifest's)")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read ({error})") from error
-    if not manifest.keys() >= STATE_FILES:
-        raise DamagedCheckpoint(f"{path}: lacks {', '.join(sorted(STATE_FILES - manifest.keys()))}")
-    state = json.loads((path / "state.json").read_bytes())
-    if state.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"{path}: is of format {state.get('format')}, this version reads {FORMAT}")
+        state = _verified_state(path)
+        for name in STATE_FILES - {"state.json"}:
+            with safe_open(path / name, "pt"):  # which reads what it says of its tensors
+                pass
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path}: {name} cannot be read ({error})") from error
+    except OSError as error:
+        raise DamagedCheckpoint(
+            f"{path}: {Path(error.filename or path).name} cannot be read ({error.strerror})"
+        ) from error
     return SavedState(step=state["step"], path=path, state=state)
+
+
+def _verified_state(path: Path) -> dict[str, Any]:
+    """What state.json holds, where all files are what the manifest says and a run could have written them."""
+    if _read(path / "COMMIT") != _sha256(path / "manifest.json").encode():
+        raise DamagedCheckpoint(f"{path}: manifest.json is not the one that was committed")
+    manifest = _json(path / "manifest.json")
+    if manifest.keys() != STATE_FILES:
+        wrong = ", ".join(map(repr, sorted(STATE_FILES ^ manifest.keys())))
+        raise DamagedCheckpoint(f"{path}: manifest.json lacks, or names beside a checkpoint's files: {wrong}")
+    for name in sorted(STATE_FILES):
+        entry = manifest[name] if isinstance(manifest[name], dict) else {}
+        if _size(path / name) != entry.get("bytes") or _sha256(path / name) != entry.get("sha256"):
+            raise DamagedCheckpoint(f"{path}: {name} is damaged (its size or sha256 is not the manifest's)")
+    state = _json(path / "state.json")
+    if state.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{path}: is of format {state.get('format')!r}, this version reads {FORMAT}")
+    _check_state(path, state)
+    return state
+
+
+def _check_state(path: Path, state: dict[str, Any]) -> None:
+    """DamagedCheckpoint where a state is not one that a run could be in."""
+    try:
+        step = _State.model_validate(state).step
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, got = ".".join(map(str, first["loc"])), repr(first["input"])[:80]
+        told = f"{key}: {first['msg']}, got {got}" if key else first["msg"]
+        raise DamagedCheckpoint(f"{path}: state.json holds what no run writes ({told})") from error
+    if path.name != f"step-{step:08d}":
+        raise DamagedCheckpoint(f"{path}: state.json is of step {step}")
 
 
 def has_checkpoints(root: Path) -> bool:
@@ -171,9 +250,11 @@ def sweep(root: Path, newest: int) -> None:
     """Removes what killed runs left half-written, and renames the damaged ones after `newest`, where a run goes on."""
     for path in root.glob("*step-*"):
         name = _NAME.fullmatch(path.name.removeprefix(".writing-"))
-        if path.is_dir() and name and not (path / "COMMIT").exists():
+        if not (path.is_dir() and name):
+            continue
+        if not path.is_symlink() and not os.path.lexists(path / "COMMIT"):
             shutil.rmtree(path)
-        elif path.is_dir() and name and int(name[1]) > newest:
+        elif int(name[1]) > newest:
             path.rename(path.with_name(f"damaged-{time.time_ns()}-{path.name}"))
 
 
@@ -203,12 +284,47 @@ def write_text(path: Path, text: str) -> None:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
-def _committed(root: Path) -> list[int]:
+def _committed(root: Path) -> dict[int, Path]:
+    """The folders of checkpoints by their step, valid or not, and links to such."""
     matches = ((path, _NAME.fullmatch(path.name)) for path in root.glob("step-*"))
-    return [int(match[1]) for path, match in matches if match and (path / "COMMIT").is_file()]
+    return {int(match[1]): path for path, match in matches if match and os.path.lexists(path / "COMMIT")}
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file. OSError where it leads elsewhere, as a link does, or would be waited for, as a pipe."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return found.st_size
+
+
+def _read(path: Path) -> bytes:
+    if _size(path) > _MAX_JSON:
+        raise OSError(errno.EFBIG, f"it has more than {_MAX_JSON} bytes", str(path))
+    return path.read_bytes()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object whose keys are given once; DamagedCheckpoint for anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    content = _read(path)
+    try:
+        value = json.loads(content, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path.parent}: {path.name} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise DamagedCheckpoint(f"{path.parent}: {path.name} cannot be read (it holds no object)")
+    return value
 
 
 def _sha256(path: Path) -> str:
+    _size(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

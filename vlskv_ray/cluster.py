@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
 
+from vlskv_ray.command import safe
 from vlskv_ray.config import ClusterConfig, Config, DataConfig
 
 ENVIRONMENT = {
@@ -250,7 +251,7 @@ class ProgressLine:
     def update(self) -> None:
         """Reads what is new, tells it and shows the latest step."""
         for line in self.warnings.new_lines():
-            text = f"warning: {json.loads(line)['warning']}"
+            text = safe(f"warning: {json.loads(line)['warning']}")
             self._write(text, lasting=True) if self.shown else print(text, file=sys.stderr)
         lines = self.metrics.new_lines()
         for line in lines if self.on_metrics else ():

@@ -25,7 +25,7 @@ def exit_status(command: Callable[[], int]) -> int:
     try:
         return command()
     except ValueError as error:  # each of ours names the option, key or file, what was wanted and the remedy
-        print(error, file=sys.stderr)
+        print(safe(str(error)), file=sys.stderr)
         return WRONG_INPUT
     except StoppedRun as error:  # what was asked for cannot be done, though nothing is wrong with how it was asked
         print(f"error: {error}", file=sys.stderr)
@@ -34,10 +34,20 @@ def exit_status(command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:  # a full disk, a folder that went away
-        print(f"error: {error}", file=sys.stderr)
+        print(safe(f"error: {error}"), file=sys.stderr)
         return WRONG_INPUT if error.errno == errno.ENAMETOOLONG else FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def printable(text: str) -> str:
+    """A text on one line of a terminal: what would steer it, such as an escape sequence, is written out."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def safe(text: str) -> str:
+    """The same for a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def plural(count: int, word: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vlskv_ray.cluster import Reserved, duration, reserve, threads_of
+from vlskv_ray.command import printable
 from vlskv_ray.counting import flop_counter, peak_bytes, size
 from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
@@ -214,7 +215,7 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
         raise StoppedRun(message)
     for what, rows in (("left out", rejected), ("changed", notices)):
         for row in rows[:SHOWN_REJECTED]:
-            print(f"{what} {row['id']}: {row['reason']}: {row['detail']}")
+            print(printable(f"{what} {row['id']}: {row['reason']}: {row['detail']}"))
     more = len(rejected) - SHOWN_REJECTED
     with_images = sum(int(batch.has_image.sum()) for batch in found)
     print(

@@ -21,13 +21,13 @@ from vlskv_ray.data.sample import refused_message
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of
 from vlskv_ray.figures import as_written, read_run
+from vlskv_ray.finished import write_pages
 from vlskv_ray.generate import add_where_to_compute, check_generation, device_asked_for
 from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor
 from vlskv_ray.model.build import load_config as load_model_config
 from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
-from vlskv_ray.model_card import card, write_model_card
+from vlskv_ray.model_card import card
 from vlskv_ray.report import evaluation_table
-from vlskv_ray.report_page import write_report
 from vlskv_ray.run import StoppedRun
 from vlskv_ray.savings import layers_of, measure_savings
 
@@ -101,7 +101,7 @@ def evaluate(options: argparse.Namespace) -> int:
     print("\n".join(evaluation_table(evaluation)))
     written = [target]
     if run:
-        written += [write_report(run), write_model_card(run)]
+        written += write_pages(run)
     print(f"written: {', '.join(str(shown(path)) for path in written)}")
     return DONE
 

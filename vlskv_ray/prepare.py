@@ -17,7 +17,7 @@ from pydantic import ValidationError
 import vlskv_ray
 from vlskv_ray.checkpoint import SavedState
 from vlskv_ray.cluster import threads_of
-from vlskv_ray.command import shown
+from vlskv_ray.command import safe, shown
 from vlskv_ray.config import Config, changed_keys
 from vlskv_ray.counting import matmul_seconds, size
 from vlskv_ray.data.chat import Limits
@@ -27,6 +27,7 @@ from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.plan import Plan, Table, Tokens, first_of_mixture
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import Source, open_sources
+from vlskv_ray.figures import at
 from vlskv_ray.model.build import (
     check_growth,
     find_model,
@@ -199,7 +200,7 @@ def dtype_of(config: Config, saved: SavedState | None, text: Any) -> str:
     """What model.dtype=auto stands for, the same on all workers: as the checkpoint has it, else the type that GPUs are
     made for, or what is measured here."""
     if saved:
-        before = saved.state["config"].get("model", {}).get("dtype")
+        before = at(saved.state["config"], "model", "dtype")
         return str(before) if before in ("float32", "bfloat16") else "float32"
     if config.cluster.use_gpu:
         return "bfloat16"
@@ -269,7 +270,7 @@ def check_resumable(config: Config, saved: SavedState | None) -> int:
     if saved:
         try:
             before = Config.model_validate(saved.state["config"])
-        except ValidationError:
+        except (ValidationError, RecursionError):
             raise ValueError(f"{saved.path}: cannot go on from here: written by another version; {REMEDY}") from None
         changed = changed_keys(before, config)
         if before.cluster.num_workers != config.cluster.num_workers:  # then another accumulation makes up for it
@@ -344,4 +345,4 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
 
 def say(config: Config, text: str) -> None:
     if config.output.level in ("debug", "info"):
-        print(text, flush=True)
+        print(safe(text), flush=True)

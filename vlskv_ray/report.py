@@ -35,8 +35,9 @@ AVERAGED = {
 PACKAGES = ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow", "matplotlib")
 
 
-def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
-    """Writes summary.json, which also marks the run as finished: means of the first and last logged steps."""
+def write_summary(run: Run, outcome: dict[str, Any], seconds: float, final: dict[str, str]) -> None:
+    """Writes summary.json: means of the first and last logged steps, and the seals of the model, by which it is known
+    as what this run wrote."""
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     count = max(1, min(5, len(lines) // 2))
 
@@ -53,6 +54,7 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
         "last": {name: mean(name, lines[-count:]) for name in AVERAGED},
         "rejected": outcome["rejected"],
         "notices": outcome["notices"],
+        "empty_steps": outcome["empty_steps"],
         "data": {name: outcome[name] for name in ("lengths", "images")} | {"samples": outcome["seen"]},
         "model": run.config.model.name_or_path,
         "revision": run.config.model.revision,
@@ -65,6 +67,7 @@ def write_summary(run: Run, outcome: dict[str, Any], seconds: float) -> None:
             "workers": max(run.config.cluster.most_workers, 1),
             **({"device": "a GPU for each worker"} if run.config.cluster.use_gpu else {}),
         },
+        "final": final,
     }
     write_json(run.folder / "summary.json", summary)
 
@@ -85,6 +88,8 @@ def closing_lines(run: RunFiles) -> list[str]:
         left_out += f"; {sum(notices.values())} samples changed: {changed}"
     times = f"{duration(summary['training_seconds'])}, the command in {duration(summary['command_seconds'])}"
     lines.append(f"{summary['steps']} steps in {times}; {left_out}")
+    if empty := summary.get("empty_steps"):
+        lines.append(f"warning: {empty} of the {summary['steps']} steps had no sample to learn from")
     return [*lines, "", *evaluation_table(run.evaluation)]
 
 

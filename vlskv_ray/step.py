@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlskv_ray.command import printable
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, parts
 from vlskv_ray.distill import LossSums, Objective
@@ -146,9 +147,10 @@ def stop_if_not_finite(sums: LossSums, grad_norm: float, micro_batches: Sequence
     if math.isfinite(sums.loss) and math.isfinite(grad_norm):
         return
     what = f"loss is {sums.loss}" if not math.isfinite(sums.loss) else f"gradient norm is {grad_norm}"
-    ids = sorted(i for mine in gather_objects([b.sample_ids for b in micro_batches]) for batch in mine for i in batch)
+    everyone = gather_objects([b.sample_ids for b in micro_batches])
+    ids = printable(", ".join(sorted(i for mine in everyone for batch in mine for i in batch)))
     raise StoppedRun(
-        f"step {micro_batches[0].step + 1}: the {what}; nothing was updated. Samples of this step: {', '.join(ids)}. "
+        f"step {micro_batches[0].step + 1}: the {what}; nothing was updated. Samples of this step: {ids}. "
         f"Look at these, or lower optimizer.lr; the checkpoints before this step are unharmed"
     )
 

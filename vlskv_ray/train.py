@@ -1,7 +1,6 @@
 """The command `python -m vlskv_ray.train`: config -> checks -> Ray -> TorchTrainer -> summary."""
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -15,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from vlskv_ray.checkpoint import has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
 from vlskv_ray.cluster import (
     ProgressLine,
@@ -27,19 +24,19 @@ from vlskv_ray.cluster import (
     ray_cluster,
     reserve,
 )
-from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
+from vlskv_ray.command import DONE, FAILED, exit_status, printable, run_parser, safe, shown
 from vlskv_ray.config import ClusterConfig, Config, dump_config, load_config_and_notices
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, begin_at, executions, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import ROWS_IN_MEMORY
 from vlskv_ray.dry_run import dry_run
+from vlskv_ray.faults import point
+from vlskv_ray.finished import PAGES, is_untouched, seals, unfinished, unmade, write_pages
 from vlskv_ray.lease import owned
-from vlskv_ray.model_card import write_model_card
 from vlskv_ray.node import process_group, travels
 from vlskv_ray.preflight import check_nodes
 from vlskv_ray.prepare import REMEDY, check_cache, prepare, run_folder, say
 from vlskv_ray.report import closing, write_summary
-from vlskv_ray.report_page import write_report
 from vlskv_ray.run import Run, StoppedRun, Worker
 from vlskv_ray.run_log import take_back
 from vlskv_ray.train_loop import train_worker
@@ -81,7 +78,7 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
             check_cache(run, loader)
         dry_run(run, replace(loader, cache=None))
     except StoppedRun as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return FAILED
     return DONE
 
@@ -128,7 +125,7 @@ def train(
     if resume == "never" and folder.exists():
         say(config, f"moved the older run to {shown(moved_aside(folder))}")
     with owned(folder) as owner:
-        saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+        saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: tell(f"warning: {text}"))
         if saved is None and resume == "must":
             raise ValueError(f"{folder}: --resume must was given, but there is no checkpoint to go on from")
         if saved is None and ((folder / "summary.json").exists() or has_checkpoints(folder / "checkpoints")):
@@ -136,8 +133,7 @@ def train(
         run, loader = prepare(config, saved, num_samples, owner)
         if len(loader.plan.lengths) > ROWS_IN_MEMORY:
             loader = replace(loader, plan=loader.plan.with_lengths_in(folder / "lengths.npy"))
-        if saved and saved.step >= run.total_steps and is_finished(folder):
-            print(f"this run is already finished; `--resume never` starts it anew\n{closing(folder)}")
+        if saved and saved.step >= run.total_steps and is_completed(run):
             return DONE
         if run.cache is not None:
             check_cache(run, loader)
@@ -149,64 +145,101 @@ def train(
         try:
             outcome, asked_by = start(run, loader, on_metrics)
         except RunFailed as error:
-            cause = error.__cause__
-            assert cause is not None
-            with suppress(OSError):  # a full disk may be what it is about
-                write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
-            reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
-            if "OutOfMemory" in reason and "CUDA" not in reason:  # of a GPU, torch says itself what was full
-                reason = "the memory of a machine was full, whoever filled it, and Ray ended processes of this run"
-            print(f"error: {reason}; all of it is in {shown(folder / 'error.log')}{advice(cause)}", file=sys.stderr)
-            return FAILED
-        if outcome["status"] == "refused":
+            assert error.__cause__ is not None
+            return told_of_failure(folder, error.__cause__)
+        if outcome["status"] != "done":
+            return told_of_end(run, loader, outcome, asked_by)
+        finish(run, outcome, time.monotonic() - began)
+        return DONE
+
+
+def finish(run: Run, outcome: dict[str, Any], seconds: float) -> None:
+    """Writes down what a run came to, and says it; model and evaluation are there already."""
+    write_summary(run, outcome, seconds, seals(run.folder))
+    point("summary", run.total_steps)
+    write_pages(run.folder)
+    say(run.config, closing(run.folder))
+
+
+def is_completed(run: Run) -> bool:
+    """Whether a run whose steps are all made has what a finished one has; pages that it lacks are made from the rest.
+
+    Where more is missing, what somebody may have changed of the model is kept: it is about to be exported once more.
+    """
+    folder, config_text = run.folder, dump_config(run.config)
+    written = folder / "config.yaml"
+    if not written.is_file() or config_text.startswith(written.read_text(errors="replace")):
+        write_text(written, config_text)
+    why = unfinished(folder, run.total_steps)
+    if why is None:
+        lacked = unmade(folder)
+        for name in lacked:
+            PAGES[name](folder)
+        print(f"this run is already finished; `--resume never` starts it anew\n{safe(closing(folder))}")
+        if lacked:
+            say(run.config, f"made again    {', '.join(lacked)}")
+        return True
+    if (folder / "summary.json").exists():  # it came to its end before, and all had time to look at it
+        say(run.config, f"made again    what the end of this run leaves: {why}")
+        if (folder / "final").exists() and not is_untouched(folder):
+            older = unused_name(folder / "final")
+            (folder / "final").rename(older)
+            say(run.config, f"moved the model that was there to {shown(older)}")
+    return False
+
+
+def told_of_failure(folder: Path, cause: BaseException) -> int:
+    """Says what ended a run and keeps all of it in error.log; returns the exit status."""
+    with suppress(OSError):  # a full disk may be what it is about
+        write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
+    reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
+    if "OutOfMemory" in reason and "CUDA" not in reason:  # of a GPU, torch says itself what was full
+        reason = "the memory of a machine was full, whoever filled it, and Ray ended processes of this run"
+    tell(f"error: {reason}; all of it is in {shown(folder / 'error.log')}{advice(cause)}")
+    return FAILED
+
+
+def told_of_end(run: Run, loader: Loader, outcome: dict[str, Any], asked_by: int | None) -> int:
+    """Says why a run ended before it was done; returns the exit status. ValueError where its model was refused."""
+    match outcome["status"]:
+        case "refused":
             raise ValueError(outcome["message"])
-        if outcome["status"] == "poisoned":
-            step = outcome["step"]
-            print(
-                f"error: step {step + 1} was begun {DEATHS} times and ended its workers each time; its samples are "
-                f"{', '.join(samples_of(loader, step))}. Look at these; the same command tries it again",
-                file=sys.stderr,
+        case "poisoned":
+            ids = printable(", ".join(samples_of(loader, outcome["step"])))
+            tell(
+                f"error: step {outcome['step'] + 1} was begun {DEATHS} times and its workers ended in it each time: by "
+                f"one of its samples, or from outside, as by a machine that has no memory left or by a person. Its "
+                f"samples are {ids}. The same command tries it again"
             )
             return FAILED
-        if outcome["status"] == "failed":
-            print(f"error: {outcome['message']}", file=sys.stderr)
+        case "failed":
+            tell(f"error: {outcome['message']}")
             return FAILED
-        if outcome["status"] == "interrupted":
+        case "interrupted":
             print("ended at once; the same command goes on from the newest checkpoint, if there is one yet")
-            return 128 + (asked_by or signal.SIGINT)
-        if outcome["status"] == "stopped":
+        case _:
             print(f"saved at step {outcome['step']} of {run.total_steps}; the same command goes on from there")
-            return 128 + (asked_by or signal.SIGINT)
-        write_summary(run, outcome, time.monotonic() - began)
-        write_report(folder)
-        write_model_card(folder)
-        say(config, closing(folder))
-        return DONE
+    return 128 + (asked_by or signal.SIGINT)
+
+
+def tell(text: str) -> None:
+    print(safe(text), file=sys.stderr)
 
 
 def moved_aside(folder: Path) -> Path:
     """Gives a folder that nobody is using another name, and returns that: nothing is deleted."""
     with owned(folder):
-        older = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
-        while older.exists():
-            older = older.with_name(f"{older.name}-")
+        older = unused_name(folder)
         folder.rename(older)
     return older
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end and what it left is there and whole, as far as that is quickly seen."""
-    try:
-        weights = list(folder.glob("final/*.safetensors"))
-        for path in weights:
-            with safe_open(path, "pt"):  # which compares the size with what its header says
-                pass
-        for name in ("final/config.json", "evaluation.json"):
-            json.loads((folder / name).read_text())
-        written = bool(weights) and (folder / "report.html").exists()
-        return written and "steps" in json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError, TypeError, SafetensorError):
-        return False
+def unused_name(folder: Path) -> Path:
+    """What a folder that is there may be called from now on."""
+    older = folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+    while older.exists():
+        older = older.with_name(f"{older.name}-")
+    return older
 
 
 def samples_of(loader: Loader, step: int) -> list[str]:

@@ -24,7 +24,7 @@ from vlskv_ray.model.build import (
 )
 from vlskv_ray.run import AskedToStop, Run, StoppedRun, Worker, gather_objects, this_rank
 from vlskv_ray.run_log import RunLog
-from vlskv_ray.saving import Saver, export, finish_saving, resume, save_is_due, stop_if_taken_over
+from vlskv_ray.saving import MAKE_ROOM, Saver, export, finish_saving, resume, save_is_due, stop_if_taken_over
 from vlskv_ray.savings import layers_of, measure_savings
 from vlskv_ray.step import (
     GradientBuffer,
@@ -68,13 +68,13 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
         return {"status": "poisoned", "step": poisoned}
     try:
         model = model_of(run)
+        trained = trainable_parameters(model)
+        optimizer = build_optimizer(config, trained)
+        step, counts = resume(run, trained, optimizer)
     except ValueError as error:  # the same on every worker, and the next time
         return {"status": "refused", "message": str(error), "step": 0}
-    trained = trainable_parameters(model)
-    optimizer = build_optimizer(config, trained)
     gradients = GradientBuffer(trained.values())
     schedule = learning_rate_schedule(config, run.total_steps)
-    step, counts = resume(run, trained, optimizer)
     log = saver = None
     if worker.rank == 0:
         log = RunLog(run.folder, step, order=output.order, tensorboard=output.tensorboard)
@@ -93,6 +93,10 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
     stopped, failure, first_step, warned = False, None, step, False
 
     while step < run.total_steps and not stopped:
+        if (
+            attempts and config.cluster.most_workers == 0
+        ):  # samples are prepared here, and may be what ends this process
+            attempts.begin(step)
         point("step", step, worker.rank)
         began = time.perf_counter()
         micro_batches, data_wait = take(batches, step, per_worker)
@@ -115,6 +119,8 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
                 asked_to_stop=worker.rank == 0 and run.stop_file.exists(),
                 on_micro_batch=watchdog.done,
             )
+            if attempts:
+                attempts.done(step)
             step += 1
             point("updated", step, worker.rank)
             counts.add(micro_batches, result.sums, gather(micro_batches, result.sums, always=output.order))
@@ -141,6 +147,8 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
             failure = str(reason)
             break
 
+    if failure is None and step == run.total_steps:
+        failure = counts.nothing_learnt(config.vision_loss_weight, config.text_loss_weight)
     if saver:
         saver.wait()
     if log:
@@ -155,9 +163,8 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
     else:
         model.to(getattr(torch, config.model.dtype))  # measured as it is exported
         point("export", step, worker.rank)
-        if worker.rank == 0:
-            export(run, model)
         try:
+            export_for_all(run, worker, model, watchdog)
             measure(run, worker, model, evaluator, watchdog)
         except AskedToStop:
             outcome = {"status": "stopped", "step": step}
@@ -165,6 +172,19 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
             outcome = {"status": "failed", "message": str(reason), "step": step}
     watchdog.rest()
     return outcome
+
+
+def export_for_all(run: Run, worker: Worker, model: Any, watchdog: Watchdog) -> None:
+    """One worker writes `final/`; StoppedRun on all of them where it cannot."""
+    watchdog.begin()
+    wrong = ""
+    if worker.rank == 0:
+        try:
+            export(run, model)
+        except OSError as error:
+            wrong = f"{error}; {MAKE_ROOM}"
+    if wrong := gather_objects(wrong)[0]:
+        raise StoppedRun(wrong)
 
 
 def model_of(run: Run) -> Any:
@@ -257,7 +277,10 @@ def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, w
         if not is_sft:
             evaluation["model"] = layers_of(model)
             evaluation["savings"] = measure_savings(model, evaluator.typical_sample() if evaluator else None)
-        write_json(run.folder / "evaluation.json", evaluation)
+        try:
+            write_json(run.folder / "evaluation.json", evaluation)
+        except OSError as error:
+            raise StoppedRun(f"{error.filename} {error.strerror}; {MAKE_ROOM}") from error
         point("end", run.total_steps)
 
 

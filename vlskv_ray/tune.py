@@ -24,10 +24,11 @@ from typing import Any
 from vlskv_ray.cache import SeveralCaches, fill_ahead, samples_of
 from vlskv_ray.checkpoint import newest_step, write_text
 from vlskv_ray.cluster import Cluster, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
-from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, shown
+from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, safe, shown
 from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config, load_config_and_notices
 from vlskv_ray.config.problems import no_option
 from vlskv_ray.figures import at, read_run
+from vlskv_ray.finished import is_finished
 from vlskv_ray.frontier import train_command, write_frontier
 from vlskv_ray.lease import owned
 from vlskv_ray.model.build import find_model, swiftkv_config
@@ -36,7 +37,7 @@ from vlskv_ray.prepare import check_cache, prepare, run_folder, say, teacher_cac
 from vlskv_ray.sweep import DONE as TRIAL_DONE
 from vlskv_ray.sweep import FAILED as TRIAL_FAILED
 from vlskv_ray.sweep import STOPPED, SweepTable, Trial, end, outcome_of, trial_of, trials_of
-from vlskv_ray.train import is_finished, moved_aside, train
+from vlskv_ray.train import moved_aside, train
 
 LOG = "log.txt"
 """In a trial's folder: what its command would have printed."""
@@ -499,7 +500,7 @@ def run_trial(parameters: dict[str, Any], *, sweep: Sweep) -> None:
             config = with_share(sweep.config_of(trial), sweep, is_new)
             status = train(config, num_samples=sweep.num_samples, on_metrics=tell)
         except ValueError as error:
-            print(error)
+            print(safe(str(error)))
             status = FAILED
     if status > 128:
         ray_tune.report(NOTHING)

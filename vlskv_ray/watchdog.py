@@ -67,7 +67,11 @@ class Watchdog:
 
 
 class Attempts:
-    """Which step is being made, in attempt.json, so that one which ends its workers each time is known for it."""
+    """Which step is being computed, in attempt.json, so that one which ends its workers each time is known for it.
+
+    An end at any other time, as while samples are waited for or answers measured, is none of the step's doing. One from
+    outside while it is computed cannot be told from its own.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +79,8 @@ class Attempts:
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             found = json.loads(path.read_text())
             died = Counter({str(int(step)): int(count) for step, count in found["died"].items()})
-            died[str(int(found["step"]))] += 1
+            if found["step"] is not None:
+                died[str(int(found["step"]))] += 1
             self.died = died
 
     def poisoned(self, total_steps: int) -> int | None:
@@ -84,10 +89,17 @@ class Attempts:
         return next((step for step in steps if 0 <= step < total_steps), None)
 
     def begin(self, step: int) -> None:
-        self.died.pop(str(step - 1), None)
-        with suppress(OSError):
-            self.path.write_text(json.dumps({"step": step, "died": self.died}))
+        self._write(step)
+
+    def done(self, step: int) -> None:
+        """The step has been computed after all."""
+        self.died.pop(str(step), None)
+        self._write(None)
 
     def end(self) -> None:
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+    def _write(self, step: int | None) -> None:
+        with suppress(OSError):
+            self.path.write_text(json.dumps({"step": step, "died": self.died}))

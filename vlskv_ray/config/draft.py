@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from vlskv_ray.command import printable
 from vlskv_ray.config.options import source_from_text
 
 KeyPath = tuple[str | int, ...]
@@ -61,7 +62,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
-    text: str = node.value
+    text = _text(node)
     if node.style is not None:  # quoted
         return text
     if text in _CONSTANTS:
@@ -69,6 +70,16 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
     if _INT.fullmatch(text):
         return int(text)
     return float(text) if FLOAT.match(text) else text
+
+
+def _text(node: yaml.ScalarNode) -> str:
+    """The text of a node. JSON writes a character that takes two units of UTF-16 as both, as in "\\ud83d\\ude00"; half
+    of one is no text that could be written to a file or a terminal."""
+    text: str = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        problem = f"{text!r} holds half of a character, a surrogate without its other half; write the whole one"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return text
 
 
 @dataclass
@@ -90,39 +101,41 @@ class Draft:
     def _located(self, key: KeyPath, text: str) -> tuple[float, str]:
         known = (self.lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in self.lines)
         line = next(known, 0.0)
-        where = "command line" if line == _COMMAND_LINE else f"{self.file}:{line:.0f}" if line else self.file
+        file = printable(self.file)
+        where = "command line" if line == _COMMAND_LINE else f"{file}:{line:.0f}" if line else file
         return line, f"{where}: {dotted(key)}: {text}"
 
     def read_file(self) -> None:
         """Fills the tree. A file that holds no keys raises ConfigError at once: nothing else can be said about it."""
+        shown_file = printable(self.file)
         try:
             with open(self.file, "rb") as stream:
                 content = stream.read(_MAX_BYTES + 1)
         except OSError as error:
-            raise ConfigError([f"{self.file}: can not be read: {error.strerror}"]) from None
+            raise ConfigError([f"{shown_file}: can not be read: {error.strerror}"]) from None
         if len(content) > _MAX_BYTES:
-            raise ConfigError([f"{self.file}: larger than {_MAX_BYTES >> 20} MiB; wanted a YAML file of options"])
+            raise ConfigError([f"{shown_file}: larger than {_MAX_BYTES >> 20} MiB; wanted a YAML file of options"])
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
-            raise ConfigError([f"{self.file}:{line}: not UTF-8 text; save the file as UTF-8"]) from None
+            raise ConfigError([f"{shown_file}:{line}: not UTF-8 text; save the file as UTF-8"]) from None
         try:
             node = yaml.compose(text, Loader=_Loader)
             tree = None if node is None else self._values(node, ())
         except yaml.YAMLError as error:
             line, problem = _syntax_problem(error, text)
-            raise ConfigError([f"{self.file}:{line}: {problem}"]) from None
+            raise ConfigError([f"{shown_file}:{line}: {problem}"]) from None
         if tree is None:
-            raise ConfigError([f"{self.file}: is empty; wanted at least model.name_or_path and data.sources"])
+            raise ConfigError([f"{shown_file}: is empty; wanted at least model.name_or_path and data.sources"])
         if not isinstance(tree, dict):
-            raise ConfigError([f"{self.file}:1: wanted keys such as `model:` at the top, got {shown(tree)}"])
+            raise ConfigError([f"{shown_file}:1: wanted keys such as `model:` at the top, got {shown(tree)}"])
         self.tree = tree
 
     def override(self, text: str) -> None:
         """Sets one value as `section.key=value` says."""
         name, equals, value = text.removeprefix("--").partition("=")
-        if not (name and equals):
+        if not (name and equals and name.isprintable()):
             self.problems.append(
                 (_COMMAND_LINE, f"command line: wanted section.key=value or an option of --help, got {text!r}")
             )
@@ -173,15 +186,16 @@ class Draft:
         for key_node, item in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
-            child = (*key, key_node.value)
-            if key_node.value in section:
+            name = _text(key_node)
+            child = (*key, name)
+            if name in section:
                 first, self.lines[child] = self.lines[child], line or key_node.start_mark.line + 1
                 where = "" if line else f", first in line {first:.0f}"
                 self.problem(child, f"given twice{where}; keep one of them")
                 self.lines[child] = first  # whose value stays
             else:
                 self.lines[child] = line or key_node.start_mark.line + 1
-                section[key_node.value] = self._values(item, child, line)
+                section[name] = self._values(item, child, line)
         return section
 
     def _open(self, names: Sequence[str]) -> tuple[Any, KeyPath] | None:
@@ -237,5 +251,5 @@ def shown(value: Any) -> str:
     """A value as the user wrote it, on one line."""
     if isinstance(value, dict):
         return "a section of keys"
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = repr(value) if isinstance(value, str) else printable(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 80 else f"{text[:77]}..."

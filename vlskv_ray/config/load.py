@@ -56,7 +56,8 @@ def load_config_and_notices(file: str | Path, overrides: Sequence[str] = ()) -> 
             for key, text in in_plain_words(details):
                 draft.problem(key, text)
     if draft.problems:
-        raise ConfigError([line for _, line in sorted(draft.problems, key=lambda problem: problem[0])])
+        lines = [line for _, line in sorted(draft.problems, key=lambda problem: problem[0])]
+        raise ConfigError(list(dict.fromkeys(lines)))  # of a list without its values each of them is missing
     return config, tuple(line for _, line in sorted(draft.notices, key=lambda notice: notice[0]))
 
 

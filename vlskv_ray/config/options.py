@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -21,6 +22,13 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+
+def _without_control_characters(text: str) -> str:
+    """Names become folders and words on a terminal, which an escape sequence or the end of a line would steer."""
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+        raise ValueError(f"wanted text without control characters, got {text!r}")
+    return text
 
 
 def _absolute(path: str) -> str:
@@ -44,9 +52,10 @@ def _raise_contradictions(problems: dict[str, str]) -> None:
         raise PydanticCustomError("contradiction", "{text}", {"text": text, "problems": problems})
 
 
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_control_characters)]
 Size = Annotated[int, Field(gt=0, le=1_000_000)]
-LocalPath = Annotated[Text, AfterValidator(_absolute)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+"""Of a folder that somebody else may have named, so with whatever characters."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -361,7 +370,7 @@ class OutputConfig(_Section):
     @field_validator("name")
     @classmethod
     def _is_one_folder(cls, name: str | None) -> str | None:
-        if name is not None and (name in (".", "..") or Path(name).name != name):
+        if name is not None and (name in (".", "..") or Path(name).name != name or name.strip() != name):
             raise ValueError(f"wanted the name of one folder, got {name!r}; where it lies is output.dir")
         return name
 
@@ -419,6 +428,8 @@ class TuneConfig(_Section):
 def _drawn(space: dict[str, Any], below: str) -> Iterator[tuple[str, Any]]:
     """Options and what they are drawn from, {distribution: values}; sections may be nested or dotted."""
     for name, wanted in space.items():
+        if not name.isprintable():
+            raise ValueError(f"{name!r}: wanted the name of an option")
         key = f"{below}{name}"
         if isinstance(wanted, list):
             wanted = {"grid": wanted}

@@ -20,7 +20,7 @@ from vlskv_ray.data.sources import open_sources
 from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of
 from vlskv_ray.figures import as_written, read_run
 from vlskv_ray.generate import add_where_to_compute, check_generation, device_asked_for
-from vlskv_ray.model.build import LIBRARY_ERRORS, build_student, build_whole, find_model, load_processor, one_line
+from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor
 from vlskv_ray.model.build import load_config as load_model_config
 from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
 from vlskv_ray.model_card import card, write_model_card
@@ -144,10 +144,10 @@ def student(name_or_path: str) -> tuple[Any, Any]:
                 f"{name_or_path} holds no SwiftKV weights; wanted a student, such as the folder final/ of a run"
             )
         processor = load_processor(files)
-        try:
-            check_template(processor)
-        except LIBRARY_ERRORS as error:  # a template may compute anything
-            raise ValueError(f"{name_or_path}: its chat template cannot be used: {one_line(error)}") from error
+        with told_of(f"{name_or_path}: its chat template cannot be used"):
+            notices = check_template(processor)
+        for notice in notices:
+            print(f"warning: {notice}")
         model = build_student(files)
         check_generation(model, name_or_path)
         return model, processor

@@ -1,9 +1,11 @@
 """SwiftKV and its distillation written a second time, plainly, to test against: no sharing, no gathering, no chunks.
+At the end, where answers are in a conversation, by rendering it over and over.
 
 Two whole passes, all logits, every formula spelled out from the papers for one sample at a time. Only the vision tower
 and the projector, which SwiftKV leaves alone, are the model's own.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -128,3 +130,24 @@ def distillation(
             sums["top1"] += float(teacher_logits[t].argmax() == student_logits[t].argmax())
             sums["hidden"] += hidden.item()
     return total, count, sums
+
+
+def rendered_by_prefixes(processor: Any, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and the character spans of the assistant's turns, their end-of-turn tokens included."""
+
+    def text_of(count: int, **options: Any) -> str:
+        return processor.apply_chat_template(messages[:count], tokenize=False, **options) if count else ""
+
+    full, spans = text_of(len(messages)), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, opened, upto = text_of(i), text_of(i, add_generation_prompt=True), text_of(i + 1)
+            assert full.startswith(upto) and upto.startswith(before)
+            spans.append((max(len(before), len(os.path.commonprefix([full, opened]))), len(upto)))
+    start, end = spans[-1]
+    tokenizer = processor.tokenizer
+    special = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
+    if end == len(full) and not any(token in full[start:] for token in special):
+        full += tokenizer.eos_token
+        spans[-1] = (start, len(full))
+    return full, spans

@@ -165,7 +165,8 @@ def student(name_or_path: str) -> tuple[Any, Any]:
                 f"{name_or_path} holds no SwiftKV weights; wanted a student, such as the folder final/ of a run"
             )
         processor = load_processor(files)
-        check_processor(files, processor)
+        for notice in check_processor(files, processor):
+            print(f"warning: {notice}")
         model = build_student(files)
         check_generation(model, name_or_path)
         return model, processor

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import TextStreamer
 from transformers.generation import BaseStreamer
@@ -20,6 +19,8 @@ from vlskv_ray.command import DONE, exit_status, told_of, up_to
 from vlskv_ray.data.chat import num_image_features
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import ImageFile, Rejected
+from vlskv_ray.data.templates import render
+from vlskv_ray.data.tokens import tokenise
 from vlskv_ray.model.build import (
     LIBRARY_ERRORS,
     build_student,
@@ -187,19 +188,16 @@ def read_question(
     if processor.image_token in prompt:
         raise ValueError(f"--prompt: holds {processor.image_token!r}, which stands for an image; use --image FILE")
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    processed = processor.image_processor(list(images), return_tensors="pt") if images else {}
+    placeholders = [processor.replace_image_token(processed, image_idx=i) for i in range(len(images))]
     try:
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    except (TemplateError, *LIBRARY_ERRORS) as error:  # a template may compute anything
-        raise ValueError(f"--model: its chat template does not take this question: {one_line(error)}") from error
-    if text.count(processor.image_token) != len(images):
-        written = text.count(processor.image_token)
-        raise ValueError(f"--model: its chat template writes {written} image tokens for {len(images)} images")
-    inputs = processor(
-        text=text,
-        images=list(images) or None,
-        add_special_tokens=not text.startswith(processor.tokenizer.bos_token or "\0"),
-        return_tensors="pt",
-    )
+        rendering = render(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+        ids, _, _ = tokenise(processor, rendering, placeholders)
+    except Rejected as reason:
+        option = "--prompt: " if reason.code == "text_special" else "--model: its "
+        raise ValueError(option + reason.detail.removeprefix("the model's ")) from reason
+    input_ids = torch.from_numpy(ids)[None]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **processed}
     length, of_images = inputs["input_ids"].shape[1], num_image_tokens(config, inputs)
     sizes = inputs["image_sizes"].tolist() if images else []
     features = sum(num_image_features(config, (height, width)) for height, width in sizes)
@@ -214,7 +212,7 @@ def read_question(
             f"--prompt: {length} tokens, {of_images} of them of images, but the model has positions for {positions}; "
             f"use fewer images or a shorter prompt"
         )
-    return dict(inputs), positions - length + 1  # the last token of an answer is not fed back, so it needs none
+    return inputs, positions - length + 1  # the last token of an answer is not fed back, so it needs none
 
 
 def num_image_tokens(config: Any, inputs: dict[str, torch.Tensor]) -> int:

@@ -82,7 +82,7 @@ def prepare(
         model = model.model_copy(update=resolved)
     if model.dtype == "auto":
         model = model.model_copy(update={"dtype": dtype_of(config, saved, text_config)})
-    check_processor(files, load_processor(files))
+    notices = check_processor(files, load_processor(files))
     positions = text_config.max_position_embeddings
     max_length = config.data.max_length or positions
     if max_length > positions:
@@ -153,6 +153,8 @@ def prepare(
             raise ValueError(f"{saved.path}: is beyond the {total_steps} steps that the run would have; {REMEDY}")
     run = replace(run, held_out=held_out_of(config, limits))
     say(config, start_block(run, plan, text_config))
+    for notice in notices:
+        say(config, f"warning: {notice}")
     if run.total_steps < FEW_STEPS and config.objective == "distill":
         say(
             config,

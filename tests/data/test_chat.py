@@ -103,7 +103,7 @@ def test_equals_the_stock_processor_in_one_call(template: str) -> None:
     processor = processor_with(template)
     messages = conversation("compare", "done", images=3)
     pictures = [picture(100, 40, 1), picture(30, 31, 2), picture(50, 90, 3)]
-    text, _ = render(processor, messages)
+    text = render(processor, messages).text
     stock = processor(
         text=[text],
         images=[load_image(data) for data in pictures],
@@ -210,7 +210,13 @@ def test_too_many_images() -> None:
 
 
 def test_the_image_token_as_text_is_not_taken_for_an_image() -> None:
-    assert rejection(Sample("x", conversation("what does <image> mean?", "a tag"), [])).code == "text_special"
+    """Not where the row has an image as well: both are what they are."""
+    processor = processor_with("preset")
+    sample = Sample("x", conversation("what does <image> mean?", "<image> is a tag", images=1), [picture(40, 40)])
+    encoded = encode(sample, processor, features, Limits())
+    assert (encoded.input_ids == processor.image_token_id).sum() == features((40, 40))
+    assert supervised(encoded, processor) == ["<image> is a tag</s>"]
+    assert "what does <image> mean?" in processor.tokenizer.decode(encoded.input_ids)
 
 
 def test_a_processor_that_counts_otherwise_than_the_model_is_noticed() -> None:

@@ -1,19 +1,19 @@
 """From a sample to token ids, labels and pixels, by the model's own chat template, tokenizer and image processor."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import Rejected, Sample
+from vlskv_ray.data.templates import render, spans_by_prefixes, texts_of, write
+from vlskv_ray.data.tokens import fewest_tokens, tokenise
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,8 @@ class Limits:
     """Images decoded and preprocessed at once, so held in memory at full size."""
 
 
-def render(processor: Any, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character spans of the assistant's turns, their end-of-turn tokens included.
-
-    Spans come of rendering prefixes: turn i begins where the text of the messages before it ends (after the words that
-    open an assistant's turn) and ends where the text of the messages up to it does. Where a template closes the last
-    answer with no special token, the end-of-sequence token is added: a student must learn where to stop.
-
-    Raises:
-        ValueError: the template refuses the conversation, or rewrites earlier turns as later ones come, so that no span
-            can be told.
-    """
-
-    def text_of(count: int, **options: Any) -> str:
-        try:
-            return processor.apply_chat_template(messages[:count], tokenize=False, **options) if count else ""
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:  # what templates do
-            raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
-
-    full, spans = text_of(len(messages)), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, opened, upto = text_of(i), text_of(i, add_generation_prompt=True), text_of(i + 1)
-        if not full.startswith(upto) or not upto.startswith(before):
-            raise ValueError(
-                f"the model's chat template writes message {i + 1} of a conversation differently once others follow "
-                f"({upto[-80:]!r} is not the beginning of the whole); labels cannot be placed with such a template"
-            )
-        spans.append((max(len(before), len(os.path.commonprefix([full, opened]))), len(upto)))
-    tokenizer = processor.tokenizer
-    start, end = spans[-1]
-    closing_tokens = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
-    if end == len(full) and tokenizer.eos_token and not any(token in full[start:] for token in closing_tokens):
-        full += tokenizer.eos_token
-        spans[-1] = (start, len(full))
-    return full, spans
+LONG_FOR_A_TOKEN = 16
+"""Characters; texts shorter than so many a token are cheaply tokenised, whether they fit or not."""
 
 
 def num_image_features(config: Any, image_size: tuple[int, int]) -> int:
@@ -92,29 +58,10 @@ def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, in
             "too_many_images",
             f"{len(sample.images)} images, more than data.max_images_per_sample={limits.max_images_per_sample}",
         )
-    for message in sample.messages:
-        for part in message["content"]:
-            if part["type"] == "text" and processor.image_token in part["text"]:
-                raise Rejected(
-                    "text_special", f"a text holds {processor.image_token!r}, which the model would take for an image"
-                )
-    try:
-        text, spans = render(processor, sample.messages)
-    except ValueError as error:
-        raise Rejected("chat_template", str(error)) from error
-    if text.count(processor.image_token) != len(sample.images):
-        written = text.count(processor.image_token)
-        raise Rejected(
-            "marker_mismatch", f"the chat template writes {written} image tokens for {len(sample.images)} images"
-        )
+    _check_size(sample, processor.tokenizer, limits.max_length)
+    rendering = render(processor, sample.messages)
     tiles, image_sizes, placeholders = _preprocess(sample, processor, limits.image_processing_batch_size)
-    (expanded,), (offsets,) = processor.get_text_with_replacements([text], placeholders)
-    encoding = processor.tokenizer(
-        expanded,
-        add_special_tokens=not text.startswith(processor.tokenizer.bos_token or "\0"),
-        return_offsets_mapping=True,
-    )
-    input_ids = np.asarray(encoding["input_ids"], dtype=np.int64)
+    input_ids, offsets, answers = tokenise(processor, rendering, placeholders)
 
     features = [num_features(size) for size in image_sizes]
     num_placeholders = int((input_ids == processor.image_token_id).sum())
@@ -131,10 +78,23 @@ def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, in
             f"{len(input_ids)} tokens, {num_placeholders} of them of images, more than "
             f"data.max_length={limits.max_length}",
         )
-    labels = _labels(input_ids, encoding["offset_mapping"], [_shift(span, offsets) for span in spans])
+    labels = _labels(input_ids, offsets, answers)
     if not (labels != IGNORE_INDEX).any():
         raise Rejected("no_answer", "no token of an answer is left to learn from")
     return Encoded(sample.uid, input_ids, labels, tiles, image_sizes, _normalisation(processor.image_processor))
+
+
+def _check_size(sample: Sample, tokenizer: Any, max_length: int) -> None:
+    """Rejected (`text_cap`) if the texts cannot fit, told without making anything of them."""
+    texts = texts_of(sample.messages)
+    characters = sum(map(len, texts))
+    if len(sample.messages) > max_length:
+        what = f"{len(sample.messages)} messages, of a token each at least"
+    elif characters > LONG_FOR_A_TOKEN * max_length and (fewest := fewest_tokens(tokenizer, texts)) > max_length:
+        what = f"{characters} characters of text, {fewest} tokens at least"
+    else:
+        return
+    raise Rejected("text_cap", f"{what}, more than data.max_length={max_length}")
 
 
 def _preprocess(
@@ -173,35 +133,67 @@ def _normalisation(image_processor: Any) -> NDArray[np.float32]:
     return np.stack(np.broadcast_arrays(scale, shift)).astype(np.float32)
 
 
-def _shift(span: tuple[int, int], offsets: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """A character span of the text after every placeholder before its ends has been expanded."""
-
-    def moved(position: int) -> int:
-        gained = [o["new_span"][1] - o["span"][1] for o in offsets if o["span"][1] <= position]
-        return position + (gained[-1] if gained else 0)
-
-    return moved(span[0]), moved(span[1])
-
-
 def _labels(
-    input_ids: NDArray[np.int64], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    input_ids: NDArray[np.int64], offsets: NDArray[np.int64], spans: Sequence[tuple[int, int]]
 ) -> NDArray[np.int64]:
     """`input_ids` where a token overlaps a span, IGNORE_INDEX elsewhere."""
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-    supervised = np.zeros(len(input_ids), dtype=bool)
-    for start, end in spans:
-        supervised |= (starts < end) & (ends > start)
-    return np.where(supervised, input_ids, IGNORE_INDEX)
+    starts, ends = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
+    ended, begun = np.searchsorted(ends, offsets[:, 0], "right"), np.searchsorted(starts, offsets[:, 1], "left")
+    return np.where(begun > ended, input_ids, IGNORE_INDEX)
 
 
-def check_template(processor: Any) -> None:
-    """ValueError if labels cannot be placed with the processor's chat template; tried on two turns about an image."""
-    turns = [("user", "What is this?"), ("assistant", "A circle."), ("user", "Which colour?"), ("assistant", "Red.")]
+def check_template(processor: Any) -> list[str]:
+    """Tries the processor's chat template on conversations as data have them.
+
+    Returns:
+        what a reader should know of it: which rows it does not take, and which it writes in another order.
+
+    Raises:
+        ValueError: labels cannot be placed with it.
+    """
+    if not processor.tokenizer.is_fast:
+        kind = type(processor.tokenizer).__name__
+        raise ValueError(
+            f"the model's tokenizer ({kind}) does not say which characters a token is of, which labels need; "
+            f"wanted one with a tokenizer.json"
+        )
+    turns = ("What is this?", "A circle.", "Which colour?", "Red.")
+    try:
+        messages = _conversation(*turns, images=1)
+        spans_by_prefixes(processor, messages, write(processor, messages))
+        rendering = render(processor, messages)
+    except Rejected as reason:
+        raise ValueError(reason.detail) from reason
+    for (start, end), answer in zip(rendering.answers, turns[1::2], strict=True):
+        if answer not in rendering.text[start:end]:
+            shown = repr(rendering.text)
+            raise ValueError(f"the model's chat template does not render an answer as given: {shown}")
+    notices = []
+    for what, messages in _less_usual(turns):
+        try:
+            rendering = render(processor, messages)
+        except Rejected as reason:
+            notices.append(f"rows with {what} will be left out: {reason.detail}")
+            continue
+        if rendering.moves_images:
+            notices.append(f"rows with {what} are learnt as the model's chat template has them: the images first")
+    return notices
+
+
+def _less_usual(turns: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Conversations that not every template takes, and what they have."""
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    yield "a system turn", [system, *_conversation(*turns, images=1)]
+    yield "several images", _conversation(*turns, images=2)
+    between = _conversation(*turns, images=1)
+    between[0]["content"].insert(0, {"type": "text", "text": "Look at this: "})
+    yield "an image after a text", between
+
+
+def _conversation(*turns: str, images: int) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = [
-        {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]}
+        for i, text in enumerate(turns)
     ]
-    messages[0]["content"].insert(0, {"type": "image"})
-    text, spans = render(processor, messages)
-    for (start, end), answer in zip(spans, ("A circle.", "Red."), strict=True):
-        if answer not in text[start:end]:
-            raise ValueError(f"the model's chat template does not render an assistant's text as given: {text!r}")
+    messages[0]["content"] = [{"type": "image"} for _ in range(images)] + messages[0]["content"]
+    return messages

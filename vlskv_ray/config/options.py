@@ -101,8 +101,8 @@ class ModelConfig(_Section):
     teacher_cache: Literal["off", "memory", "disk"] = "off"
     """Keeps what the frozen part of the model makes of each sample: later epochs, and runs of the same teacher and N on
     the same data, then run no vision tower, no layer below N and no teacher; results agree to 1e-6. A sample takes
-    tokens x hidden size x 4 bytes (2 with dtype=bfloat16). memory: in each machine's /dev/shm, until the run ends.
-    disk: in teacher_cache_dir."""
+    tokens x hidden size x 4 bytes (2 with dtype=bfloat16). memory: in each machine's /dev/shm, where
+    nobody but this user can read it, until the run ends. disk: in teacher_cache_dir."""
 
     teacher_cache_dir: LocalPath | None = None
     """Folder of the teacher cache on disk, on storage that all workers share. None: .teacher-cache in output.dir."""

@@ -8,7 +8,17 @@ from pathlib import Path
 import vlskv_ray
 
 PACKAGE = Path(vlskv_ray.__file__).parent
-KNOW_RAY = {"cache.py", "cluster.py", "doctor.py", "node.py", "preflight.py", "train.py", "tune.py", "data/pipeline.py"}
+KNOW_RAY = {
+    "cache.py",
+    "cluster.py",
+    "doctor.py",
+    "node.py",
+    "placement.py",
+    "preflight.py",
+    "train.py",
+    "tune.py",
+    "data/pipeline.py",
+}
 KNOW_THE_CONFIG = {
     "cache.py",
     "cluster.py",

@@ -328,7 +328,7 @@ mount -t tmpfs -o mode=1777 tmpfs /dev/shm || exit 1
 as_user() { setpriv --reuid $1 --regid $1 --clear-groups --inh-caps=$CAPS --ambient-caps=$CAPS "${@:2}"; }
 theirs=/dev/shm/vlskv_ray-54322/0123456789abcdef
 CAPS=-all as_user 54321 sh -c "umask 0; mkdir -p $theirs && echo x > $theirs/left"
-CAPS=-all,+dac_read_search as_user 54322 "$@"  # wherever Python and this checkout lie: it may read them, and write no more
+CAPS=-all,+dac_read_search as_user 54322 "$@"  # may read wherever Python and this checkout lie, and write no more
 echo $?
 find /dev/shm -mindepth 1 | sort
 """

@@ -238,21 +238,27 @@ class ProgressLine:
         out: TextIO | None = None,
         afterwards: str = "",
         on_metrics: Callable[[dict[str, Any]], None] | None = None,
+        notes: Path | None = None,
     ) -> None:
         self.total_steps, self.shown, self.afterwards, self.on_metrics = total_steps, shown, afterwards, on_metrics
         self.out = out or sys.stdout
         self.live = self.out.isatty()
         self.metrics, self.warnings = Follower(metrics), Follower(metrics.with_name("warnings.jsonl"))
+        self.notes = Follower(notes) if notes else None
+        self.waits = False
+        """No step was made since a note told that workers wait to be started."""
         self.began, self.printed_at = time.monotonic(), -math.inf
         self.seconds: deque[float] = deque(maxlen=100)
         self.latest: dict[str, Any] = {}
 
     def update(self) -> None:
         """Reads what is new, tells it and shows the latest step."""
-        for line in self.warnings.new_lines():
-            text = f"warning: {json.loads(line)['warning']}"
+        warned = [f"warning: {json.loads(line)['warning']}" for line in self.warnings.new_lines()]
+        notes = self.notes.new_lines() if self.notes else []
+        for text in warned + notes:
             self._write(text, lasting=True) if self.shown else print(text, file=sys.stderr)
         lines = self.metrics.new_lines()
+        self.waits = not lines and (self.waits or bool(notes))
         for line in lines if self.on_metrics else ():
             self.on_metrics(json.loads(line))  # type: ignore[misc]
         if not self.shown:
@@ -295,7 +301,7 @@ class ProgressLine:
     def _write(self, text: str, lasting: bool = False) -> None:
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be redrawn
-            self.out.write(f"\r\x1b[K{text[:width]}{chr(10) * lasting}")
+            self.out.write(f"\r\x1b[K{text}\n" if lasting else f"\r\x1b[K{text[:width]}")
         else:
             self.out.write(f"{text}\n")
         self.out.flush()

@@ -52,6 +52,11 @@ class Run:
         return self.folder / "ray" / "first_step"
 
     @property
+    def waiting_file(self) -> Path:
+        """Lines on what is waited for before workers can start, see `placement`."""
+        return self.folder / "ray" / "waiting"
+
+    @property
     def attempt_file(self) -> Path:
         """Which step is being made, see `Attempts`."""
         return self.folder / "attempt.json"

@@ -273,8 +273,8 @@ def refuse_foreign(folder: Path) -> None:
     else:
         return
     raise ValueError(
-        f"model.teacher_cache: memory is kept in {folder}, which is {what}; wanted a folder of {name_of(os.geteuid())} that "
-        f"nobody else can enter (mode 700), since it holds the training data; remove what is there, or use "
+        f"model.teacher_cache: memory is kept in {folder}, which is {what}; wanted a folder of {name_of(os.geteuid())} "
+        f"that nobody else can enter (mode 700), since it holds the training data; remove what is there, or use "
         f"teacher_cache=disk with model.teacher_cache_dir"
     )
 

@@ -255,6 +255,10 @@ class ClusterConfig(_Section):
     """Logical CPUs that Ray reserves for a worker. None: the workers share half of the cluster, or with use_gpu take 1
     each at most, and data gets the rest."""
 
+    wait_seconds: PositiveFloat = 600.0
+    """Of waiting for what the workers and a data task need of the cluster, while other jobs hold it or a machine is
+    lost: the run says so every minute, and after so long ends with exit status 1."""
+
     stall_seconds: PositiveFloat = 120.0
     """A worker that gets on with nothing for so long, and for ten times as long as its slowest micro-batch took, ends;
     the stacks of the workers are kept in `stacks` of the run folder."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Read by Ray when it is imported and when it starts, so set before; what the user has set stays."""
+LONGEST_SOCKET = 107
+"""Bytes that the path of a socket has at most."""
 TOKEN = "~/.ray/auth_token"
 """Where Ray keeps a user's token."""
 
@@ -72,6 +75,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         if had_token:  # who has none makes one for a cluster that is started, and may still join one that is open
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
+    from ray._common.utils import get_default_system_temp_dir, get_ray_address_file
     from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
@@ -85,7 +89,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     }
     asked_for = address or os.environ.get("RAY_ADDRESS")
     # "auto" would join any Ray of this machine, that of another run too, and end with it
-    wanted = asked_for or _left_by_ray_start(ray._private.utils.read_ray_address()) or "local"
+    wanted = asked_for or left_by_ray_start(Path(get_ray_address_file(None))) or "local"
     try:
         if wanted != "local":
             ray.init(address=wanted, **options)
@@ -104,7 +108,10 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
             f"install the same on all machines, or use cluster.address=local"
         ) from error
     joined = ray.is_initialized()
+    short = None if joined else short_folder(Path(get_default_system_temp_dir()))
     if not joined:
+        if short:
+            options |= {"_temp_dir": short, "object_spilling_directory": get_default_system_temp_dir()}
         ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
         if not had_token:  # Ray has made one just now, for everybody to read
             with suppress(OSError):
@@ -113,6 +120,8 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         yield _cluster(joined)
     finally:
         ray.shutdown()
+        if short:
+            shutil.rmtree(short, ignore_errors=True)
 
 
 def has_token() -> bool:
@@ -121,14 +130,39 @@ def has_token() -> bool:
     return bool(named) or os.path.exists(os.path.expanduser(TOKEN))
 
 
-def _left_by_ray_start(address: str | None) -> str | None:
-    """The address that `ray start` wrote, unless its cluster is gone: Ray would wait minutes for one that is."""
-    host, _, port = (address or "").rpartition(":")
+def left_by_ray_start(file: Path) -> str | None:
+    """The address that `ray start` wrote, unless its cluster is gone, for which Ray would wait minutes, or the file is
+    another user's, whose cluster would be shown this user's token."""
     try:
+        if os.lstat(file).st_uid not in (0, os.geteuid()):
+            return None
+        address = file.read_text().strip()
+        host, _, port = address.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, ValueError):
         return None
     return address
+
+
+def short_folder(temporary: Path) -> str | None:
+    """A folder for Ray's sockets, where their paths would be too long below the one for temporary files; ValueError
+    where none can be made."""
+    # as Ray calls them, see ray/_private/node.py
+    below = f"ray/session_2000-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    length = len(os.fsencode(temporary / below))
+    if length <= LONGEST_SOCKET:
+        return None
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    why = (
+        f"{name}: {temporary} has {len(os.fsencode(temporary))} bytes, so that paths of Ray's sockets below it would "
+        f"have {length}, and {LONGEST_SOCKET} at most can be"
+    )
+    try:
+        short = tempfile.mkdtemp(prefix="vlskv_ray-", dir="/tmp")
+    except OSError as error:
+        raise ValueError(f"{why}; set RAY_TMPDIR to a shorter one (/tmp: {error.strerror})") from None
+    print(f"warning: {why}; Ray uses {short} meanwhile, set RAY_TMPDIR to choose another", file=sys.stderr)
+    return short
 
 
 def _cluster(joined: bool) -> Cluster:

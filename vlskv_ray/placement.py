@@ -5,12 +5,12 @@ each have a part of what they need would wait for each other for ever.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-Resources = Mapping[str, float]
+Resources = dict[str, float]
 
 A_MOMENT, A_MINUTE = 5.0, 60.0
 """Seconds after which a wait is told of first, as what has just ended takes some to give back what it held, and then
@@ -76,7 +76,7 @@ def shortage(bundles: list[Resources], what: str, free: Resources, total: Resour
     there = " and ".join(f"{free.get(kind, 0):g} of the cluster's {total.get(kind, 0):g} {kind}s" for kind in wanted)
     enough = all(free.get(kind, 0) >= count - 1e-6 for kind, count in wanted.items())
     where = ", though not on nodes where each has room" if enough else ""
-    return f"{what} need{'s' * (len(bundles) == 1)} {needs}, and {there} are free{where}"
+    return f"{what} must have {needs} at once, and {there} are free{where}"
 
 
 @contextmanager

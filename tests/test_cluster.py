@@ -54,6 +54,17 @@ def test_a_share_that_would_hang_is_refused() -> None:
         reserve(ClusterConfig(num_workers=2, cpus_per_worker=1.0), DATA, 2)
 
 
+def test_a_share_that_no_machine_has_is_refused() -> None:
+    """Together the machines have enough, but a worker is on one of them, and so is a data task."""
+    for key, cluster, data in (
+        ("cluster.cpus_per_worker", ClusterConfig(cpus_per_worker=3.0), DATA),
+        ("data.cpus_per_task", ClusterConfig(), DATA.model_copy(update={"cpus_per_task": 3.0})),
+    ):
+        with pytest.raises(ValueError, match=rf"^{key}: 3, but no machine of the cluster has more than 2; lower it"):
+            reserve(cluster, data, cpus=8, largest_node=2)
+        reserve(cluster, data, cpus=8, largest_node=4)
+
+
 def test_a_worker_on_a_gpu_takes_one_cpu_and_leaves_the_others_to_data() -> None:
     gpu = ClusterConfig(num_workers=2, use_gpu=True)
     reserved = reserve(gpu, DATA, 16)

@@ -217,6 +217,11 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node:
             f"{workers * per_worker + per_task:g} CPUs, the cluster has {cpus:g}, so no data would ever come; "
             f"lower cluster.cpus_per_worker, data.cpus_per_task or cluster.num_workers"
         )
+    for key, share in (("cluster.cpus_per_worker", per_worker), ("data.cpus_per_task", per_task)):
+        if share > (largest_node or cpus) + 1e-6:
+            raise ValueError(
+                f"{key}: {share:g}, but no machine of the cluster has more than {largest_node:g}; lower it"
+            )
     tasks = data.num_proc or max(1, int((cpus - workers * per_worker + 1e-6) / per_task))
     return Reserved(per_worker, per_task, tasks, threads_of(cluster, cpus))
 

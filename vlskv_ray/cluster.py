@@ -177,17 +177,30 @@ def free_what_the_dead_reserved() -> None:
     """Gives back what processes of this job have reserved that are dead: Ray keeps it for as long as the job lasts, and
     who comes next would wait for it."""
     import ray
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+    for group, state in _groups_of_this_job():
+        by_an_actor = group.creator_actor_id.strip(b"\xff") != b""  # else by the driver, which is alive
+        if by_an_actor and group.creator_actor_dead and state != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def asks_in_vain() -> bool:
+    """Whether something that this job has asked Ray to reserve is not there yet."""
+    return any(state == "PENDING" for _, state in _groups_of_this_job())
+
+
+def _groups_of_this_job() -> Iterator[tuple[Any, str]]:
+    """Its placement groups, as Ray has them, and the states that they are in."""
+    import ray
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
     job = ray.get_runtime_context().get_job_id()
-    removed = PlacementGroupTableData.PlacementGroupState.Value("REMOVED")
     # the public table does not tell who made a group
     for entry in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(entry)
-        by_an_actor = group.creator_actor_id.strip(b"\xff") != b""  # else by the driver, which is alive
-        if group.creator_job_id.hex() == job and by_an_actor and group.creator_actor_dead and group.state != removed:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        if group.creator_job_id.hex() == job:
+            yield group, PlacementGroupTableData.PlacementGroupState.Name(group.state)
 
 
 def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node: float = 0.0) -> Reserved:

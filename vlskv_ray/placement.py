@@ -12,6 +12,8 @@ from typing import Any
 
 Resources = dict[str, float]
 
+WAITING = Path("ray", "waiting")
+"""In the folder of a run: lines on what is waited for before its workers can start."""
 A_MOMENT, A_MINUTE = 5.0, 60.0
 """Seconds after which a wait is told of first, as what has just ended takes some to give back what it held, and then
 again and again."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from vlskv_ray.config import Config
 from vlskv_ray.data.plan import Tokens
 from vlskv_ray.data.questions import HeldOut
+from vlskv_ray.placement import WAITING
 from vlskv_ray.teacher_cache import TeacherCache
 
 
@@ -53,8 +54,8 @@ class Run:
 
     @property
     def waiting_file(self) -> Path:
-        """Lines on what is waited for before workers can start, see `placement`."""
-        return self.folder / "ray" / "waiting"
+        """Lines on what is waited for before the workers can start."""
+        return self.folder / WAITING
 
     @property
     def attempt_file(self) -> Path:

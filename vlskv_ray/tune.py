@@ -23,7 +23,7 @@ from typing import Any
 
 from vlskv_ray.cache import SeveralCaches, fill_ahead, samples_of
 from vlskv_ray.checkpoint import newest_step, write_text
-from vlskv_ray.cluster import Cluster, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
+from vlskv_ray.cluster import Cluster, asks_in_vain, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, shown
 from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config, load_config_and_notices
 from vlskv_ray.config.problems import no_option
@@ -386,12 +386,14 @@ class Starved:
     wait: Wait
 
     def look(self, table: SweepTable) -> None:
-        if any(row.began is not None and row.outcome is None for row in table.rows.values()):
+        runs = any(row.began is not None and row.outcome is None for row in table.rows.values())
+        if runs or not asks_in_vain():
             self.wait.ends()
-        else:
-            told_at = self.wait.tell_at
-            self.wait.goes_on(self.bundles, "a trial")
-            table.drawn = 0 if self.wait.tell_at != told_at else table.drawn  # what was told stays above
+            return
+        tell_at = self.wait.tell_at
+        self.wait.goes_on(self.bundles, "a trial")
+        if self.wait.tell_at != tell_at:
+            table.drawn = 0  # what was told stays above the table
 
 
 def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None], starved: Starved) -> int | None:

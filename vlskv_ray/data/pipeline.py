@@ -148,7 +148,7 @@ def begin_at(first_step: Path, step: int) -> None:
 
 
 def ray_dataset(
-    loader: Loader, steps: int, first_step: Path, *, cpus_per_task: float, num_tasks: int, first_task: Any
+    loader: Loader, steps: int, first_step: Path, *, cpus_per_task: float, num_tasks: int, first_task: Any = "SPREAD"
 ) -> Any:
     """The micro-batches of so many steps as a Ray dataset, one row and one block each.
 

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,18 @@ import pytest
 import torch
 from waiting import HANG_SECONDS
 
-from vlskv_ray.cluster import Cluster, ProgressLine, Reserved, check_gpus, describe, duration, has_token, reserve
+from vlskv_ray.cluster import (
+    Cluster,
+    ProgressLine,
+    Reserved,
+    check_gpus,
+    describe,
+    duration,
+    has_token,
+    left_by_ray_start,
+    reserve,
+    short_folder,
+)
 from vlskv_ray.config import ClusterConfig, Config, DataConfig, SourceConfig
 from vlskv_ray.train import backend_of, each_worker_takes
 
@@ -40,6 +53,17 @@ def test_two_workers_on_two_cores() -> None:
 def test_a_share_that_would_hang_is_refused() -> None:
     with pytest.raises(ValueError, match=r"2 workers of 1 CPUs and one data task of 0.5 need 2.5 CPUs, .* has 2,"):
         reserve(ClusterConfig(num_workers=2, cpus_per_worker=1.0), DATA, 2)
+
+
+def test_a_share_that_no_machine_has_is_refused() -> None:
+    """Together the machines have enough, but a worker is on one of them, and so is a data task."""
+    for key, cluster, data in (
+        ("cluster.cpus_per_worker", ClusterConfig(cpus_per_worker=3.0), DATA),
+        ("data.cpus_per_task", ClusterConfig(), DATA.model_copy(update={"cpus_per_task": 3.0})),
+    ):
+        with pytest.raises(ValueError, match=rf"^{key}: 3, but no machine of the cluster has more than 2; lower it"):
+            reserve(cluster, data, cpus=8, largest_node=2)
+        reserve(cluster, data, cpus=8, largest_node=4)
 
 
 def test_a_worker_on_a_gpu_takes_one_cpu_and_leaves_the_others_to_data() -> None:
@@ -110,6 +134,24 @@ def test_a_log_gets_plain_lines_and_always_the_last(tmp_path: Path) -> None:
     progress.close()
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["step 1/3", "step 3/3"]
     assert "\r" not in out.getvalue()
+
+
+def test_what_is_waited_for_is_told_in_whole_lines(tmp_path: Path) -> None:
+    """Also on a terminal, and there is nothing to save until the next step."""
+    path, out, notes = tmp_path / "metrics.jsonl", Terminal(), tmp_path / "ray" / "waiting"
+    progress = ProgressLine(path, 10, out=out, notes=notes)
+    path.write_text(step(1))
+    progress.update()
+    assert not progress.waits
+    notes.parent.mkdir()
+    notes.write_text(f"waiting {'x' * 200}\n")
+    for _ in range(2):
+        progress.update()
+        assert progress.waits
+    assert f"waiting {'x' * 200}\n" in out.getvalue()
+    path.write_text(step(1) + step(2))
+    progress.update()
+    assert not progress.waits
 
 
 def test_steps_taken_back_by_a_restart_are_shown_again(tmp_path: Path) -> None:
@@ -217,3 +259,58 @@ def test_who_has_no_token_joins_clusters_that_want_none(tmp_path: Path) -> None:
     own = joined("local")
     assert own.stdout.split() == ["False", "token"] and own.stderr == ""
     assert (tmp_path / ".ray" / "auth_token").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_the_address_that_another_user_has_left_is_not_joined(tmp_path: Path) -> None:
+    """Who can write where `ray start` does could have anybody's run, and token, come to a cluster of theirs."""
+    file = tmp_path / "ray_current_cluster"
+    assert left_by_ray_start(file) is None
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        file.write_text(f"{address}\n")
+        assert left_by_ray_start(file) == address
+        os.chown(file, 54321, 54321)
+        assert left_by_ray_start(file) is None
+    os.chown(file, 0, 0)
+    assert left_by_ray_start(file) is None
+
+
+def test_paths_of_sockets_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the byte; else a folder of this user's alone takes their place, or one line says what to do."""
+    monkeypatch.setattr("os.getpid", lambda: 1234567)
+    fits = Path("/" + "a" * (107 - len("/ray/session_2026-11-30_11-31-51_167763_1234567/sockets/plasma_store") - 1))
+    assert short_folder(fits) is None and capsys.readouterr().err == ""
+    short = short_folder(Path(f"{fits}a"))
+    assert short is not None and os.stat(short).st_mode & 0o777 == 0o700
+    os.rmdir(short)
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: TMPDIR: {fits}a has {len(str(fits)) + 1} bytes, ") and told.count("\n") == 1
+    assert f"would have 108, and 107 at most can be; Ray uses {short} meanwhile, set RAY_TMPDIR" in told
+
+    def there_is_none(**_: str) -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("tempfile.mkdtemp", there_is_none)
+    with pytest.raises(ValueError, match=r"^TMPDIR: .* set RAY_TMPDIR to a shorter one \(/tmp: No such file"):
+        short_folder(Path(f"{fits}a"))
+
+
+@pytest.mark.cluster
+def test_ray_starts_whatever_tmpdir_is(tmp_path: Path) -> None:
+    """And nothing is left of the folder that it used."""
+    long = tmp_path / ("a" * 60)
+    long.mkdir()
+    mine = (
+        "import ray\nfrom vlskv_ray.cluster import ray_cluster\nwith ray_cluster('local'): print(ray.is_initialized())"
+    )
+    of_others = ("RAY_ADDRESS", "RAY_TMPDIR")
+    env = {key: value for key, value in os.environ.items() if key not in of_others} | {"TMPDIR": str(long)}
+    found = subprocess.run([sys.executable, "-c", mine], capture_output=True, text=True, env=env, timeout=300)
+    assert (found.returncode, found.stdout) == (0, "True\n"), found.stderr
+    told = re.fullmatch(r"warning: TMPDIR: .* Ray uses (/tmp/vlskv_ray-\w+) meanwhile, .*\n", found.stderr)
+    assert told and not Path(told[1]).exists(), found.stderr

@@ -1,16 +1,29 @@
 """Who may know whom: Ray stays at the edge, plain functions below it."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from waiting import HANG_SECONDS
 
 import vlskv_ray
+from vlskv_ray.command import shown
 
 PACKAGE = Path(vlskv_ray.__file__).parent
-KNOW_RAY = {"cache.py", "cluster.py", "doctor.py", "node.py", "preflight.py", "train.py", "tune.py", "data/pipeline.py"}
+KNOW_RAY = {
+    "cache.py",
+    "cluster.py",
+    "doctor.py",
+    "node.py",
+    "placement.py",
+    "preflight.py",
+    "train.py",
+    "tune.py",
+    "data/pipeline.py",
+}
 KNOW_THE_CONFIG = {
     "cache.py",
     "cluster.py",
@@ -71,3 +84,27 @@ def test_importing_registers_the_models_and_does_nothing_else() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+@pytest.mark.parametrize("command", ["cache", "compare", "doctor", "evaluate", "generate", "probe", "train", "tune"])
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path, command: str) -> None:
+    (tmp_path / "gone").mkdir()
+    start = 'cd "$0" && rmdir "$0" && exec "$@"'
+    result = subprocess.run(
+        ["sh", "-c", start, str(tmp_path / "gone"), sys.executable, "-m", f"vlskv_ray.{command}", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+    )
+    told = "the working directory of this command has been deleted; `cd` to one that is there\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", told)
+
+
+def test_paths_are_shown_when_the_working_directory_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be deleted while a run lasts."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    assert shown(tmp_path / "gone" / "x") == Path("x")
+    (tmp_path / "gone").rmdir()
+    assert shown(tmp_path / "gone" / "x") == tmp_path / "gone" / "x"

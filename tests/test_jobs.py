@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError
@@ -268,3 +268,98 @@ def test_a_stopped_job_has_saved_and_goes_on(
     assert status == 0, out
     assert f"resume        from step {saved}\n" in out and f"step {STEPS}/{STEPS}" in out
     assert_same_run(run, left_alone[0])
+
+
+# ----------------------------------------------------------------------------------------- a cluster that others are on
+HOLDER = """
+import pathlib, sys, time, ray
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=float(sys.argv[2]))
+class Holder:
+    def holds(self): return True
+holder = Holder.remote()
+ray.get(holder.holds.remote())
+file = pathlib.Path(sys.argv[1])
+file.touch()
+while file.exists(): time.sleep(0.1)
+"""
+
+
+NEEDED = r"1 worker and a data task must have 1\.5 CPUs at once"
+
+
+@contextmanager
+def held(head: Head, file: Path, cpus: float) -> Iterator[None]:
+    """A job that is none of ours holds CPUs meanwhile."""
+    process = head.job("submit", "--", "python", "-c", HOLDER, str(file), str(cpus))
+    wait_for(file.exists)
+    try:
+        yield
+    finally:
+        file.unlink()
+        ended(process)
+
+
+def waiting(head: Head, runs: Path, name: str, *options: str, settings: str = "{}") -> Callable[[], str]:
+    """Submits a run as a job that is not waited for; returns what reads its output."""
+    what = ("--submission-id", name, "--no-wait", "--runtime-env-json", settings, *training(runs, name), *options)
+    status, out = ended(head.job("submit", *what))
+    assert status == 0, out
+    return lambda: ended(head.job("logs", name))[1]
+
+
+def status_of(head: Head, name: str) -> str:
+    """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    out = ended(head.job("status", name))[1]
+    return next(word for word in ("PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED") if word in out.upper())
+
+
+def is_over(head: Head, name: str) -> bool:
+    return status_of(head, name) in ("STOPPED", "SUCCEEDED", "FAILED")
+
+
+@pytest.mark.cluster
+def test_the_second_of_two_runs_says_what_it_waits_for(
+    head: Head, runs: Path, tmp_path: Path, left_alone: tuple[Path, int, str]
+) -> None:
+    """And begins when the first has ended; its result is that of a run which had the cluster for itself."""
+    moments = range(3, STEPS)  # at each of which it waits a minute at most
+    plan_faults(tmp_path, *(("micro_batch", step, 0, "wait") for step in moments))
+    variables = f'{{"env_vars": {{"{faults.FOLDER}": "{tmp_path}"}}}}'
+    first = waiting(head, runs, "holds", settings=variables)
+    wait_for((tmp_path / "00.json.done").exists, why=first)
+    second = waiting(head, runs, "waits")
+    wait_for(lambda: "waiting  " in second(), why=second)
+    told = rf"waiting       {NEEDED}, and (0|0\.5|1) of the cluster's 2 CPUs are free; for "
+    assert re.search(rf"^{told}\d+ s by now, 600 s at most$", second(), re.MULTILINE), second()
+    assert not is_over(head, "holds") and not (runs / "waits" / "metrics.jsonl").exists()
+    for i in range(len(moments)):
+        (tmp_path / f"{i:02}.json.go").touch()
+    for name, log in (("holds", first), ("waits", second)):
+        wait_for(lambda name=name: is_over(head, name), why=log)
+        assert status_of(head, name) == "SUCCEEDED", log()
+    assert_same_run(runs / "waits", left_alone[0])
+
+
+@pytest.mark.cluster
+def test_two_runs_that_each_get_half_of_what_they_need(head: Head, runs: Path) -> None:
+    """Of two CPUs each run needs one for its worker and one for its data; neither keeps the other from both."""
+    each = ("cluster.cpus_per_worker=1", "data.cpus_per_task=1", "max_steps=2")
+    logs = {name: waiting(head, runs, name, *each) for name in ("half", "other-half")}
+    for name, log in logs.items():
+        wait_for(lambda name=name: is_over(head, name), why=log)
+        assert status_of(head, name) == "SUCCEEDED", log()
+
+
+@pytest.mark.cluster
+def test_what_others_do_not_give_back_ends_the_run(head: Head, runs: Path, tmp_path: Path) -> None:
+    """With exit status 1 and the numbers; asked to stop meanwhile, it ends at once."""
+    with held(head, tmp_path / "held", cpus=2):
+        status, out = ended(head.job("submit", *training(runs, "ends"), "cluster.wait_seconds=3"))
+        assert status == 1 and "failed with exit code 1" in out and "Traceback" not in out, out
+        told = rf"error: cluster\.wait_seconds: {NEEDED}, and 0 of the cluster's 2 CPUs are"
+        assert re.search(rf"^{told} free after 3 s; wait for what else runs on the cluster, ", out, re.MULTILINE), out
+        log = waiting(head, runs, "stops")
+        wait_for(lambda: "waiting  " in log(), why=log)
+        ended(head.job("stop", "stops"))
+        assert is_over(head, "stops") and "ended at once; the same command goes on" in log(), log()

@@ -150,3 +150,22 @@ def test_elsewhere_lines_tell_what_begins_and_ends(tmp_path: Path) -> None:
         "1 of 3 trials  N2 25%",
         "N2 failed in 0:00  KL 0.125  accuracy 50.0%: no room",
     ]
+
+
+def test_a_trial_whose_workers_lack_room_says_so(tmp_path: Path) -> None:
+    """As long as that is so, in the table and, elsewhere, each time with the numbers."""
+    out, terminal = io.StringIO(), Terminal()
+    tables = [SweepTable(TRIALS, tmp_path, epochs=1, shown=True, out=file) for file in (out, terminal)]
+    notes = tmp_path / "N2" / "ray" / "waiting"
+    notes.parent.mkdir(parents=True)
+    for table in tables:
+        table.begins(TRIALS[0])
+        table.update()
+    notes.write_text("waiting       for a while\n")
+    for table in [*tables, *tables]:
+        table.update()
+    assert out.getvalue().splitlines() == ["N2 starts", "N2 waits: for a while"]
+    assert "N2     waits" in terminal.getvalue()
+    metrics(tmp_path / "N2", eval_kl_mean=0.125, eval_accuracy=0.5)
+    tables[1].update()
+    assert "N2     runs" in terminal.getvalue()

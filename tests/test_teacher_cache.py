@@ -1,7 +1,12 @@
 """The teacher cache: exact, found again by what its content depends on, and never trusted blindly."""
 
+import json
 import os
+import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +17,7 @@ import torch
 from conftest import batch_of, conversation, picture
 from safetensors.torch import load, load_file
 
+import vlskv_ray
 from vlskv_ray import teacher_cache
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, Encoded, from_row, to_row
@@ -189,8 +195,9 @@ def test_what_cannot_be_read_now_is_kept(
 def test_a_temporary_one_goes_with_its_last_user(tmp_path: Path) -> None:
     """Whatever ends a run; what a kill leaves goes when another run starts."""
     left, cache = (TeacherCache(tmp_path, {"model": name}, temporary=True) for name in ("left", "mine"))
-    left.folder.mkdir()
-    (left.folder / "x").write_bytes(b"x")
+    left.path("x").parent.mkdir(parents=True)
+    left.path("x").write_bytes(b"x")
+    left.path("x").with_name(f"{teacher_cache.UNFINISHED}x-1-1").write_bytes(b"x")
     with cache.in_use():
         with pytest.raises(ZeroDivisionError), cache.in_use():
             raise ZeroDivisionError
@@ -200,6 +207,171 @@ def test_a_temporary_one_goes_with_its_last_user(tmp_path: Path) -> None:
         cache.check_room(0)
         assert not left.folder.exists()
     assert not cache.folder.exists()
+
+
+# ------------------------------------------------------------------------------------- a place that anybody can foresee
+def home_like(folder: Path) -> dict[Path, bytes]:
+    """A folder with what a cache must never touch, however much of it is called as a cache's is; its content."""
+    for name in ("letter.txt", ".config/x", "0123456789abcdef/ab/notes.txt", "0123456789abcdef/model/a.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return content_of(folder)
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def link(root: Path, home: Path) -> None:
+    root.symlink_to(home)
+
+
+def make_open(root: Path, home: Path) -> None:
+    root.mkdir()
+    root.chmod(0o777)
+
+
+def make_readable(root: Path, home: Path) -> None:
+    root.mkdir()
+    root.chmod(0o755)
+
+
+def make_file(root: Path, home: Path) -> None:
+    root.write_text("")
+
+
+FOREIGN = {
+    "a link to ": link,
+    "a folder that other users can enter (mode 777)": make_open,
+    "a folder that other users can enter (mode 755)": make_readable,
+    "not a folder": make_file,
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_place_in_memory_that_is_not_ours_alone_is_refused(
+    student: Callable[..., Any], encoded: list[Encoded], tmp_path: Path, what: str
+) -> None:
+    """By everything that would read, write or clear it, and nothing of what is there is touched."""
+    home, root = tmp_path / "home", tmp_path / "shm"
+    before = home_like(home)
+    FOREIGN[what](root, home)
+    cache = TeacherCache(root, {"model": "tiny"}, temporary=True)
+    model, batch = student(), batch_of(encoded[:1])
+    told = f"model.teacher_cache: memory is kept in {root}, which is {what}"
+    uses: list[Callable[[], object]] = [
+        cache.count,
+        lambda: cache.check_room(0),
+        lambda: cache.get("a", "a"),
+        lambda: fill(cache, model, batch),
+        lambda: cache.in_use().__enter__(),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=re.escape(told) + ".*; remove what is there, or use teacher_cache=disk "):
+            use()
+    assert content_of(home) == before
+    assert root.is_file() or not {path.name for path in root.iterdir()} - {path.name for path in home.iterdir()}
+
+
+def test_only_its_user_can_read_what_is_kept_in_memory(
+    student: Callable[..., Any], encoded: list[Encoded], tmp_path: Path
+) -> None:
+    """Whatever the umask is."""
+    before = os.umask(0)
+    try:
+        cache = TeacherCache(tmp_path / "shm", {"model": "tiny"}, temporary=True)
+        with cache.in_use():
+            fill(cache, student(), batch_of(encoded[:2]))
+            assert cache.count() == 2
+            modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "shm").rglob("*") if path.is_file()}
+            folders = {path.stat().st_mode & 0o777 for path in (tmp_path / "shm").rglob("*") if path.is_dir()}
+            assert (modes, folders) == ({0o600}, {0o700}) and (tmp_path / "shm").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+def test_what_a_cache_has_not_made_is_never_deleted(
+    student: Callable[..., Any], encoded: list[Encoded], tmp_path: Path
+) -> None:
+    """Neither what lies in its folders nor what a link in them leads to, in memory and on disk."""
+    home, root = tmp_path / "home", tmp_path / "shm"
+    before = home_like(home)
+    root.mkdir(0o700)
+    left, cache = (TeacherCache(root, {"model": name}, temporary=True) for name in ("left", "mine"))
+    (root / "fedcba9876543210").symlink_to(home / "0123456789abcdef")
+    (root / "letters").symlink_to(home)
+    with cache.in_use():
+        left.path("b").parent.mkdir(parents=True)
+        left.path("b").write_bytes(b"x")
+        (left.folder / "ab").symlink_to(home / "0123456789abcdef" / "model")
+        (left.folder / "notes.txt").write_text("mine")
+        cache.check_room(0)
+        assert not left.path("b").exists() and (left.folder / "notes.txt").read_text() == "mine"
+    assert content_of(home) == before and not cache.folder.exists()
+
+    disk = TeacherCache(tmp_path / "disk", {"model": "tiny"})
+    fill(disk, student(), batch_of(encoded[:2]))
+    (disk.folder / "a").rename(tmp_path / "elsewhere")
+    (disk.folder / "a").symlink_to(tmp_path / "elsewhere")
+    old = tmp_path / "elsewhere" / f"{teacher_cache.UNFINISHED}a-1-1"
+    old.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    assert disk.get("a", "a") is not None  # a folder that was moved to another disk serves
+    DAMAGES["cut short"](disk.path("a"))
+    assert disk.get("a", "a") is None
+    disk.check_room(0)
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"a.safetensors", old.name}
+
+
+OF_TWO_USERS = """
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm || exit 1
+as_user() { setpriv --reuid $1 --regid $1 --clear-groups --inh-caps=$CAPS --ambient-caps=$CAPS "${@:2}"; }
+theirs=/dev/shm/vlskv_ray-54322/0123456789abcdef
+CAPS=-all as_user 54321 sh -c "umask 0; mkdir -p $theirs && echo x > $theirs/left"
+CAPS=-all,+dac_read_search as_user 54322 "$@"  # may read wherever Python and this checkout lie, and write no more
+echo $?
+find /dev/shm -mindepth 1 | sort
+"""
+
+
+def may_be_two_users() -> bool:
+    capabilities = "--inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
+    try_it = f"mount -t tmpfs tmpfs /mnt && setpriv --reuid 54322 --clear-groups {capabilities} true"
+    found = shutil.which("unshare") and shutil.which("setpriv")
+    return (
+        bool(found) and subprocess.run(["unshare", "--mount", "sh", "-c", try_it], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not may_be_two_users(), reason="making a mount namespace and being two users is not permitted")
+def test_what_another_user_has_made_in_our_place_is_refused() -> None:
+    """With two real users and a /dev/shm of their own: the run ends before it has read or written anything there."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own can be entered by one user only
+    try:
+        folder.chmod(0o777)
+        options = {
+            "model": {"name_or_path": "shapes-teacher", "teacher_cache": "memory"},
+            "cluster": {"num_workers": 0},
+        }
+        options |= {"data": {"sources": [{"name": "shapes", "num_samples": 20}]}, "output": {"dir": str(folder)}}
+        (folder / "run.yaml").write_text(json.dumps(options))
+        train = [sys.executable, "-m", "vlskv_ray.train", "--config", str(folder / "run.yaml")]
+        environment = os.environ | {"HOME": "/", "PYTHONPATH": str(Path(vlskv_ray.__file__).parents[1])}
+        found = subprocess.run(
+            ["unshare", "--mount", "bash", "-c", OF_TWO_USERS, "bash", *train],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environment,
+        )
+    finally:
+        shutil.rmtree(folder)
+    shm = "/dev/shm/vlskv_ray-54322"
+    told = (
+        f"model.teacher_cache: memory is kept in {shm}, which is a folder of the user 54321; wanted a folder of 54322 "
+    )
+    assert found.stderr.splitlines()[-1].startswith(told), found
+    assert found.stdout.endswith(f"\n2\n{shm}\n{shm}/0123456789abcdef\n{shm}/0123456789abcdef/left\n"), found
 
 
 def test_what_a_sample_says_and_shows_is_its_name(tmp_path: Path) -> None:

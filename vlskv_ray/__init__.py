@@ -1,5 +1,14 @@
 """SwiftKV for vision-language models, distilled on Ray. Importing registers the SwiftKV model types; nothing else."""
 
-from vlskv_ray.model import swiftkv as swiftkv
+import os
+import sys
+
+try:
+    os.getcwd()
+except FileNotFoundError:  # torch would end this process as it is imported, with a word about a library of its own
+    print("the working directory of this command has been deleted; `cd` to one that is there", file=sys.stderr)
+    sys.exit(2)
+
+from vlskv_ray.model import swiftkv as swiftkv  # noqa: E402 - see above
 
 __version__ = "0.1.0"

@@ -20,6 +20,7 @@ from vlskv_ray.data.collate import Batch, Encoded, FrozenStates
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.distill import frozen_states
+from vlskv_ray.placement import Wait, room_for
 from vlskv_ray.prepare import check_cache, prepare
 from vlskv_ray.run import Run, StoppedRun
 from vlskv_ray.step import autocast
@@ -81,18 +82,22 @@ def fill_ahead(
     """Makes what is missing of the samples of a run, on all CPUs or GPUs, and tells of it.
 
     OSError where the disk is full; ValueError where there is no GPU for a run that wants them; StoppedRun where a row
-    is refused.
+    is refused; NoRoom where others hold the cluster for longer than this waits.
     """
+    import ray
+
     tell = functools.partial(print, flush=True) if not quiet else lambda text: None
     check_gpus(run.config.cluster, cluster.gpus)
     wanted = samples_of(run, loader)
     made = done = 0
     left_out: Counter[str] = Counter()
     at_most = int(cluster.gpus) if run.config.cluster.use_gpu else len(wanted)
-    workers = min(workers or max(1, int(cluster.cpus)), at_most, -(-len(wanted) // run.config.micro_batch_size))
+    free = ray.available_resources().get("CPU", 0) if cluster.joined else cluster.cpus  # others may hold some
+    workers = min(workers or max(1, int(free)), at_most, -(-len(wanted) // run.config.micro_batch_size))
+    wait = Wait(run.config.cluster.wait_seconds, tell)
     tell(f"filling       {len(wanted)} samples, {workers} process{'es' * (workers > 1)}")
     began = told = time.monotonic()
-    for result in results(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers):
+    for result in results(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers, wait=wait):
         done, made = done + result["samples"], made + result["made"]
         left_out.update(result["left_out"])
         if message := refused_message(result["refused"], run.config.data.on_refused):
@@ -154,18 +159,24 @@ class CacheWorker:
 
 
 def results(
-    run: Run, loader: Loader, caches: SeveralCaches, samples: NDArray[np.int64], workers: int, cpus: float
+    run: Run, loader: Loader, caches: SeveralCaches, samples: NDArray[np.int64], workers: int, cpus: float, wait: Wait
 ) -> Iterator[dict[str, Any]]:
     """What the workers say of a few samples after another, as they are done."""
     import ray
     from ray.util import ActorPool
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    worker = ray.remote(num_cpus=min(1.0, cpus), num_gpus=int(run.config.cluster.use_gpu))(CacheWorker)
-    processes = [worker.remote(run, loader, caches) for _ in range(workers)]
+    each = {"CPU": min(1.0, cpus)} | ({"GPU": 1} if run.config.cluster.use_gpu else {})
     size = run.config.micro_batch_size
     at_once = (samples[at : at + size].tolist() for at in range(0, len(samples), size))
     try:
-        yield from ActorPool(processes).map_unordered(lambda process, few: process.__call__.remote(few), at_once)
+        with room_for([each] * workers, f"{workers} process{'es' * (workers > 1)}", wait) as group:
+            where = PlacementGroupSchedulingStrategy(group)
+            worker = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), scheduling_strategy=where)(
+                CacheWorker
+            )
+            processes = [worker.remote(run, loader, caches) for _ in range(workers)]
+            yield from ActorPool(processes).map_unordered(lambda process, few: process.__call__.remote(few), at_once)
     except ray.exceptions.RayActorError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Read by Ray when it is imported and when it starts, so set before; what the user has set stays."""
+LONGEST_SOCKET = 107
+"""Bytes that the path of a socket has at most."""
 TOKEN = "~/.ray/auth_token"
 """Where Ray keeps a user's token."""
 
@@ -73,6 +76,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         if had_token:  # who has none makes one for a cluster that is started, and may still join one that is open
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
+    from ray._common.utils import get_default_system_temp_dir, get_ray_address_file
     from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
@@ -86,7 +90,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     }
     asked_for = address or os.environ.get("RAY_ADDRESS")
     # "auto" would join any Ray of this machine, that of another run too, and end with it
-    wanted = asked_for or _left_by_ray_start(ray._private.utils.read_ray_address()) or "local"
+    wanted = asked_for or left_by_ray_start(Path(get_ray_address_file(None))) or "local"
     try:
         if wanted != "local":
             ray.init(address=wanted, **options)
@@ -105,7 +109,10 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
             f"install the same on all machines, or use cluster.address=local"
         ) from error
     joined = ray.is_initialized()
+    short = None if joined else short_folder(Path(get_default_system_temp_dir()))
     if not joined:
+        if short:
+            options |= {"_temp_dir": short, "object_spilling_directory": get_default_system_temp_dir()}
         ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
         if not had_token:  # Ray has made one just now, for everybody to read
             with suppress(OSError):
@@ -114,6 +121,8 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         yield _cluster(joined)
     finally:
         ray.shutdown()
+        if short:
+            shutil.rmtree(short, ignore_errors=True)
 
 
 def has_token() -> bool:
@@ -122,14 +131,39 @@ def has_token() -> bool:
     return bool(named) or os.path.exists(os.path.expanduser(TOKEN))
 
 
-def _left_by_ray_start(address: str | None) -> str | None:
-    """The address that `ray start` wrote, unless its cluster is gone: Ray would wait minutes for one that is."""
-    host, _, port = (address or "").rpartition(":")
+def left_by_ray_start(file: Path) -> str | None:
+    """The address that `ray start` wrote, unless its cluster is gone, for which Ray would wait minutes, or the file is
+    another user's, whose cluster would be shown this user's token."""
     try:
+        if os.lstat(file).st_uid not in (0, os.geteuid()):
+            return None
+        address = file.read_text().strip()
+        host, _, port = address.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, ValueError):
         return None
     return address
+
+
+def short_folder(temporary: Path) -> str | None:
+    """A folder for Ray's sockets, where their paths would be too long below the one for temporary files; ValueError
+    where none can be made."""
+    # as Ray calls them, see ray/_private/node.py
+    below = f"ray/session_2000-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    length = len(os.fsencode(temporary / below))
+    if length <= LONGEST_SOCKET:
+        return None
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    why = (
+        f"{name}: {temporary} has {len(os.fsencode(temporary))} bytes, so that paths of Ray's sockets below it would "
+        f"have {length}, and {LONGEST_SOCKET} at most can be"
+    )
+    try:
+        short = tempfile.mkdtemp(prefix="vlskv_ray-", dir="/tmp")
+    except OSError as error:
+        raise ValueError(f"{why}; set RAY_TMPDIR to a shorter one (/tmp: {error.strerror})") from None
+    print(f"warning: {why}; Ray uses {short} meanwhile, set RAY_TMPDIR to choose another", file=sys.stderr)
+    return short
 
 
 def _cluster(joined: bool) -> Cluster:
@@ -144,17 +178,30 @@ def free_what_the_dead_reserved() -> None:
     """Gives back what processes of this job have reserved that are dead: Ray keeps it for as long as the job lasts, and
     who comes next would wait for it."""
     import ray
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+    for group, state in _groups_of_this_job():
+        by_an_actor = group.creator_actor_id.strip(b"\xff") != b""  # else by the driver, which is alive
+        if by_an_actor and group.creator_actor_dead and state != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def asks_in_vain() -> bool:
+    """Whether something that this job has asked Ray to reserve is not there yet."""
+    return any(state == "PENDING" for _, state in _groups_of_this_job())
+
+
+def _groups_of_this_job() -> Iterator[tuple[Any, str]]:
+    """Its placement groups, as Ray has them, and the states that they are in."""
+    import ray
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
     job = ray.get_runtime_context().get_job_id()
-    removed = PlacementGroupTableData.PlacementGroupState.Value("REMOVED")
     # the public table does not tell who made a group
     for entry in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(entry)
-        by_an_actor = group.creator_actor_id.strip(b"\xff") != b""  # else by the driver, which is alive
-        if group.creator_job_id.hex() == job and by_an_actor and group.creator_actor_dead and group.state != removed:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        if group.creator_job_id.hex() == job:
+            yield group, PlacementGroupTableData.PlacementGroupState.Name(group.state)
 
 
 def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node: float = 0.0) -> Reserved:
@@ -184,6 +231,11 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node:
             f"{workers * per_worker + per_task:g} CPUs, the cluster has {cpus:g}, so no data would ever come; "
             f"lower cluster.cpus_per_worker, data.cpus_per_task or cluster.num_workers"
         )
+    for key, share in (("cluster.cpus_per_worker", per_worker), ("data.cpus_per_task", per_task)):
+        if share > (largest_node or cpus) + 1e-6:
+            raise ValueError(
+                f"{key}: {share:g}, but no machine of the cluster has more than {largest_node:g}; lower it"
+            )
     tasks = data.num_proc or max(1, int((cpus - workers * per_worker + 1e-6) / per_task))
     return Reserved(per_worker, per_task, tasks, threads_of(cluster, cpus))
 
@@ -239,21 +291,27 @@ class ProgressLine:
         out: TextIO | None = None,
         afterwards: str = "",
         on_metrics: Callable[[dict[str, Any]], None] | None = None,
+        notes: Path | None = None,
     ) -> None:
         self.total_steps, self.shown, self.afterwards, self.on_metrics = total_steps, shown, afterwards, on_metrics
         self.out = out or sys.stdout
         self.live = self.out.isatty()
         self.metrics, self.warnings = Follower(metrics), Follower(metrics.with_name("warnings.jsonl"))
+        self.notes = Follower(notes) if notes else None
+        self.waits = False
+        """No step was made since a note told that workers wait to be started."""
         self.began, self.printed_at = time.monotonic(), -math.inf
         self.seconds: deque[float] = deque(maxlen=100)
         self.latest: dict[str, Any] = {}
 
     def update(self) -> None:
         """Reads what is new, tells it and shows the latest step."""
-        for line in self.warnings.new_lines():
-            text = safe(f"warning: {json.loads(line)['warning']}")
+        warned = [safe(f"warning: {json.loads(line)['warning']}") for line in self.warnings.new_lines()]
+        notes = self.notes.new_lines() if self.notes else []
+        for text in warned + notes:
             self._write(text, lasting=True) if self.shown else print(text, file=sys.stderr)
         lines = self.metrics.new_lines()
+        self.waits = not lines and (self.waits or bool(notes))
         for line in lines if self.on_metrics else ():
             self.on_metrics(json.loads(line))  # type: ignore[misc]
         if not self.shown:
@@ -296,7 +354,7 @@ class ProgressLine:
     def _write(self, text: str, lasting: bool = False) -> None:
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be redrawn
-            self.out.write(f"\r\x1b[K{text[:width]}{chr(10) * lasting}")
+            self.out.write(f"\r\x1b[K{text}\n" if lasting else f"\r\x1b[K{text[:width]}")
         else:
             self.out.write(f"{text}\n")
         self.out.flush()

@@ -90,5 +90,8 @@ def told_of(option: str, key: str = "model.name_or_path") -> Iterator[None]:
 
 def shown(path: Path) -> Path:
     """A path as a person here would write it."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # deleted meanwhile, which is no reason to fail
+        return path
     return path.relative_to(here) if path.is_relative_to(here) else path

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from vlskv_ray.config import Config
 from vlskv_ray.data.plan import Tokens
 from vlskv_ray.data.questions import HeldOut
+from vlskv_ray.placement import WAITING
 from vlskv_ray.teacher_cache import TeacherCache
 
 
@@ -50,6 +51,11 @@ class Run:
     def first_step_file(self) -> Path:
         """The first of the steps that the data workers are at, see `ray_dataset`."""
         return self.folder / "ray" / "first_step"
+
+    @property
+    def waiting_file(self) -> Path:
+        """Lines on what is waited for before the workers can start."""
+        return self.folder / WAITING
 
     @property
     def attempt_file(self) -> Path:

@@ -19,6 +19,7 @@ from vlskv_ray.checkpoint import write_json
 from vlskv_ray.cluster import Follower, duration
 from vlskv_ray.config import Config
 from vlskv_ray.figures import at, decimal, is_number, percent, read_run
+from vlskv_ray.placement import WAITING
 
 SHORT = {"model.num_key_value_layers": "N", "model.key_value_group_size": "g"}
 """What options are called in the names of trials; others by their last word."""
@@ -108,6 +109,7 @@ class Progress:
     trial: Trial
     folder: Path
     metrics: Follower
+    notes: Follower
     epochs: int
     latest: dict[str, Any] = field(default_factory=dict)
     outcome: dict[str, Any] | None = None
@@ -115,10 +117,15 @@ class Progress:
     """Its figures on held-out samples, once it is done."""
     began: float | None = None
     """Since when it runs, by the monotonic clock; None: it does not."""
+    waits_for: str = ""
+    """What it has told that its workers lack, if it has made no step since."""
 
     def update(self) -> None:
+        for line in self.notes.new_lines():
+            self.waits_for = line.removeprefix("waiting").strip()
         for line in self.metrics.new_lines():
             self.latest |= json.loads(line)
+            self.waits_for = ""
         if self.outcome is None:
             self.outcome = outcome_of(self.folder)
             if self.status == DONE:  # read once: the table is drawn twice a second
@@ -129,7 +136,7 @@ class Progress:
     def status(self) -> str:
         if self.outcome is not None:
             return str(self.outcome["status"])
-        if self.began is None:
+        if self.began is None or self.waits_for:
             return "waits"
         return "starts" if not self.latest else "measures" if self.latest.get("epoch", 0) >= self.epochs else "runs"
 
@@ -153,7 +160,8 @@ class SweepTable:
     def add(self, trial: Trial) -> None:
         """A trial that was not known from the start."""
         folder = self.folder / trial.name
-        self.rows.setdefault(trial.name, Progress(trial, folder, Follower(folder / "metrics.jsonl"), self.epochs))
+        files = Follower(folder / "metrics.jsonl"), Follower(folder / WAITING)
+        self.rows.setdefault(trial.name, Progress(trial, folder, *files, self.epochs))
 
     def begins(self, trial: Trial) -> None:
         self.add(trial)
@@ -172,6 +180,9 @@ class SweepTable:
             if (name, row.status) not in self.told and row.status not in ("waits", "runs", "measures"):
                 self.told.add((name, row.status))
                 self.out.write(f"{self._ended(row) if row.outcome else f'{name} starts'}\n")
+            if row.waits_for and (name, row.waits_for) not in self.told:
+                self.told.add((name, row.waits_for))
+                self.out.write(f"{name} waits: {row.waits_for}\n")
         if time.monotonic() - self.told_at >= 30:
             self.told_at = time.monotonic()
             running = [

@@ -34,6 +34,7 @@ from vlskv_ray.faults import point
 from vlskv_ray.finished import PAGES, is_untouched, seals, unfinished, unmade, write_pages
 from vlskv_ray.lease import owned
 from vlskv_ray.node import process_group, travels
+from vlskv_ray.placement import NoRoom, Wait, together, told_in
 from vlskv_ray.preflight import check_nodes
 from vlskv_ray.prepare import REMEDY, check_cache, prepare, run_folder, say
 from vlskv_ray.report import closing, write_summary
@@ -291,6 +292,8 @@ def run_on_ray(run: Run, loader: Loader, on_metrics: Told = None) -> tuple[dict[
                 try:
                     return watch(run, lambda: fit(run, loader, reserved), apart=True, on_metrics=on_metrics)
                 except RunFailed as error:
+                    if lacks := no_room(error.__cause__):
+                        return {"status": "failed", "message": str(lacks)}, None
                     if not is_lost_controller(error.__cause__) or failures == config.cluster.max_failures:
                         raise
                     say(
@@ -301,6 +304,15 @@ def run_on_ray(run: Run, loader: Loader, on_metrics: Told = None) -> tuple[dict[
             raise AssertionError("not reached")
         finally:
             shutil.rmtree(run.folder / "ray", ignore_errors=True)  # Ray's own notes; ours are all that is resumed from
+
+
+def no_room(error: BaseException | None) -> NoRoom | None:
+    """What says that the cluster had no room for the workers in time, if that is what ended a run."""
+    from ray.train import ControllerError
+
+    while isinstance(error, ControllerError):
+        error = error.controller_failure
+    return error if isinstance(error, NoRoom) else None
 
 
 def is_lost_controller(error: BaseException | None) -> bool:
@@ -329,8 +341,16 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             run.first_step_file,
             cpus_per_task=reserved.cpus_per_task,
             num_tasks=reserved.num_tasks,
+            first_task=asking.first_data_task(),
         )
 
+    each = each_worker_takes(config.cluster, reserved)
+    asking = together(
+        {"CPU": reserved.cpus_per_task},
+        each["resources_per_worker"],
+        config.cluster.fewest_workers,
+        Wait(config.cluster.wait_seconds, told_in(run.waiting_file)),
+    )
     travels()
     trainer = TorchTrainer(
         ray_worker,
@@ -338,7 +358,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
         torch_config=process_group(backend_of(config.cluster), config.cluster.network_interface, FOR_EVER),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.num_workers,
-            **each_worker_takes(config.cluster, reserved),
+            **each,
             placement_strategy="SPREAD",
             elastic_resize_monitor_interval_s=ROOM_IS_LOOKED_FOR_EVERY,
         ),
@@ -348,6 +368,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             name=f"attempt-{time.time_ns()}",  # a new one each time: Ray's own records are never resumed from
             storage_path=str(run.folder / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            callbacks=[asking],
             logging_config=LoggingConfig(log_level="INFO" if config.output.level == "debug" else "ERROR"),
         ),
     )
@@ -423,8 +444,11 @@ def watch(
             run.attempt_file.unlink(missing_ok=True)
             os._exit(128 + signum)
         run.stop_file.touch()
-        if progress.latest or not apart:
+        if is_underway():
             print("\nstopping, with all that is done saved (once more to end at once)", flush=True)
+
+    def is_underway() -> bool:
+        return not apart or (bool(progress.latest) and not progress.waits)
 
     run.checkpoints.mkdir(exist_ok=True)
     run.stop_file.unlink(missing_ok=True)
@@ -436,6 +460,7 @@ def watch(
         shown_at,
         afterwards=measuring(run),
         on_metrics=on_metrics,
+        notes=run.waiting_file,
     )
     before = {}
     if threading.current_thread() is threading.main_thread():  # others, as in a sweep, take no signals
@@ -446,7 +471,7 @@ def watch(
         while thread.is_alive():
             thread.join(0.2)
             progress.update()
-            if apart and asked and (len(asked) > 1 or not progress.latest):  # asked twice, or nothing to save yet
+            if asked and apart and (len(asked) > 1 or not is_underway()):  # asked twice, or there is nothing to save
                 run.attempt_file.unlink(missing_ok=True)  # it was not the step that ended it
                 return {"status": "interrupted"}, asked[0]
     finally:

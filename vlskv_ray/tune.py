@@ -23,7 +23,7 @@ from typing import Any
 
 from vlskv_ray.cache import SeveralCaches, fill_ahead, samples_of
 from vlskv_ray.checkpoint import newest_step, write_text
-from vlskv_ray.cluster import Cluster, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
+from vlskv_ray.cluster import Cluster, asks_in_vain, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, safe, shown
 from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config, load_config_and_notices
 from vlskv_ray.config.problems import no_option
@@ -33,6 +33,7 @@ from vlskv_ray.frontier import train_command, write_frontier
 from vlskv_ray.lease import owned
 from vlskv_ray.model.build import find_model, swiftkv_config
 from vlskv_ray.model.build import load_config as load_model_config
+from vlskv_ray.placement import Wait, room_for
 from vlskv_ray.prepare import check_cache, prepare, run_folder, say, teacher_cache_of
 from vlskv_ray.sweep import DONE as TRIAL_DONE
 from vlskv_ray.sweep import FAILED as TRIAL_FAILED
@@ -220,8 +221,14 @@ def run_sweep(config: Config, sweep: Sweep, trials: list[Trial], command: Callab
             for trial in to_do:
                 refuse_other_options(sweep, trial)
             fill_caches(config, sweep, to_do, cluster, held, told)
+            bundles = trial_takes(config, sweep)
+            wait = Wait(config.cluster.wait_seconds, lambda text: say(config, text))
+            with room_for(bundles, "a trial", wait):  # given back at once: later ones have their own waits
+                pass
             try:
-                asked = attend(sweep, table, lambda: run_trials(config, sweep, to_do, table, at_once))
+                asked = attend(
+                    sweep, table, lambda: run_trials(config, sweep, to_do, table, at_once), Starved(bundles, wait)
+                )
             finally:
                 shutil.rmtree(sweep.folder / "ray", ignore_errors=True)  # trials' folders are all that is resumed from
         asked = asked or early.signal
@@ -323,6 +330,16 @@ def concurrent_trials(config: Config, cluster: Cluster, trials: int) -> int:
     return count
 
 
+def trial_takes(config: Config, sweep: Sweep) -> list[dict[str, float]]:
+    """What a trial must have of the cluster to begin."""
+    gpu = {"GPU": 1.0} if config.cluster.use_gpu else {}
+    if not config.cluster.most_workers:
+        return [{"CPU": sweep.cpus_per_trial} | gpu]
+    reserved = reserve(config.cluster, config.data, sweep.cpus_per_trial, sweep.largest_node)
+    worker, data_task = {"CPU": reserved.cpus_per_worker} | gpu, {"CPU": reserved.cpus_per_task}
+    return [*[worker] * config.cluster.fewest_workers, data_task]
+
+
 def with_share(config: Config, sweep: Sweep, is_new: bool) -> Config:
     """The config of a trial with what of the cluster it may use. One that goes on keeps its threads: they decide the
     last bits."""
@@ -362,8 +379,29 @@ def fill_caches(
             fill_ahead(run, replace(loader, cache=None), SeveralCaches(caches), cluster, quiet=not told)
 
 
-def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None]) -> int | None:
-    """Runs `work` in a thread while this one shows the table and takes signals; the signal that asked for a stop."""
+@dataclass
+class Starved:
+    """Notices that no trial runs since others hold what one takes, for which Tune would wait for ever."""
+
+    bundles: list[dict[str, float]]
+    wait: Wait
+
+    def look(self, table: SweepTable) -> None:
+        runs = any(row.began is not None and row.outcome is None for row in table.rows.values())
+        if runs or not asks_in_vain():
+            self.wait.ends()
+            return
+        tell_at = self.wait.tell_at
+        self.wait.goes_on(self.bundles, "a trial")
+        if self.wait.tell_at != tell_at:
+            table.drawn = 0  # what was told stays above the table
+
+
+def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None], starved: Starved) -> int | None:
+    """Runs `work` in a thread while this one shows the table and takes signals; the signal that asked for a stop.
+
+    NoRoom where no trial can run for too long.
+    """
     failure: list[BaseException] = []
     asked: list[int] = []
 
@@ -386,6 +424,8 @@ def attend(sweep: Sweep, table: SweepTable, work: Callable[[], None]) -> int | N
         while thread.is_alive() and len(asked) < 2:
             thread.join(0.5)
             table.update()
+            if not asked:
+                starved.look(table)
             free_what_the_dead_reserved()  # trials that were stopped early, or died, and had workers
             for row in table.rows.values() if asked else ():
                 if row.began is not None and row.outcome is None and row.folder.exists():
@@ -436,7 +476,7 @@ def run_trials(config: Config, sweep: Sweep, trials: list[Trial], table: SweepTa
     # of a trial with workers Ray asks nothing for the process that watches them: they hold what there is
     resources: dict[str, float] = {"memory": 1}
     if not config.cluster.most_workers:
-        resources = {"CPU": sweep.cpus_per_trial} | ({"GPU": 1} if config.cluster.use_gpu else {})
+        (resources,) = trial_takes(config, sweep)
     algorithm, space = None, {"values": ray_tune.grid_search([trial.values for trial in trials])}
     if options.search == "optuna":
         algorithm, space = optuna_search(config, sweep, metric, mode), {}

@@ -98,7 +98,7 @@ TOKENIZERS = {
 
 
 def processor_of(tokenizer: Any, **added: Any) -> Any:
-    """A stock processor of ChatML around it; `<end>` is an added token that is not special, `dogs` one of plain words."""
+    """A stock processor of ChatML around it; `<end>` is an added token that is not special, `dogs` a plain word."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **{

@@ -110,8 +110,8 @@ class ModelConfig(_Section):
     teacher_cache: Literal["off", "memory", "disk"] = "off"
     """Keeps what the frozen part of the model makes of each sample: later epochs, and runs of the same teacher and N on
     the same data, then run no vision tower, no layer below N and no teacher; results agree to 1e-6. A sample takes
-    tokens x hidden size x 4 bytes (2 with dtype=bfloat16). memory: in each machine's /dev/shm, until the run ends.
-    disk: in teacher_cache_dir."""
+    tokens x hidden size x 4 bytes (2 with dtype=bfloat16). memory: in each machine's /dev/shm, where
+    nobody but this user can read it, until the run ends. disk: in teacher_cache_dir."""
 
     teacher_cache_dir: LocalPath | None = None
     """Folder of the teacher cache on disk, on storage that all workers share. None: .teacher-cache in output.dir."""
@@ -273,6 +273,10 @@ class ClusterConfig(_Section):
     cpus_per_worker: PositiveFloat | None = None
     """Logical CPUs that Ray reserves for a worker. None: the workers share half of the cluster, or with use_gpu take 1
     each at most, and data gets the rest."""
+
+    wait_seconds: PositiveFloat = 600.0
+    """Of waiting for what the workers and a data task need of the cluster, while other jobs hold it or a machine is
+    lost: the run says so every minute, and after so long ends with exit status 1."""
 
     stall_seconds: PositiveFloat = 120.0
     """A worker that gets on with nothing for so long, and for ten times as long as its slowest micro-batch took, ends;

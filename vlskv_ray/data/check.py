@@ -24,7 +24,7 @@ def check_processor(files: ModelFiles, processor: Any) -> list[str]:
     try:
         notices = check_template(processor)
     except LIBRARY_ERRORS as error:  # a template may compute anything
-        raise ValueError(f"{where}: its chat template cannot be used: {" ".join(str(error).split())}") from error
+        raise ValueError(f"{where}: its chat template cannot be used: {' '.join(str(error).split())}") from error
     config = load_config(files)
     pictures = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in PICTURES]
     processed = processor.image_processor(pictures, input_data_format="channels_last", do_pad=False)

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +151,9 @@ def begin_at(first_step: Path, step: int) -> None:
         file.write(f"{step:20}")
 
 
-def ray_dataset(loader: Loader, steps: int, first_step: Path, *, cpus_per_task: float, num_tasks: int) -> Any:
+def ray_dataset(
+    loader: Loader, steps: int, first_step: Path, *, cpus_per_task: float, num_tasks: int, first_task: Any = "SPREAD"
+) -> Any:
     """The micro-batches of so many steps as a Ray dataset, one row and one block each.
 
     One-row blocks and `preserve_order` make `streaming_split` deal them to the workers exactly in turn. What Ray is
@@ -162,8 +165,19 @@ def ray_dataset(loader: Loader, steps: int, first_step: Path, *, cpus_per_task: 
         steps: of one execution.
         first_step: see `begin_at`; on storage that all nodes share.
         cpus_per_task, num_tasks: of the data workers.
+        first_task: Ray's scheduling strategy for the one that must be there; others run where CPUs are free.
     """
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    def where() -> dict[str, Any]:  # asked for each data worker as it is started
+        import threading
+
+        from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+        # an execution starts its first one before the thread that starts others as they are of use
+        is_first = not isinstance(threading.current_thread(), StreamingExecutor)
+        return {"scheduling_strategy": first_task} if is_first else {}
 
     rows = steps * loader.plan.micro_batches_per_step
     context = ray.data.DataContext.get_current()
@@ -173,7 +187,15 @@ def ray_dataset(loader: Loader, steps: int, first_step: Path, *, cpus_per_task: 
     items = ray.data.from_items(list(range(rows)), override_num_blocks=max(1, -(-rows // ROWS_PER_TASK)))
     processes = ray.data.ActorPoolStrategy(min_size=1, max_size=num_tasks)
     arguments = (pickle.dumps(loader), str(first_step))
-    return items.map(data_worker(), fn_constructor_args=arguments, num_cpus=cpus_per_task, compute=processes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # gone in 2.64, and this package goes with 2.60
+        return items.map(
+            data_worker(),
+            fn_constructor_args=arguments,
+            num_cpus=cpus_per_task,
+            compute=processes,
+            ray_remote_args_fn=where,
+        )
 
 
 def ray_batches(shard: Any) -> Iterator[Batch]:

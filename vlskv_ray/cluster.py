@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
 
-from vlskv_ray.command import safe
 from vlskv_ray.config import ClusterConfig, Config, DataConfig
+from vlskv_ray.words import printable_lines
 
 ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -306,7 +306,7 @@ class ProgressLine:
 
     def update(self) -> None:
         """Reads what is new, tells it and shows the latest step."""
-        warned = [safe(f"warning: {json.loads(line)['warning']}") for line in self.warnings.new_lines()]
+        warned = [printable_lines(f"warning: {json.loads(line)['warning']}") for line in self.warnings.new_lines()]
         notes = self.notes.new_lines() if self.notes else []
         for text in warned + notes:
             self._write(text, lasting=True) if self.shown else print(text, file=sys.stderr)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlskv_ray.run import StoppedRun
+from vlskv_ray.words import printable_lines
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -25,29 +26,19 @@ def exit_status(command: Callable[[], int]) -> int:
     try:
         return command()
     except ValueError as error:  # each of ours names the option, key or file, what was wanted and the remedy
-        print(safe(str(error)), file=sys.stderr)
+        print(printable_lines(str(error)), file=sys.stderr)
         return WRONG_INPUT
     except StoppedRun as error:  # what was asked for cannot be done, though nothing is wrong with how it was asked
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
         return FAILED
     except BrokenPipeError:  # whoever reads what is printed has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:  # a full disk, a folder that went away
-        print(safe(f"error: {error}"), file=sys.stderr)
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
         return WRONG_INPUT if error.errno == errno.ENAMETOOLONG else FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-
-
-def printable(text: str) -> str:
-    """A text on one line of a terminal: what would steer it, such as an escape sequence, is written out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def safe(text: str) -> str:
-    """The same for a text of several lines."""
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def plural(count: int, word: str) -> str:

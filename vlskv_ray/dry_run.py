@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from vlskv_ray.cluster import Reserved, duration, reserve, threads_of
-from vlskv_ray.command import printable
 from vlskv_ray.counting import flop_counter, peak_bytes, size
 from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
@@ -25,6 +24,7 @@ from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.run import Run, StoppedRun
 from vlskv_ray.step import GradientBuffer, StepResult, autocast, build_optimizer, objective_of, train_step
 from vlskv_ray.train_loop import model_of
+from vlskv_ray.words import printable
 
 TRIED_SAMPLES = 64
 TIMED_MICRO_BATCHES = 6

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 import vlskv_ray
 from vlskv_ray.checkpoint import SavedState
 from vlskv_ray.cluster import threads_of
-from vlskv_ray.command import safe, shown
+from vlskv_ray.command import shown
 from vlskv_ray.config import Config, changed_keys
 from vlskv_ray.counting import matmul_seconds, size
 from vlskv_ray.data.chat import Limits
@@ -40,6 +40,7 @@ from vlskv_ray.model.build import (
 )
 from vlskv_ray.run import Run
 from vlskv_ray.teacher_cache import IN_MEMORY, TeacherCache
+from vlskv_ray.words import printable_lines
 
 FEW_STEPS = 20
 SAMPLES_TRIED = 32
@@ -347,4 +348,4 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
 
 def say(config: Config, text: str) -> None:
     if config.output.level in ("debug", "info"):
-        print(safe(text), flush=True)
+        print(printable_lines(text), flush=True)

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.checkpoint import SavedState, newest_checkpoint, save_checkpoint, share
-from vlskv_ray.command import printable
 from vlskv_ray.counting import size
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
@@ -23,6 +22,7 @@ from vlskv_ray.lease import is_owner
 from vlskv_ray.model.build import find_model, load_processor
 from vlskv_ray.run import Run, StoppedRun, TakenOver, gather_objects
 from vlskv_ray.run_log import RunLog
+from vlskv_ray.words import printable
 
 TRIES, SECONDS_BETWEEN_TRIES = 3, 5.0
 """Of writing the last checkpoint, where the disk does not take it."""
@@ -136,7 +136,8 @@ def resume(run: Run, trained: dict[str, torch.nn.Parameter], optimizer: torch.op
     weights, moments = saved.tensors("trainable"), saved.tensors("optimizer")
     check_tensors(saved, "trainable", weights, trained)
     if moments or counts.supervised.total():  # else no step had anything to learn from
-        like = {f"{name}.{kind}": weight for name, weight in trained.items() for kind in ("exp_avg", "exp_avg_sq")}
+        like: dict[str, torch.Tensor] = {}
+        like |= {f"{name}.{kind}": weight for name, weight in trained.items() for kind in ("exp_avg", "exp_avg_sq")}
         like |= {f"{name}.step": torch.tensor(0.0) for name in trained}
         check_tensors(saved, "optimizer", moments, like)
     with torch.no_grad():

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlskv_ray.command import printable
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, parts
 from vlskv_ray.distill import LossSums, Objective
@@ -22,6 +21,7 @@ from vlskv_ray.faults import point
 from vlskv_ray.run import StoppedRun, gather_objects, this_rank
 from vlskv_ray.sft import cross_entropy_loss
 from vlskv_ray.teacher_cache import TeacherCache
+from vlskv_ray.words import printable
 
 Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
 """Of model and micro-batch: the loss as a sum with a graph, and all sums; see `distillation_loss`."""

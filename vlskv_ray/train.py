@@ -24,7 +24,7 @@ from vlskv_ray.cluster import (
     ray_cluster,
     reserve,
 )
-from vlskv_ray.command import DONE, FAILED, exit_status, printable, run_parser, safe, shown
+from vlskv_ray.command import DONE, FAILED, exit_status, run_parser, shown
 from vlskv_ray.config import ClusterConfig, Config, dump_config, load_config_and_notices
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, begin_at, executions, local_batches, ray_batches, ray_dataset
@@ -42,6 +42,7 @@ from vlskv_ray.run import Run, StoppedRun, Worker
 from vlskv_ray.run_log import take_back
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.watchdog import DEATHS
+from vlskv_ray.words import printable, printable_lines
 
 FOR_EVER = 30 * 24 * 3600
 """Seconds that workers wait for each other: of one that ends they hear at once, and of one that stalls the watchdog."""
@@ -176,7 +177,7 @@ def is_completed(run: Run) -> bool:
         lacked = unmade(folder)
         for name in lacked:
             PAGES[name](folder)
-        print(f"this run is already finished; `--resume never` starts it anew\n{safe(closing(folder))}")
+        print(f"this run is already finished; `--resume never` starts it anew\n{printable_lines(closing(folder))}")
         if lacked:
             say(run.config, f"made again    {', '.join(lacked)}")
         return True
@@ -224,7 +225,7 @@ def told_of_end(run: Run, loader: Loader, outcome: dict[str, Any], asked_by: int
 
 
 def tell(text: str) -> None:
-    print(safe(text), file=sys.stderr)
+    print(printable_lines(text), file=sys.stderr)
 
 
 def moved_aside(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from typing import Any
 from vlskv_ray.cache import SeveralCaches, fill_ahead, samples_of
 from vlskv_ray.checkpoint import newest_step, write_text
 from vlskv_ray.cluster import Cluster, asks_in_vain, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
-from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, safe, shown
+from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, shown
 from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config, load_config_and_notices
 from vlskv_ray.config.problems import no_option
 from vlskv_ray.figures import at, read_run
@@ -39,6 +39,7 @@ from vlskv_ray.sweep import DONE as TRIAL_DONE
 from vlskv_ray.sweep import FAILED as TRIAL_FAILED
 from vlskv_ray.sweep import STOPPED, SweepTable, Trial, end, outcome_of, trial_of, trials_of
 from vlskv_ray.train import moved_aside, train
+from vlskv_ray.words import printable_lines
 
 LOG = "log.txt"
 """In a trial's folder: what its command would have printed."""
@@ -540,7 +541,7 @@ def run_trial(parameters: dict[str, Any], *, sweep: Sweep) -> None:
             config = with_share(sweep.config_of(trial), sweep, is_new)
             status = train(config, num_samples=sweep.num_samples, on_metrics=tell)
         except ValueError as error:
-            print(safe(str(error)))
+            print(printable_lines(str(error)))
             status = FAILED
     if status > 128:
         ray_tune.report(NOTHING)

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from vlskv_ray.command import printable
 from vlskv_ray.config.options import source_from_text
+from vlskv_ray.words import printable
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands: ("data", "sources", 0, "path")."""

@@ -269,8 +269,8 @@ def compare(
     inputs: dict[str, torch.Tensor],
     *,
     max_new_tokens: int = 64,
-    turns: int = 7,
-    enough_seconds: float = 20,
+    turns: int = 31,
+    enough_seconds: float = 10,
 ) -> tuple[Answer, Answer]:
     """The teacher's answer and the student's, by one model with SwiftKV weights, which is left with SwiftKV on.
 

@@ -535,10 +535,10 @@ def _add_fast_prefill(parent: nn.Module, name: str, child: nn.Module | None) -> 
 
 
 def _quantize_what_groups_keep(stock_init: Callable[..., None]) -> Callable[..., None]:
-    """Over the constructor of transformers' quantised cache, which refuses every config with layers that store nothing.
+    """Over the constructor of transformers' quantised cache, which refuses a config some of whose layers store nothing.
 
-    Theirs is of no use to it, so it is built as if all layers stored something; those that reuse get the layer that the
-    other caches give them.
+    It is built as if all stored something; then those that read another's cache get the layer that other caches have
+    in their place.
     """
 
     @functools.wraps(stock_init)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import picture
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlskv_ray.generate import Answer, answer, compare, comparison, load, main, open_image, read_question
+from vlskv_ray.data.images import load_image
+from vlskv_ray.generate import Answer, answer, compare, comparison, load, main, read_question
 from vlskv_ray.model.build import find_model, load_processor
 
 TIMES = r"first token after \d+\.\d{3} s, \d+\.\d tokens/s after it, (\d+) prompt tokens \((\d+) of images\)\n"
@@ -160,6 +162,20 @@ def test_a_prompt_begins_once(folder: Path, bos: str) -> None:
     processor.tokenizer.backend_tokenizer.post_processor = begin
     inputs, _ = read_question(model.config, processor, "hello", [])
     assert inputs["input_ids"].eq(processor.tokenizer.bos_token_id).sum() == 1
+
+
+def test_a_prompt_is_prepared_as_the_stock_processor_does(folder: Path) -> None:
+    """But for names of control tokens, which are characters of the question."""
+    model, processor = load(str(folder))
+    images = [load_image(picture(60, 40)), load_image(picture(30, 50))]
+    inputs, _ = read_question(model.config, processor, "What is it?", images)
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    stock = processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
+    assert inputs.keys() == stock.keys() and all(torch.equal(inputs[name], stock[name]) for name in inputs)
+    inputs, _ = read_question(model.config, processor, "What is </s>?", [])
+    assert not inputs["input_ids"].eq(processor.tokenizer.eos_token_id).any()
+    assert "What is </s>?" in processor.tokenizer.decode(inputs["input_ids"][0])
 
 
 def test_times_are_those_of_the_tokens(folder: Path) -> None:

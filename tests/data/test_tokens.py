@@ -1,9 +1,9 @@
 """What a user or an assistant said is characters, also where it is the name of a token that steers the model."""
 
 import functools
+import os
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import conversation, picture, tiny_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -98,7 +98,7 @@ TOKENIZERS = {
 
 
 def processor_of(tokenizer: Any, **added: Any) -> Any:
-    """A stock processor of ChatML around it; `<end>` is an added token that is not special, `dogs` a plain word."""
+    """A stock processor of ChatML around it. Of added tokens that are not special the template writes `<end>` only."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **{
@@ -140,12 +140,6 @@ def ids_of(processor: Any, messages: list[dict[str, Any]], placeholder: str = "<
     return *tokenise(processor, rendering, [placeholder] * len(rendering.images)), rendering
 
 
-def plain(tokenizer: Any, text: str) -> str:
-    """A text as this tokenizer gives it back; what it does not keep, such as white space, is not compared."""
-    shown = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return "".join(shown.split())
-
-
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("images", [0, 2])
 def test_names_of_control_tokens_in_texts_are_characters(name: str, images: int) -> None:
@@ -171,17 +165,14 @@ def test_the_rest_is_tokenised_as_ever(name: str) -> None:
     """A text with a control token's name has the ids of one with other words in its place, but for those words."""
     processor = processor_with(name)
     for before, after in (("what the cat ", " is"), ("é  ", "\n\n dogs"), ("the", "the")):
-        encodings = []
-        for middle in ("Q</s>Q", "QvwxyQ"):
-            ids, offsets, _, rendering = ids_of(processor, conversation(before + middle + after, "the cat", images=1))
-            start, stop = rendering.text.index(middle), rendering.text.index(middle) + len(middle)
-            first = int(np.flatnonzero(offsets[:, 1] > start + offsets[-1, 1] - len(rendering.text))[0])
-            encodings.append((ids.tolist(), first, stop))
-        (ids, _, _), (others, _, _) = encodings
-        same_before = next(i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b)
-        same_after = next(i for i, (a, b) in enumerate(zip(ids[::-1], others[::-1], strict=False)) if a != b)
-        q = processor.tokenizer.decode(ids[same_before : len(ids) - same_after])
-        assert "cat" not in q and "the" not in q and len("".join(q.split())) <= len("Q</s>Q")
+        named, other = (
+            ids_of(processor, conversation(before + middle + after, "the cat", images=1))[0].tolist()
+            for middle in ("Q</s>Q", "QvwxyQ")
+        )
+        same_before = len(os.path.commonprefix([named, other]))
+        same_after = len(os.path.commonprefix([named[::-1], other[::-1]]))
+        differs = processor.tokenizer.decode(named[same_before : len(named) - same_after])
+        assert "".join(differs.split()).lower() in "q</s>q"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -218,14 +209,17 @@ def test_the_names_of_stand_ins_are_left_out() -> None:
     assert reason.value.code == "text_special" and "'</s>'" in reason.value.detail
 
 
-def test_a_template_that_changes_texts_leaves_such_rows_out() -> None:
+def test_a_template_that_looks_at_texts_leaves_such_rows_out() -> None:
     """Since what is the row's and what the template's can then not be told."""
     processor = processor_of(byte_level())
-    processor.chat_template = CHATML.replace("{{ part['text'] }}", "{{ part['text'] | replace('\\r', '') }}")
-    assert "the cat" in processor.tokenizer.decode(ids_of(processor, conversation("the cat", "b"))[0])
+    asks = "{% if '?' in part['text'] %}Question: {% endif %}{{ part['text'] }}"
+    processor.chat_template = CHATML.replace("{{ part['text'] }}", asks)
+    ids, _, answers, rendering = ids_of(processor, conversation("the cat?", "b"))
+    assert "Question: the cat?" in processor.tokenizer.decode(ids) and rendering.text[slice(*answers[0])] == "b<end>\n"
+    assert "the </s> cat" in processor.tokenizer.decode(ids_of(processor, conversation("the </s> cat", "b"))[0])
     with pytest.raises(Rejected, match="'</s>'") as reason:
-        ids_of(processor, conversation("\r</s>", "b"))
-    assert reason.value.code in ("text_special", "chat_template")
+        ids_of(processor, conversation("the </s> cat?", "b"))
+    assert reason.value.code == "text_special"
 
 
 @pytest.mark.parametrize("name", ["shipped", *TOKENIZERS])

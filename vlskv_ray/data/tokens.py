@@ -56,8 +56,8 @@ def tokenise(processor: Any, rendering: Rendering, placeholders: Sequence[str]) 
     tokenizer, control = processor.tokenizer, control_tokens(processor)
     if not rendering.is_exact:
         for start, stop in rendering.texts:
-            if name := control.pattern.search(rendering.text, start, stop):
-                raise _inseparable(name[0], "the chat template changes the texts of this conversation")
+            if match := control.pattern.search(rendering.text, start, stop):
+                raise _inseparable(match[0], "the chat template changes texts, or looks at what they hold")
     add_special_tokens = not begins_itself(tokenizer, rendering)
     text, moved = _replaced(rendering.text, zip(rendering.images, placeholders, strict=True))
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)

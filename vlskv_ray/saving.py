@@ -136,9 +136,8 @@ def resume(run: Run, trained: dict[str, torch.nn.Parameter], optimizer: torch.op
     weights, moments = saved.tensors("trainable"), saved.tensors("optimizer")
     check_tensors(saved, "trainable", weights, trained)
     if moments or counts.supervised.total():  # else no step had anything to learn from
-        like: dict[str, torch.Tensor] = {}
+        like = {f"{name}.step": torch.tensor(0.0) for name in trained}
         like |= {f"{name}.{kind}": weight for name, weight in trained.items() for kind in ("exp_avg", "exp_avg_sq")}
-        like |= {f"{name}.step": torch.tensor(0.0) for name in trained}
         check_tensors(saved, "optimizer", moments, like)
     with torch.no_grad():
         for name, parameter in trained.items():

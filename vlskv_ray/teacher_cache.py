@@ -35,7 +35,7 @@ from vlskv_ray.data.collate import Batch, Encoded, FrozenStates, supervised_posi
 from vlskv_ray.data.images import read_image_file
 from vlskv_ray.data.sample import ImageFile, Sample
 
-FORMAT = 2
+FORMAT = 3
 IN_MEMORY = Path(f"/dev/shm/vlskv_ray-{os.getuid()}")
 """In Linux's file system in memory, whose files every process of a machine shares. Anybody there can make a folder of
 this name first, so it is looked at before it is used, see `make_private`."""

@@ -1,8 +1,11 @@
 """Inputs that failed elsewhere, each with the outcome that is right, in this process and through Ray's data graph.
 
-The files are in tests/cases, made after public reports, but for pictures that are large, which are made here.
+The files are in tests/cases, made after public reports, but for pictures and texts that are large, which are made here.
+The model's chat template is the one that public copies of llava-v1.6-mistral carry, which writes only the first part of
+some turns.
 """
 
+import json
 import shutil
 import threading
 import zlib
@@ -11,14 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_templates import HUB_MISTRAL
+from waiting import HANG_SECONDS
 
 from vlskv_ray.config import SourceConfig
-from vlskv_ray.data.chat import Limits
-from vlskv_ray.data.collate import Batch
+from vlskv_ray.data.chat import Limits, check_template
+from vlskv_ray.data.collate import IGNORE_INDEX, Batch
 from vlskv_ray.data.pipeline import Loader, begin_at, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table, Tokens
 from vlskv_ray.data.sample import SourceError
 from vlskv_ray.data.sources import Source, open_sources
+from vlskv_ray.model.build import find_model, load_processor
 
 CASES = Path(__file__).parent.parent / "cases"
 
@@ -44,6 +50,8 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         ("role_order", "system, system, user, assistant; wanted"),
         (TEXT, ""),
     ],
+    "c08_parts_lost_by_template.jsonl": [(TEXT, ""), (TEXT, ""), ("2 images", ""), (ONE_IMAGE, "")],
+    "c14_long_text.jsonl": [("text_cap", "1000004 characters of text"), (TEXT, "")],
     "c07_glob/*.parquet": [(TEXT, "")] * 3 + [(ONE_IMAGE, "")] * 3,
     "c07b_glob/*.parquet": [(TEXT, "")] * 3 + [(ONE_IMAGE, "")] * 3,
     "c07c_glob/*.parquet": [(TEXT, "")] * 6,
@@ -69,6 +77,18 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (kind, content, at) in chunks.items():  # behind the header, or before the end
         chunk = len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
         (folder / "root" / f"{name}.png").write_bytes(png[:at] + chunk + png[at:])
+    rows = [
+        [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}] for text in ("x" * 10**6, "Hi.")
+    ]
+    (folder / "c14_long_text.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "of-the-hub"
+    shutil.copytree(teacher_folder(), folder)
+    (folder / "chat_template.jinja").write_text(HUB_MISTRAL)
     return folder
 
 
@@ -101,8 +121,8 @@ def check(sources: Iterable[Source], batches: Iterable[Batch]) -> None:
     assert not found
 
 
-def test_every_row_has_its_outcome(cases: Path, teacher_folder: Callable[..., Path]) -> None:
-    loader = loader_of(cases, ROWS, teacher_folder())
+def test_every_row_has_its_outcome(cases: Path, model: Path) -> None:
+    loader = loader_of(cases, ROWS, model)
     check(loader.sources, local_batches(loader, 0, loader.plan.steps_per_epoch))
 
 
@@ -111,6 +131,22 @@ def test_files_that_are_none_are_named(cases: Path, name: str) -> None:
     with pytest.raises(SourceError, match=FILES[name]) as caught:
         open_sources([spec(cases, name)])
     assert str(cases / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_part_is_lost(cases: Path, model: Path) -> None:
+    """By a template that writes the first one only: answers are learnt whole, what is moved is told of the template."""
+    loader = loader_of(cases, ["c08_parts_lost_by_template.jsonl"], model)
+    processor = load_processor(find_model(str(model)))
+    read: dict[str, tuple[str, str]] = {}
+    for batch in local_batches(loader, 0, loader.plan.steps_per_epoch):
+        for uid, ids, labels in zip(batch.sample_ids, batch.input_ids, batch.labels, strict=True):
+            ids, learnt = ids[ids != processor.image_token_id], labels[labels != IGNORE_INDEX]
+            read[uid[-1]] = (processor.decode(ids), processor.decode(learnt))
+    assert "First half, second half." in read["1"][1]
+    assert "Be kind. Answer in one word." in read["2"][0]
+    assert "Left:  Right:  Which is red?" in read["3"][0]
+    assert any("an image after a text" in notice for notice in check_template(processor))
+    assert "\nWhat?" in read["4"][0] and "\n\n" not in read["4"][0]
 
 
 def test_a_picture_in_a_part_is_read(cases: Path, teacher_folder: Callable[..., Path]) -> None:
@@ -122,12 +158,10 @@ def test_a_picture_in_a_part_is_read(cases: Path, teacher_folder: Callable[..., 
 
 
 @pytest.mark.ray
-def test_every_row_has_its_outcome_through_ray(
-    cases: Path, teacher_folder: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_every_row_has_its_outcome_through_ray(cases: Path, model: Path, tmp_path: Path) -> None:
     import ray
 
-    loader = loader_of(cases, ROWS, teacher_folder())
+    loader = loader_of(cases, ROWS, model)
     come: list[Batch] = []
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
@@ -138,7 +172,7 @@ def test_every_row_has_its_outcome_through_ray(
         begin_at(tmp_path / "first", 0)
         thread = threading.Thread(target=lambda: come.extend(ray_batches(shard)), daemon=True)
         thread.start()
-        thread.join(600)  # seconds: it takes twenty
+        thread.join(HANG_SECONDS)
     finally:
         ray.shutdown()
     check(loader.sources, come)

@@ -201,7 +201,7 @@ BAD_STATES: list[tuple[str, Any]] = [
         for value in ({"per_image": float("nan")}, {"per_byte": -1}, {"evil": 1}, {"per_byte": "1"}, [])
     ),
     *(("threads", value) for value in (0, -1, 10**6, "1", 1.5, ...)),
-    *(("fingerprints", value) for value in ({}, {"model": "a", "data": "b"}, [], None, {"model": 1}, ...)),
+    *(("fingerprints", value) for value in ([], None, {"model": 1}, "x", ...)),
     *(("score", value) for value in ("1", [], {})),
     *(("seen", value) for value in (-1, 1e300, float("inf"), "8", None, ...)),
     *(("rejected", value) for value in ([], {"x": -1}, {"x": 1e9}, {"x": "1"}, None, ...)),

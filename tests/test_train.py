@@ -21,7 +21,7 @@ import torch
 import yaml
 from conftest import conversation, picture
 from safetensors.torch import load_file, save_file
-from test_checkpoint import seal
+from test_checkpoint import seal, with_state
 from test_report_page import PLOTS, SECTIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from waiting import HANG_SECONDS
@@ -444,6 +444,12 @@ def test_a_crafted_checkpoint_is_refused_in_one_line(files: Path, capsys: pytest
     assert main(files / "run.yaml", *options) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{newest}/trainable.safetensors: is not what this run wrote: ") and error.count("\n") == 1
+    save_file(weights, newest / "trainable.safetensors")
+    with_state(newest, fingerprints={"versions": "\x1b[2J"})
+    assert main(files / "run.yaml", *options) == 2
+    error = capsys.readouterr().err
+    assert "the model changed since, the data changed since, the versions changed since" in error
+    assert error.count("\n") == 1 and "\x1b" not in error
     newest.rename(run / "aside")
     assert main(files / "run.yaml", *options) == 0
     again = load_file(newest / "trainable.safetensors")

@@ -77,7 +77,8 @@ def test_only_the_students_own_weights_move(
     """Frozen tensors are bit-identical after training, on file; each SwiftKV weight has moved."""
     outcome = train_worker(run, Worker(), batches(encoded))
     assert outcome.pop("seconds") > 0 and outcome.pop("lengths") and outcome.pop("images") == {"0": 24, "1": 18, "2": 6}
-    assert outcome == {"status": "done", "step": 6, "seen": 48, "rejected": {}, "notices": {}}
+    assert outcome.pop("supervised") == {"vision": 222, "text": 180} and outcome.pop("empty_steps") == 0
+    assert outcome == {"status": "done", "step": 6, "seen": 48, "rejected": {}, "notices": {}, "example": {}}
     before = build_student(find_model(str(teacher_folder())), 2).state_dict()
     model = AutoModelForImageTextToText.from_pretrained(run.folder / "final")
     for name, weight in model.state_dict().items():

@@ -45,12 +45,6 @@ _Part = Annotated[int, Field(ge=1, le=2**24)]
 _Counts = dict[Annotated[str, Field(pattern=r"^[0-9]{1,18}$")], _Count]
 
 
-class _Fingerprints(BaseModel):
-    model: str
-    data: str
-    versions: str
-
-
 class _State(BaseModel):
     """What state.json must hold for a run to go on from it, see `saving.state_of`; more may stand there."""
 
@@ -62,7 +56,7 @@ class _State(BaseModel):
     tokens: dict[Literal["per_image", "per_byte"], Annotated[float, Field(ge=0, le=1e9)]]
     threads: Annotated[int, Field(ge=1, le=4096)] | None
     use_gpu: bool = False
-    fingerprints: _Fingerprints
+    fingerprints: dict[str, str]
     score: Annotated[float, Field(allow_inf_nan=True)] | None = None
     seen: _Count
     rejected: dict[str, _Count]

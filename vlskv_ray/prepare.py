@@ -138,10 +138,10 @@ def prepare(
     )
     if saved:
         changed = {
-            what: f"the {what} changed since" + (f", {before[what]} to {now}" if what == "versions" else "")
+            what: f"the {what} changed since" + (f", {before.get(what)} to {now}" if what == "versions" else "")
             for before in [saved.state["fingerprints"]]
             for what, now in run.fingerprints.items()
-            if before[what] != now
+            if before.get(what) != now
         }
         threads = (saved.state["threads"], config.cluster.threads_per_worker)
         if threads[0] != threads[1]:

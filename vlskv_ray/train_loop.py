@@ -93,10 +93,8 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
     stopped, failure, first_step, warned = False, None, step, False
 
     while step < run.total_steps and not stopped:
-        if (
-            attempts and config.cluster.most_workers == 0
-        ):  # samples are prepared here, and may be what ends this process
-            attempts.begin(step)
+        if attempts and config.cluster.most_workers == 0:
+            attempts.begin(step)  # samples are prepared in this process, and may be what ends it
         point("step", step, worker.rank)
         began = time.perf_counter()
         micro_batches, data_wait = take(batches, step, per_worker)

@@ -661,3 +661,46 @@ def test_glob_characters_in_file_names_are_literal(folder: Path) -> None:
     (folder / "a*").mkdir()
     spec = write(folder / "a*" / "[b].jsonl", lines(ROWS))
     assert glob.has_magic(str(spec.path)) and open_source(spec).num_rows == 4
+
+
+# --------------------------------------------------------------------------------------------- columns beside the rows
+def beside(folder: Path, name: str, array: Any) -> Path:
+    """A Parquet file of one row that has another column beside its messages."""
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a cat"}]
+    pq.write_table(pa.table({"messages": pa.array([messages]), name: array}), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+def opened_with(path: Path, *ignored: str) -> Source:
+    return open_source(Spec(path=str(path), ignore_columns=ignored), cache_dir=str(path.parent / "cache"))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.binary_view()])
+def test_pictures_of_any_text_type_are_seen(tmp_path: Path, kind: Any) -> None:
+    path = beside(tmp_path, "imgs", pa.array(["a.png"], pa.string()).cast(kind))
+    with pytest.raises(SourceError, match="'imgs' .* looks like a picture"):
+        opened_with(path)
+    path = beside(tmp_path, "image", pa.array(["a.png"], pa.string()).cast(kind))
+    assert opened_with(path).num_images.tolist() == [1]
+
+
+def test_a_column_of_an_unknown_type_is_named_and_can_be_ignored(tmp_path: Path) -> None:
+    path = beside(tmp_path, "metadata", pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string())))
+    with pytest.raises(SourceError, match=r"'metadata' is of a type that is not read, map<.*ignore_columns"):
+        opened_with(path)
+    assert opened_with(path, "metadata").read(0).messages[1]["content"] == [{"type": "text", "text": "a cat"}]
+
+
+def test_questions_and_digests_are_no_pictures(tmp_path: Path) -> None:
+    opened_with(beside(tmp_path, "sha256", pa.array([b"\x01" * 32])))
+    opened_with(beside(tmp_path, "question", pa.array(["What is in img.png? Say it."])))
+    with pytest.raises(SourceError, match="'url' .* looks like a picture"):
+        opened_with(beside(tmp_path, "url", pa.array(["https://a.b/c.png?size=3"])))
+
+
+def test_a_byte_order_mark_within_json_lines_is_no_text(tmp_path: Path) -> None:
+    """As files have it that were put behind one another."""
+    line = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ufeffb"}]})
+    (tmp_path / "x.jsonl").write_text(f"{line}\n\ufeff{line}\n", encoding="utf-8")
+    source = open_source(Spec(path=str(tmp_path / "x.jsonl")))
+    assert source.read(1).messages == source.read(0).messages

@@ -367,3 +367,11 @@ def test_a_template_that_must_be_rendered_prefix_by_prefix_has_an_end(monkeypatc
     rendered, _ = counted_calls(processor, monkeypatch)
     reason = rejection(processor, conversation(*["a", "b"] * 2000), Limits(max_length=2**20))
     assert reason.code == "text_cap" and len(rendered) <= 2 and "split the conversation" in reason.detail
+
+
+def test_spaces_that_are_added_tokens_end_no_answer() -> None:
+    processor = presets.llava_next_processor(tiny_config())
+    processor.tokenizer.add_tokens([" ", "  "])
+    processor.chat_template = VICUNA
+    rendering = render(processor, conversation("What?", "A cat."))
+    assert rendering.text[slice(*rendering.answers[0])] == " A cat. </s>"

@@ -115,7 +115,7 @@ def open_parquet(
         if of_same is None:
             alike.append((columns, of_same := []))
         of_same.append(file)
-    datasets = [_load_parquet(name, of_same, cache_dir) for _, of_same in alike]
+    datasets = [_load_parquet(name, of_same, cache_dir, ignored) for _, of_same in alike]
     parts = {}
     for table, (_, of_same) in enumerate(alike):
         first = 0
@@ -162,15 +162,47 @@ def open_hub(
 DAMAGED = "is it damaged? Write or download it anew"
 
 
-def _load_parquet(name: str, files: Sequence[Path], cache_dir: str | None) -> Any:
+def _load_parquet(name: str, files: Sequence[Path], cache_dir: str | None, ignored: Sequence[str]) -> Any:
     """Parquet files of the same columns as one data set. SourceError names the first one that cannot be read."""
     data_files = [glob.escape(str(file)) for file in files]
+    options = _without_foreign(files[0], ignored)
     try:
-        return _load(name, DAMAGED, "parquet", data_files=data_files, split="train", cache_dir=cache_dir)
+        return _load(name, DAMAGED, "parquet", data_files=data_files, split="train", cache_dir=cache_dir, **options)
     except SourceError:
         for file in files:
             _check_content(file)
         raise
+
+
+def _without_foreign(file: Path, ignored: Sequence[str]) -> dict[str, Any]:
+    """What keeps `datasets` from columns of types that it does not know, such as maps: nothing where there are none.
+
+    Raises:
+        SourceError: there is one that is not among those `ignored`, so that nobody knows whether it holds pictures.
+    """
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    known, foreign = [], []
+    schema = pyarrow.parquet.read_schema(file)
+    for field in schema:
+        try:
+            datasets.Features.from_arrow_schema(pa.schema([field]))
+            known.append(field)
+        except (OSError, *_UNREADABLE):
+            foreign.append(field)
+    for field in foreign:
+        if field.name not in ignored:
+            is_read = field.name in (*LAYOUTS, *IMAGE_COLUMNS)
+            remedy = "write it as another" if is_read else "list it in ignore_columns of the source"
+            raise SourceError(
+                f"{file}: the column {field.name!r} is of a type that is not read, {field.type}; {remedy}"
+            )
+    if not foreign:
+        return {}
+    features = datasets.Features.from_arrow_schema(pa.schema(known))
+    return {"columns": list(features), "features": features}
 
 
 def _check_content(file: Path) -> None:
@@ -383,6 +415,8 @@ def _per_row(array: Any, leaf: np.ufunc, join: np.ufunc) -> npt.NDArray[np.int64
     if pa.types.is_struct(kind):
         fields = [_per_row(array.field(index), leaf, join) for index in range(kind.num_fields)]
         return join.reduce(fields) if fields else np.zeros(len(array), np.int64)
+    if kind in (pa.string_view(), pa.binary_view()):  # whose lengths Arrow does not tell
+        return _per_row(array.cast(pa.large_binary()), leaf, join)
     if kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
         return leaf(pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64))
     return np.zeros(len(array), np.int64)

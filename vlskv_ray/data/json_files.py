@@ -169,7 +169,7 @@ def _parsed(data: bytes, file: Path, number: int) -> dict[str, Any]:
         Rejected: json_line, json_depth, json_duplicate_key.
     """
     try:
-        row = _DECODER.decode(data.decode())
+        row = _DECODER.decode(data.decode().removeprefix("\ufeff"))  # where files were put behind one another
     except RecursionError as error:
         raise Rejected("json_depth", f"{file}:{number}: brackets are nested too deep; wanted {WANTED}") from error
     except json.JSONDecodeError as error:

@@ -21,6 +21,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", 
 _IDENTITIES = ("id", "uid", "key", "__key__")
 _LOOKED_AT = 8  # entries of a list
 _LONGEST_PATH = 4096
+_LONGEST_DIGEST = 32  # bytes; no encoded picture is as short
 
 
 def picture_of(value: Any, root: Any, place: str) -> bytes | ImageFile | None:
@@ -75,9 +76,10 @@ def looks_like_picture(name: str, value: Any, depth: int = 0) -> bool:
             return False
         if _NAME.fullmatch(name) or value.startswith("data:image/"):
             return True
-        return len(value) <= _LONGEST_PATH and value.partition("?")[0][-5:].lower().endswith(_SUFFIXES)
+        path = value.partition("?")[0] if "://" in value else value  # of a URL: elsewhere "?" ends a question
+        return len(value) <= _LONGEST_PATH and path[-5:].lower().endswith(_SUFFIXES)
     if isinstance(value, bytes):
-        return bool(value)
+        return len(value) > _LONGEST_DIGEST or bool(value and _NAME.fullmatch(name))
     if depth < 3 and isinstance(value, list):
         return any(looks_like_picture(name, entry, depth + 1) for entry in value[:_LOOKED_AT])
     if depth < 3 and isinstance(value, Mapping):

@@ -400,7 +400,8 @@ def _with_end(tokenizer: Any, text: str, answers: list[Span], end_of_words: int)
     closing, eos = text[end_of_words:], tokenizer.eos_token
     if end != len(text) or not eos or eos in closing:
         return text, answers
-    if any(token in closing for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())):
+    names = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+    if any(name in closing for name in names if not name.isspace()):  # runs of spaces end nothing
         return text, answers
     text += eos
     return text, [*answers[:-1], (start, len(text))]

@@ -92,6 +92,10 @@ VALUES: dict[str, tuple[str, Edit, str]] = {
     "an unknown rotation": (CONFIG, text(rope_parameters={"rope_type": "x"}), "config.json"),
     "an unknown activation": (CONFIG, text(hidden_act="x"), "config.json: no model can be made with it"),
     "no positions": (CONFIG, text(max_position_embeddings=0), "text_config.max_position_embeddings: 0; wanted"),
+    "padding beyond all tokens": (CONFIG, text(pad_token_id=300), "text_config.pad_token_id: 300; wanted less than the v"),
+    "a name for each of 1e9 labels": (CONFIG, top(num_labels=10**9), "num_labels: 1000000000; wanted a whole number fro"),
+    "labels of the tower": (CONFIG, vision(num_labels=10**9), "vision_config.num_labels: 1000000000; wanted"),
+    "more layers than the tower has": (CONFIG, top(vision_feature_layer=[-1] * 10**5), "vision_feature_layer: .*wanted"),
     "text_config is text": (CONFIG, top(text_config="x"), 'text_config: "x"; wanted an object'),
     "image_size 0": (CONFIG, vision(image_size=0), "vision_config.image_size: 0; wanted a whole number from 1"),
     "image_size 1e6": (CONFIG, vision(image_size=10**6), "vision_config.image_size: 1000000; wanted"),
@@ -199,6 +203,24 @@ def test_old_processors_leave_patches_to_the_models_config(folder: Path) -> None
     change(folder / PROCESSOR, older)
     files = find_model(str(folder))
     check_processor(files, load_processor(files))
+
+
+def test_processors_older_still_leave_all_to_it(folder: Path) -> None:
+    """As transformers up to 4.45 saved them: the image processor's file only, which knows of no class token either."""
+    images = json.loads((folder / PROCESSOR).read_text())["image_processor"]
+    (folder / PROCESSOR).unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(images | {"processor_class": "LlavaNextProcessor"}))
+    files = find_model(str(folder))
+    processor = load_processor(files)
+    check_processor(files, processor)
+    assert processor.num_additional_image_tokens == 1
+
+
+def test_files_that_are_not_read_may_be_missing(folder: Path) -> None:
+    """A snapshot of the hub's cache of which only some files were downloaded or copied."""
+    (folder / "README.md").symlink_to("../../blobs/0123")
+    change(folder / "config.json", top(auto_map={}))
+    build_student(find_model(str(folder)))
 
 
 def test_a_tower_without_a_class_token(tmp_path: Path) -> None:

@@ -428,9 +428,11 @@ def load_processor(files: ModelFiles, *, tried: bool = False) -> Any:
         raise ValueError(f"{where}: its processor has no chat template (chat_template.jinja), which data needs")
     _check_tokens(processor, config, where)
     if processor.patch_size is processor.vision_feature_select_strategy is None:
-        # processors saved by older versions leave them to the model's config
+        # processors saved by older versions leave them, and with them the class token, to the model's config
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        if not processor.num_additional_image_tokens:
+            processor.num_additional_image_tokens = int(config.vision_feature_select_strategy == "default")
     with _told_of(files):
         check_fit(processor, config, files.folder)
     return processor

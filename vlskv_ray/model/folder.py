@@ -92,8 +92,8 @@ def _check_entry(path: Path, largest: int | None = None) -> None:
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        if not path.is_symlink():
-            return  # it was there for a moment
+        if not path.is_symlink() or not path.name.endswith(READ):
+            return  # it was there for a moment, or is none that is read, as a README.md that was not downloaded
         raise Damaged(f"{path.name}: is a link to nothing; wanted a file") from error
     is_read = path.name.endswith(READ)
     if not stat.S_ISREG(status.st_mode) and (is_read or not stat.S_ISDIR(status.st_mode)):
@@ -137,7 +137,7 @@ def _depth(content: Any) -> int:
 def _check_references(name: str, content: dict[str, Any]) -> None:
     """What a file names is what is loaded: no code, no further model, no class of another kind."""
     for key, problem in REFUSED.items():
-        if content.get(key) is not None:
+        if content.get(key):  # an empty one names nothing
             raise Damaged(f"{name}: {key}: {shortened(content[key])}: {problem}")
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(content.get(key)):

@@ -28,12 +28,16 @@ class Number:
         return f"{kind} from {self.smallest:.10g} to {self.largest:.10g} ({self.known})"
 
 
+LABELS = Number(0, 2**17, "2 as a rule, ImageNet-21k has 21843")
+"""Which transformers makes a name for each."""
 NUMBERS: dict[str, dict[str, Number]] = {
     "": {
+        "num_labels": LABELS,
         "image_token_index": Number(0, 2**22, "as many as there are tokens"),
         "image_seq_length": Number(1, 2**20, "llava's 576"),
     },
     "text_config": {
+        "num_labels": LABELS,
         "num_hidden_layers": Number(1, 1024, "Llama-3.1-405B has 126"),
         "hidden_size": Number(1, 2**17, "Llama-3.1-405B has 16384"),
         "intermediate_size": Number(1, 2**19, "Llama-3.1-405B has 53248"),
@@ -52,6 +56,7 @@ NUMBERS: dict[str, dict[str, Number]] = {
         "initializer_range": Number(0, 100, "0.02 as a rule", whole=False),
     },
     "vision_config": {
+        "num_labels": LABELS,
         "num_hidden_layers": Number(1, 256, "EVA-CLIP-18B has 48"),
         "hidden_size": Number(1, 2**16, "EVA-CLIP-18B has 5120"),
         "intermediate_size": Number(1, 2**18, "EVA-CLIP-18B has 25600"),
@@ -191,13 +196,17 @@ def check_relations(config: Any, weight_bytes: int) -> None:
     tokens, vocabulary = config.image_token_id, text.vocab_size
     check("image_token_index", tokens, tokens < vocabulary, f"less than the vocab_size of {vocabulary}")
 
+    padding = text.pad_token_id
+    inside = padding is None or -vocabulary <= padding < vocabulary
+    check("text_config.pad_token_id", padding, inside, f"less than the vocab_size of {vocabulary}")
+
     for height, width in config.image_grid_pinpoints:
         whole = height % size == width % size == 0 and height * width <= MAX_TILES * size * size
         wanted = f"multiples of the vision tower's image_size of {size}, of {MAX_TILES} tiles at most"
         check("image_grid_pinpoints", [height, width], whole, wanted)
     layers, chosen = vision.num_hidden_layers, config.vision_feature_layer
     indices = [chosen] if isinstance(chosen, int) else chosen
-    inside = bool(indices) and all(-layers - 1 <= layer <= layers for layer in indices)
+    inside = 1 <= len(indices) <= layers + 1 and all(-layers - 1 <= layer <= layers for layer in indices)
     check("vision_feature_layer", chosen, inside, f"from {-layers - 1} to {layers}, for a tower of {layers} layers")
     if vision.model_type in TOWERS:
         strategy, wanted = config.vision_feature_select_strategy, TOWERS[vision.model_type]

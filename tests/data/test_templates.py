@@ -375,3 +375,16 @@ def test_spaces_that_are_added_tokens_end_no_answer() -> None:
     processor.chat_template = VICUNA
     rendering = render(processor, conversation("What?", "A cat."))
     assert rendering.text[slice(*rendering.answers[0])] == " A cat. </s>"
+
+
+@pytest.mark.parametrize("template", ["system in user", "of the hub", "chatml"])
+def test_an_empty_system_turn_is_taken(template: str) -> None:
+    """Many sets have one in every row."""
+    row = {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": "What?"},
+            {"role": "assistant", "content": "A cat."},
+        ]
+    }
+    assert learnt(processor_with(TEMPLATES[template]), row).strip().startswith("A cat.")

@@ -171,7 +171,7 @@ def _parts(content: str | list[Any], role: str, has_images: bool) -> list[dict[s
     for index, piece in enumerate(content.split(MARKER) if is_marked else [content]):
         parts += [{"type": "image"}] if index else []
         parts += [{"type": "text", "text": piece}] if piece else []
-    return parts
+    return parts or [{"type": "text", "text": ""}]  # templates ask for the first part of a system turn, be it empty
 
 
 def _is_at_an_end(content: str) -> bool:

@@ -135,6 +135,9 @@ def test_a_url_in_a_part_is_refused_as_everywhere() -> None:
         load_image(sample_of("x", row, None).images[0])
 
 
+BASE64_URI = f"data:image/png;base64,{BASE64}"
+
+
 # --- Columns and keys that nothing reads ---
 
 
@@ -214,6 +217,29 @@ def test_columns_about_pictures_are_none(suffix: str, tmp_path: Path) -> None:
     }
     write(tmp_path / f"a.{suffix}", [chat("Hello?", **about)] * 2)
     assert opened(tmp_path / f"a.{suffix}").read(1).uid == f"a.{suffix}:2"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_where_a_rows_pictures_come_from_is_no_picture(suffix: str, tmp_path: Path) -> None:
+    """A text that only ends as a file's name, in a row that has its pictures; under a picture's name it is one."""
+    came_from = {"file_name": "COCO_0007.jpg", "url": "http://x/a.jpg", "metadata": {"url": "http://x/b.png"}}
+    row = chat("<image>What?", images=["g.png"])
+    write(tmp_path / f"a.{suffix}", [row | came_from] * 2)
+    assert len(opened(tmp_path / f"a.{suffix}").read(1).images) == 1
+    for name, value in {"image2": "h.png", "imgs": ["h.png"], "other": BASE64_URI}.items():
+        write(tmp_path / f"{name}.{suffix}", [row | {name: value}])
+        with pytest.raises(SourceError, match=f"'{name}'.* looks like a picture and is not read"):
+            opened(tmp_path / f"{name}.{suffix}")
+
+
+def test_a_marker_in_a_text_part_beside_images_without_parts_is_told() -> None:
+    """As rows have it that were brought from plain text into parts: neither read as an image nor learnt as text."""
+    for text in ("<image>\nWhat?", "What? <image>"):
+        reason = rejection(chat([{"type": "text", "text": text}], images=["a.png"]))
+        assert reason.code == "marker_mismatch" and "write {type: image} parts" in reason.detail
+    part = {"type": "text", "text": "What does <image> mean in it?"}
+    assert len(sample_of("x", chat([part], images=["a.png"]), None).images) == 1
+    assert len(sample_of("x", chat([IMAGE, {"type": "text", "text": "<image>"}], images=["a.png"]), None).images) == 1
 
 
 def test_pictures_beyond_the_first_rows_of_a_file_are_seen(tmp_path: Path) -> None:

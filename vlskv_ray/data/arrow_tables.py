@@ -340,13 +340,21 @@ def _check_unread(name: str, datasets: Sequence[Any], parts: Sequence[Part], ign
     for part in parts:
         rows = datasets[part.table].with_format("arrow").select(range(part.first, part.first + part.num_rows))
         columns = [column for column in rows.column_names if column not in (*IMAGE_COLUMNS, *ignored)]
+        pictures = rows.select_columns([column for column in IMAGE_COLUMNS if column in rows.column_names])
         found: dict[str, str] = {}
         for column in columns:
             for row, value in _first_filled(rows.select_columns([column]), column):
-                for unread in unread_pictures({column: value}, ignored):
+                for unread in unread_pictures({column: value} | _values_of(pictures, row), ignored):
                     found.setdefault(unread, f"{unread!r} (row {row + 1})")
         if found:
             raise SourceError(f"{os.path.join(name, part.file)}: {told_of_unread([*found.values()])}")
+
+
+def _values_of(rows: Any, row: int) -> dict[str, Any]:
+    """The values of a row by column; none where they cannot be read."""
+    with suppress(*_UNREADABLE):  # where the row is used, reading it says so
+        return dict(rows[row].to_pylist()[0]) if rows.column_names else {}
+    return {}
 
 
 def _first_filled(rows: Any, column: str) -> list[tuple[int, Any]]:

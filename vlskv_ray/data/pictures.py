@@ -69,29 +69,42 @@ def picture_in_part(part: Mapping[str, Any], root: Any) -> tuple[bytes | ImageFi
     return picture, picture is None and not part.keys().isdisjoint((*_NESTED, *_WAYS))
 
 
-def looks_like_picture(name: str, value: Any, depth: int = 0) -> bool:
-    """Whether what nothing reads may be a picture: by what it holds, or, being text, by what it is called."""
+def looks_like_picture(name: str, value: Any, beside_pictures: bool = False, depth: int = 0) -> bool:
+    """Whether what nothing reads may be a picture: by what it holds, or, being text, by what it is called.
+
+    Beside pictures that are read, a text that only ends as a file's name is no such thing, unless it is called so: it
+    says where they come from, as a rule.
+    """
     if isinstance(value, str):
         if not value or name in _IDENTITIES:
             return False
         if _NAME.fullmatch(name) or value.startswith("data:image/"):
             return True
+        if beside_pictures:
+            return False
         path = value.partition("?")[0] if "://" in value else value  # of a URL: elsewhere "?" ends a question
         return len(value) <= _LONGEST_PATH and path[-5:].lower().endswith(_SUFFIXES)
     if isinstance(value, bytes):
         return len(value) > _LONGEST_DIGEST or bool(value and _NAME.fullmatch(name))
     if depth < 3 and isinstance(value, list):
-        return any(looks_like_picture(name, entry, depth + 1) for entry in value[:_LOOKED_AT])
+        return any(looks_like_picture(name, entry, beside_pictures, depth + 1) for entry in value[:_LOOKED_AT])
     if depth < 3 and isinstance(value, Mapping):
         ways = {"image": value.get("image")} | {way: value.get(way) for way in _WAYS}
-        return any(looks_like_picture(name if way == "data" else way, held, depth + 1) for way, held in ways.items())
+        named = [(name if way == "data" else way, held) for way, held in ways.items()]
+        return any(looks_like_picture(way, held, beside_pictures, depth + 1) for way, held in named)
     return False
 
 
-def unread_in(held: Mapping[str, Any], read: Collection[str], ignored: Collection[str], prefix: str = "") -> list[str]:
+def unread_in(
+    held: Mapping[str, Any],
+    read: Collection[str],
+    ignored: Collection[str],
+    prefix: str = "",
+    beside_pictures: bool = False,
+) -> list[str]:
     """The keys of a row, a turn or a part that look like pictures and are not among those read or ignored."""
     return [
         f"{prefix}{key}"
         for key, value in held.items()
-        if key not in read and f"{prefix}{key}" not in ignored and looks_like_picture(key, value)
+        if key not in read and f"{prefix}{key}" not in ignored and looks_like_picture(key, value, beside_pictures)
     ]

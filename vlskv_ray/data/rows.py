@@ -66,12 +66,13 @@ def sample_of(uid: str, row: Mapping[str, Any], root: Path | None, ignored: Coll
 
 def unread_pictures(row: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
     """The columns that look like pictures and are not read; keys of turns as `messages.image`."""
-    unread = unread_in(row, READ_COLUMNS, ignored)
+    beside = any(row.get(column) for column in IMAGE_COLUMNS)
+    unread = unread_in(row, READ_COLUMNS, ignored, beside_pictures=beside)
     for column in LAYOUTS:
         turns = row.get(column)
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict) and len(turn) > 2:
-                unread += unread_in(turn, ("role", "content"), ignored, f"{column}.")
+                unread += unread_in(turn, ("role", "content"), ignored, f"{column}.", beside)
     return list(dict.fromkeys(unread))
 
 
@@ -151,6 +152,12 @@ def _place_images(messages: list[dict[str, Any]], images: Sequence[bytes | Image
     """Images without any marker go before the first question; else there must be as many of both."""
     num_markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if images and not num_markers:
+        if any(_is_at_an_end(part["text"]) for turn in messages if turn["role"] == "user" for part in turn["content"]):
+            raise Rejected(
+                "marker_mismatch",
+                f"{len(images)} images without a part of their own, and a text part that begins or ends with {MARKER}, "
+                f"which is text there; write {{type: image}} parts, or the turn's content as plain text",
+            )
         first_user = next(message for message in messages if message["role"] == "user")
         first_user["content"] = [{"type": "image"} for _ in images] + first_user["content"]
     elif num_markers != len(images):

@@ -132,7 +132,11 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     if sample is None:
         left_out = ", ".join(f"{count} x {reason}" for reason, count in evaluator.left_out.most_common(5)) or "none"
         if sum(evaluator.left_out.values()) == len(evaluator.places):
-            raise ValueError(f"--data: none of the samples of {names} can be used (left out: {left_out})")
+            assert evaluator.example is not None
+            for_one = f"{evaluator.example['id']}: {evaluator.example['detail']}"
+            raise ValueError(
+                f"--data: none of the samples of {names} can be used (left out: {left_out}). For one, {for_one}"
+            )
         raise ValueError(
             f"--data: no sample of {names} has an image (left out: {left_out}), so nothing could be said of what the "
             f"student sees; add a source with images, such as --data shapes"

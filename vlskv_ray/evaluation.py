@@ -250,6 +250,8 @@ class Evaluator:
         """Of any worker: as many parts as these are `results` measured in, on every worker."""
         self.left_out: Counter[str] = Counter()
         """Samples that could not be used when they were last read, by reason."""
+        self.example: dict[str, Any] | None = None
+        """The first of them that was read."""
         self.refused: list[dict[str, Any]] = []
         """The refused ones that have been read, see `left_out` of data/sample.py."""
         self._of_teacher: dict[str, tuple[list[int], str]] = {}  # kept: it does not change as the student does
@@ -288,9 +290,10 @@ class Evaluator:
         return results
 
     def _read(self, places: Sequence[tuple[int, int]]) -> list[Question]:
-        questions, left_out, refused = read_questions(self.held_out, places, self.processor, self.model.config)
+        questions, left_out, rejected = read_questions(self.held_out, places, self.processor, self.model.config)
         self.left_out += left_out
-        self.refused += refused
+        self.example = self.example or next(iter(rejected), None)
+        self.refused += [row for row in rejected if row.get("refused")]
         return questions
 
     def _measure(self, side: str, questions: Sequence[Question], references: Sequence[str]) -> list[Measured]:

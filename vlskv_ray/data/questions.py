@@ -11,7 +11,7 @@ import numpy as np
 from vlskv_ray.data.chat import Limits, encode, num_image_features
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded
 from vlskv_ray.data.plan import Table, first_of_mixture
-from vlskv_ray.data.sample import Refused, Rejected, Sample, left_out
+from vlskv_ray.data.sample import Rejected, Sample, left_out
 from vlskv_ray.data.sources import Source
 
 
@@ -60,10 +60,10 @@ class Question:
 def read_questions(
     held_out: HeldOut, places: Sequence[tuple[int, int]], processor: Any, config: Any
 ) -> tuple[list[Question], Counter[str], list[dict[str, Any]]]:
-    """The questions of these samples, how many samples cannot be used, by reason, and the refused ones of them."""
+    """The questions of these samples, how many samples cannot be used, by reason, and what is told of each of those."""
     questions: list[Question] = []
     reasons: Counter[str] = Counter()
-    refused: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
     num_features = functools.partial(num_image_features, config)
     for k, row in places:
         try:
@@ -71,11 +71,10 @@ def read_questions(
             encoded = encode(sample, processor, num_features, held_out.limits)
         except Rejected as reason:
             reasons[reason.code] += 1
-            if isinstance(reason, Refused):
-                refused.append(left_out(held_out.sources[k].uid(row), reason))
+            rejected.append(left_out(held_out.sources[k].uid(row), reason))
             continue
         questions += questions_of(sample, encoded, (k, row), num_features, processor.image_token_id)
-    return questions, reasons, refused
+    return questions, reasons, rejected
 
 
 def questions_of(

@@ -12,6 +12,7 @@ functions of the files before them.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlskv_ray.faults import point
@@ -76,13 +77,13 @@ def is_untouched(folder: Path) -> bool:
     return found.items() <= sealed.items() and _text(folder / CARD) in ("", whole)
 
 
-def write_pages(folder: Path) -> list[Path]:
-    """Writes `PAGES` anew. Those of before go first: a kill leaves none that is not of the files beside it."""
-    for name in PAGES:
+def write_pages(folder: Path, names: Sequence[str] = tuple(PAGES)) -> list[Path]:
+    """Writes these of `PAGES` anew. Those of before go first: a kill leaves none that is not of the files beside it."""
+    for name in names:
         (folder / name).unlink(missing_ok=True)
     written = []
-    for write in PAGES.values():
-        written.append(write(folder))
+    for name in names:
+        written.append(PAGES[name](folder))
         point(written[-1].name, 0)
     return written
 

@@ -31,7 +31,7 @@ from vlskv_ray.data.pipeline import Loader, begin_at, executions, local_batches,
 from vlskv_ray.data.plan import ROWS_IN_MEMORY
 from vlskv_ray.dry_run import dry_run
 from vlskv_ray.faults import point
-from vlskv_ray.finished import PAGES, is_untouched, seals, unfinished, unmade, write_pages
+from vlskv_ray.finished import is_untouched, seals, unfinished, unmade, write_pages
 from vlskv_ray.lease import owned
 from vlskv_ray.node import process_group, travels
 from vlskv_ray.placement import NoRoom, Wait, together, told_in
@@ -175,8 +175,7 @@ def is_completed(run: Run) -> bool:
     why = unfinished(folder, run.total_steps)
     if why is None:
         lacked = unmade(folder)
-        for name in lacked:
-            PAGES[name](folder)
+        write_pages(folder, lacked)
         print(f"this run is already finished; `--resume never` starts it anew\n{printable_lines(closing(folder))}")
         if lacked:
             say(run.config, f"made again    {', '.join(lacked)}")

@@ -144,6 +144,11 @@ def test_a_value_that_no_model_has(folder: Path, file: str, edit: Edit, message:
     assert file in refused and re.search(message, refused), refused
 
 
+def test_settings_for_generate_are_not_taken_for_weights(folder: Path) -> None:
+    change(folder / "generation_config.json", top(max_new_tokens="x"))
+    assert "generation_config.json cannot be used: " in refusal(folder)
+
+
 # ---------------------------------------------------------------------------------------- a processor beside its model
 FITS: dict[str, tuple[str, Edit, str]] = {
     "lacks num_additional_image_tokens": (

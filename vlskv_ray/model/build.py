@@ -29,6 +29,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     LlavaNextProcessor,
     PreTrainedConfig,
 )
@@ -363,10 +364,24 @@ def refuse_student(files: ModelFiles, config: PreTrainedConfig) -> None:
         )
 
 
+def _check_generation_config(files: ModelFiles) -> None:
+    """ValueError where settings for `generate` cannot be used, which are read along with the weights."""
+    assert files.folder is not None
+    if (files.folder / "generation_config.json").exists():
+        try:
+            GenerationConfig.from_pretrained(files.folder)
+        except LIBRARY_ERRORS as error:
+            raise ValueError(
+                f"model.name_or_path: {files.name_or_path}: generation_config.json cannot be used: {one_line(error)}; "
+                f"mend it, or remove the file"
+            ) from error
+
+
 def _load_weights(
     files: ModelFiles, config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype, lacks: tuple[str, ...]
 ) -> Any:
     """`lacks`: parts of the names of weights that are new to the checkpoint, which must not hold any of them."""
+    _check_generation_config(files)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report lists the SwiftKV weights as missing: they are meant to be
     transformers_logging.disable_progress_bar()

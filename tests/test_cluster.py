@@ -310,7 +310,7 @@ def test_ray_starts_whatever_tmpdir_is(tmp_path: Path) -> None:
     )
     of_others = ("RAY_ADDRESS", "RAY_TMPDIR")
     env = {key: value for key, value in os.environ.items() if key not in of_others} | {"TMPDIR": str(long)}
-    found = subprocess.run([sys.executable, "-c", mine], capture_output=True, text=True, env=env, timeout=300)
+    found = subprocess.run([sys.executable, "-c", mine], capture_output=True, text=True, env=env, timeout=HANG_SECONDS)
     assert (found.returncode, found.stdout) == (0, "True\n"), found.stderr
     told = re.fullmatch(r"warning: TMPDIR: .* Ray uses (/tmp/vlskv_ray-\w+) meanwhile, .*\n", found.stderr)
     assert told and not Path(told[1]).exists(), found.stderr

@@ -295,7 +295,7 @@ def test_slurm_before_the_time_limit_the_driver_is_told_to_save_and_the_job_is_r
     job = slurm(machine)
     wait_for(machine / "driver.txt")
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(20) == 143
+    assert job.wait(HANG_SECONDS) == 143
     assert (machine / "scontrol.txt").read_text() == "requeue 7\n"
     assert "--address 192.0.2.1:6379 --min-nodes 2 --num-cpus=4 -- " in (machine / "ray.txt").read_text()
     run_of(f"python {(machine / 'driver.txt').read_text()}")
@@ -309,14 +309,14 @@ def test_slurm_asked_to_stop_it_does_not_requeue(machine: Path) -> None:
     job = slurm(machine)
     wait_for(machine / "driver.txt")
     job.send_signal(signal.SIGTERM)
-    assert job.wait(20) == 143
+    assert job.wait(HANG_SECONDS) == 143
     assert not (machine / "scontrol.txt").exists()
 
 
 def test_slurm_passes_arguments_and_leaves_a_token_as_it_is(machine: Path) -> None:
     (machine / "token").write_text("mine")
     job = slurm(machine, "--config", "my own.yaml", STEPS="0", RAY_AUTH_TOKEN_PATH=str(machine / "token"))
-    assert job.wait(20) == 0
+    assert job.wait(HANG_SECONDS) == 0
     assert (machine / "driver.txt").read_text() == "-m vlskv_ray.train --config my own.yaml\n"
     assert (machine / "token").read_text() == "mine" and not (machine / ".ray").exists()
 

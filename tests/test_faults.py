@@ -313,7 +313,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line(files: Path, alone: Path, sm
     wait_for(planted / "00.json.done", process)
     filler = fill(small_disk)
     (planted / "00.json.go").touch()
-    process.join(60)
+    process.join(HANG_SECONDS)
     said = (files / f"{name}.log").read_text()
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert process.exitcode == 1 and "Traceback" not in said

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_jobs import HOLDER
 from test_preflight import command, head_node, last_step, small_run, wait_for
+from waiting import HANG_SECONDS
 
 from vlskv_ray import placement
 from vlskv_ray.placement import NoRoom, Wait, shortage, told_in
@@ -89,13 +90,13 @@ def test_commands_that_take_a_cluster_do_not_wait_for_ever(tmp_path: Path, teach
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=600,
+                timeout=HANG_SECONDS,
             )
             assert found.returncode == 1, found
             assert f"\nwaiting       {told}, and 0 of the cluster's 2 CPUs are free; for " in found.stdout, found
             assert found.stderr.startswith(f"error: cluster.wait_seconds: {told}, and 0 of the cluster's 2 CPUs"), found
         held.unlink()
-        assert holder.wait(300) == 0, log.read_text()
+        assert holder.wait(HANG_SECONDS) == 0, log.read_text()
 
 
 @pytest.mark.cluster
@@ -123,7 +124,7 @@ def test_a_machine_that_is_lost_for_good_is_not_waited_for_in_silence(
         if asked_to_stop:
             wait_for(says_so, process, tmp_path)
             process.send_signal(signal.SIGINT)
-        assert process.wait(600) == (130 if asked_to_stop else 1), log.read_text()
+        assert process.wait(HANG_SECONDS) == (130 if asked_to_stop else 1), log.read_text()
         told = log.read_text()
         assert says_so(), told
         end = next(line for line in reversed(told.splitlines()) if line.startswith(("error: ", "ended ")))
@@ -134,5 +135,5 @@ def test_a_machine_that_is_lost_for_good_is_not_waited_for_in_silence(
                 rf"error: cluster.wait_seconds: {needed}[\d.]+ of the cluster's [24] CPUs are free after", end
             ), told
             again = command(tmp_path, environment, "cluster.cpus_per_worker=0.5")
-            assert again.wait(600) == 0, log.read_text()
+            assert again.wait(HANG_SECONDS) == 0, log.read_text()
             assert "resume        from step " in log.read_text()

@@ -283,7 +283,7 @@ def test_two_nodes_that_share_what_they_need(tmp_path: Path, teacher_folder: Cal
         ends = [{(c.laddr, c.raddr) for c in worker.net_connections("tcp") if c.raddr} for worker in workers]
         between = {here for here, there in ends[0] if (there, here) in ends[1]}
         assert {end.ip.removeprefix("::ffff:") for end in between} == {second.node_ip_address}
-        assert process.wait(300) == 0, (tmp_path / "log.txt").read_text()
+        assert process.wait(HANG_SECONDS) == 0, (tmp_path / "log.txt").read_text()
     log = (tmp_path / "log.txt").read_text()
     assert "nodes         output.dir is shared; versions are the same; " in log
     assert "gloo adds up over 2 nodes\n" in log and not list(tmp_path.glob("runs/run/.preflight*"))
@@ -297,7 +297,7 @@ def test_storage_that_a_node_does_not_see(tmp_path: Path, teacher_folder: Callab
     (tmp_path / "runs").mkdir()
     with head_node() as (nodes, environment), blind_node(nodes, environment, hidden=tmp_path / "runs"):
         process = command(tmp_path, environment)
-        assert process.wait(200) == 2, (tmp_path / "log.txt").read_text()
+        assert process.wait(HANG_SECONDS) == 2, (tmp_path / "log.txt").read_text()
         doctor = [sys.executable, "-m", "vlskv_ray.doctor", "--config", str(tmp_path / "run.yaml")]
         told = subprocess.run(doctor, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
         other = (

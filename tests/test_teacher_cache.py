@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import batch_of, conversation, picture
 from safetensors.torch import load, load_file
+from waiting import HANG_SECONDS
 
 import vlskv_ray
 from vlskv_ray import teacher_cache
@@ -361,7 +362,7 @@ def test_what_another_user_has_made_in_our_place_is_refused() -> None:
             ["unshare", "--mount", "bash", "-c", OF_TWO_USERS, "bash", *train],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_SECONDS,
             env=environment,
         )
     finally:

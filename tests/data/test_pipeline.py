@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch_of, picture
+from waiting import HANG_SECONDS
 
 from vlskv_ray.config import SourceConfig
 from vlskv_ray.data.chat import Limits
@@ -128,7 +129,7 @@ def test_data_want_no_cpu_but_their_own(teacher_folder: Callable[..., Path], tmp
 
         thread = threading.Thread(target=consume, daemon=True)
         thread.start()
-        thread.join(120)  # seconds: what waits for a CPU waits forever
+        thread.join(HANG_SECONDS)  # what waits for a CPU waits forever
     finally:
         ray.shutdown()
     assert len(come) == 15  # the last part goes on, as the plan does; a run takes no more than it needs

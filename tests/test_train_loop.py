@@ -1,6 +1,7 @@
 """One worker's life, in this process: what moves, what is written, what stops it, and going on as if never stopped."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from conftest import batch_of, norms_in_their_own_dtype
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+from waiting import HANG_SECONDS
 
 from vlskv_ray.checkpoint import newest_checkpoint
 from vlskv_ray.config import Config
@@ -117,6 +119,13 @@ def test_the_same_seed_gives_the_same_bits(run: Run, encoded: list[Encoded]) -> 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def wait_for_checkpoint(run: Run, step: int) -> None:
+    deadline = time.monotonic() + HANG_SECONDS
+    while step and not (run.checkpoints / f"step-{step:08d}" / "COMMIT").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("killed_in_step", [0, 1, 2, 3, 5])
 def test_going_on_equals_not_stopping(
     teacher_folder: Callable[..., Path], encoded: list[Encoded], tmp_path: Path, killed_in_step: int
@@ -129,6 +138,7 @@ def test_going_on_equals_not_stopping(
     def killing(start: int) -> Iterator[Batch]:
         for batch in batches(encoded)(start):
             if batch.step == killed_in_step and batch.micro_batch == 2:
+                wait_for_checkpoint(halves, killed_in_step // 2 * 2)  # written beside the training, by a thread
                 raise Killed
             yield batch
 

@@ -13,11 +13,13 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m 'not faults and not cluster'
 
-# Sweeps, jobs submitted to a head node, and nodes that share less than they should, on real clusters: about 6 minutes.
+# Sweeps, jobs submitted to a head node, and nodes that share less than they should, on real clusters: about 20
+# minutes on 2 cores that have other work too.
 test-cluster: .venv/installed-test
 	$(BIN)/python -m pytest -m cluster
 
-# Every process of a run killed at every moment, and nodes that are lost: about 20 minutes on 2 cores.
+# Every process of a run killed at every moment, and nodes that are lost: about 40 minutes on 2 cores
+# that have other work too.
 test-faults: .venv/installed-test
 	$(BIN)/python -m pytest -m faults
 

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForImageTextToText, LlavaNextConfig
 
 from benchmarks.workloads import micro_batch
-from vlskv_ray.counting import flop_counter
 from vlskv_ray.data.collate import Batch, supervised_positions, to_row
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import swiftkv_config
+from vlskv_ray.training.counting import flop_counter
 
 WORKERS = (1, 2, 16, 64, 512)
 GIGABITS = (1, 10, 25, 100)

@@ -29,13 +29,13 @@ import torch.distributed as dist
 from benchmarks.workloads import CONFIGS, WORKLOADS, Conversation, build, conversation_of
 from vlskv_ray.config import Config
 from vlskv_ray.data.pipeline import local_batches
-from vlskv_ray.dry_run import dry_run
+from vlskv_ray.launch.dry_run import dry_run
+from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.prepare import prepare
-from vlskv_ray.step import GradientBuffer, build_optimizer, objective_of, train_step
 from vlskv_ray.train import train
 from vlskv_ray.train_loop import model_of
+from vlskv_ray.training.step import GradientBuffer, build_optimizer, objective_of, train_step
 
 WARM_UP = 4
 """Steps that do not count: workers, data tasks and memory get going."""

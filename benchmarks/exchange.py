@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vlskv_ray.step import add_of_all_workers
+from vlskv_ray.training.step import add_of_all_workers
 
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.recovery import processes
-from vlskv_ray.cluster import ENVIRONMENT
+from vlskv_ray.cluster.start import ENVIRONMENT
 from vlskv_ray.data.collate import Batch, collate
 from vlskv_ray.data.pipeline import ROWS_PER_EXECUTION, begin_at, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table

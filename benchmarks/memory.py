@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import CONFIGS, WORKLOADS, build, micro_batch
-from vlskv_ray.counting import flop_counter, peak_bytes
 from vlskv_ray.data.collate import Batch
-from vlskv_ray.distill import Objective
 from vlskv_ray.model import presets
-from vlskv_ray.sft import cross_entropy_loss
-from vlskv_ray.step import GradientBuffer, Loss, recomputing, train_step
+from vlskv_ray.training.counting import flop_counter, peak_bytes
+from vlskv_ray.training.distill import Objective
+from vlskv_ray.training.sft import cross_entropy_loss
+from vlskv_ray.training.step import GradientBuffer, Loss, recomputing, train_step
 
 
 def model_and_loss(objective: str, config: Any) -> tuple[Any, Loss]:

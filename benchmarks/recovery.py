@@ -23,13 +23,13 @@ import torch
 
 from benchmarks.end_to_end import config_of, write_data
 from benchmarks.workloads import CONFIGS, build
+from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.prepare import prepare
-from vlskv_ray.run_log import RunLog
-from vlskv_ray.saving import Counts, Saver
-from vlskv_ray.step import GradientBuffer, build_optimizer
+from vlskv_ray.storage.run_log import RunLog
+from vlskv_ray.storage.saving import Counts, Saver
 from vlskv_ray.train_loop import model_of
+from vlskv_ray.training.step import GradientBuffer, build_optimizer
 
 CONFIG = """
 micro_batch_size: 8

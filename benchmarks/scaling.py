@@ -44,12 +44,12 @@ from benchmarks.hand_over import hand_over, private_cluster, seconds_to_tell
 from benchmarks.workloads import Conversation, conversation_of, encoded, sample_of
 from vlskv_ray.command import exit_status
 from vlskv_ray.compare import write_block
-from vlskv_ray.counting import size
 from vlskv_ray.data.collate import collate, to_row
 from vlskv_ray.data.json_files import open_json
 from vlskv_ray.data.pipeline import ROWS_PER_EXECUTION, ROWS_PER_TASK
 from vlskv_ray.model import presets
-from vlskv_ray.model_card import table
+from vlskv_ray.report.model_card import table
+from vlskv_ray.training.counting import size
 
 PREFETCHED = 2
 """Micro-batches that a worker asks for ahead, see `ray_batches`."""

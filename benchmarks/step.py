@@ -34,13 +34,13 @@ from torch import Tensor
 from benchmarks import trl_step
 from benchmarks.reference import reference_loss
 from benchmarks.workloads import CONFIGS, WORKLOADS, build, micro_batch
-from vlskv_ray.counting import flop_counter, peak_bytes
 from vlskv_ray.data.collate import Batch, collate, supervised_positions
-from vlskv_ray.distill import Objective, distillation_loss
-from vlskv_ray.evaluation import toggled
+from vlskv_ray.data.teacher_cache import TeacherCache
+from vlskv_ray.evaluation.evaluator import toggled
 from vlskv_ray.model import presets
-from vlskv_ray.step import GradientBuffer, train_step
-from vlskv_ray.teacher_cache import TeacherCache
+from vlskv_ray.training.counting import flop_counter, peak_bytes
+from vlskv_ray.training.distill import Objective, distillation_loss
+from vlskv_ray.training.step import GradientBuffer, train_step
 
 TEMPERATURE = 2.0
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForImageTextToText, LlavaNextConfig
 from vlskv_ray.data.chat import Limits, encode, num_image_features
 from vlskv_ray.data.collate import Batch, Encoded, collate
 from vlskv_ray.data.sample import Sample
+from vlskv_ray.data.teacher_cache import content_key
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import swiftkv_config
 from vlskv_ray.model.swiftkv import swiftkv_backbone
-from vlskv_ray.teacher_cache import content_key
 
 
 def llava_next(hidden: int, layers: int, heads: int, key_value_heads: int, mlp: int, tower: int) -> LlavaNextConfig:

@@ -9,8 +9,8 @@ from conftest import tiny_config
 
 from benchmarks import memory, step, trl_step, workloads
 from benchmarks.arithmetic import lengths_of, step_flops, tower_flops
-from vlskv_ray.counting import flop_counter
 from vlskv_ray.data.collate import Batch, supervised_positions
+from vlskv_ray.training.counting import flop_counter
 
 
 def expected_flops(model: Any, batch: Batch) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import yaml
 
 from vlskv_ray.cache import main
 from vlskv_ray.config import load_config
-from vlskv_ray.prepare import prepare
+from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.train import train
 
 
@@ -36,7 +36,7 @@ def test_a_run_finds_all_of_its_samples(
     made = run.cache.count()
     assert 0 < made < 30 and f"{made} made, 0 were there, {30 - made} left out" in said
     assert "x too_long" in said
-    monkeypatch.setattr("vlskv_ray.distill.shared_pass", None)  # so that it would be noticed
+    monkeypatch.setattr("vlskv_ray.training.distill.shared_pass", None)  # so that it would be noticed
     assert train(load_config(str(tmp_path / "run.yaml"))) == 0
 
 

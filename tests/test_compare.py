@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_report_page import SUMMARY, evaluation, run_folder
+from test_run_page import SUMMARY, evaluation, run_folder
 
 from vlskv_ray import compare
 
@@ -19,7 +19,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def compare_keys() -> list[str]:
-    from vlskv_ray.report import AVERAGED
+    from vlskv_ray.report.summary import AVERAGED
 
     return list(AVERAGED)
 

@@ -21,9 +21,9 @@ import yaml
 from waiting import HANG_SECONDS
 
 from vlskv_ray import __version__
-from vlskv_ray.cluster import reserve
+from vlskv_ray.cluster.start import reserve
 from vlskv_ray.config import load_config
-from vlskv_ray.run import Run
+from vlskv_ray.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

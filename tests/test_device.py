@@ -19,17 +19,17 @@ from test_train_loop import batches, final_weights, lines, run_of
 from torch import Tensor
 
 from vlskv_ray import evaluate, generate
-from vlskv_ray.checkpoint import newest_checkpoint, save_checkpoint
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import Batch, Encoded
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.shapes import ShapesSource
+from vlskv_ray.data.teacher_cache import TeacherCache
+from vlskv_ray.evaluation.savings import measure_savings
 from vlskv_ray.model.build import device_of, find_model, load_processor
-from vlskv_ray.run import Run, Worker
-from vlskv_ray.savings import measure_savings
-from vlskv_ray.step import autocast
-from vlskv_ray.teacher_cache import TeacherCache
+from vlskv_ray.storage.checkpoint import newest_checkpoint, save_checkpoint
 from vlskv_ray.train_loop import train_worker
+from vlskv_ray.training.run import Run, Worker
+from vlskv_ray.training.step import autocast
 
 Encodings = list[Encoded]
 
@@ -42,7 +42,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.setattr(
                 f"vlskv_ray.{module}.device_of", lambda name: torch.device("cpu" if name == "cpu" else device)
             )
-        monkeypatch.setattr("vlskv_ray.saving.save_checkpoint", save_what_is_here)
+        monkeypatch.setattr("vlskv_ray.storage.saving.save_checkpoint", save_what_is_here)
         quick = partial(measure_savings, lengths=(64,), repeats=1)  # each operation takes its time there
         for module in ("train_loop", "evaluate"):
             monkeypatch.setattr(f"vlskv_ray.{module}.measure_savings", quick)

@@ -22,15 +22,15 @@ from test_train_loop import free_port
 from waiting import HANG_SECONDS
 
 import vlskv_ray.train
-from vlskv_ray import faults
-from vlskv_ray.checkpoint import newest_checkpoint
 from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import local_batches
-from vlskv_ray.finished import is_finished
-from vlskv_ray.prepare import prepare
-from vlskv_ray.run import Worker
+from vlskv_ray.launch.prepare import prepare
+from vlskv_ray.report.finished import is_finished
+from vlskv_ray.storage.checkpoint import newest_checkpoint
 from vlskv_ray.train_loop import train_worker
+from vlskv_ray.training import faults
+from vlskv_ray.training.run import Worker
 
 LOCAL = {"num_workers": 0, "threads_per_worker": 1}
 STEPS, PER_EPOCH, EVERY = 14, 7, 4

@@ -15,25 +15,25 @@ from vlskv_ray.command import shown
 PACKAGE = Path(vlskv_ray.__file__).parent
 KNOW_RAY = {
     "cache.py",
-    "cluster.py",
+    "cluster/start.py",
     "doctor.py",
-    "node.py",
-    "placement.py",
-    "preflight.py",
+    "cluster/node.py",
+    "cluster/placement.py",
+    "cluster/preflight.py",
     "train.py",
     "tune.py",
     "data/pipeline.py",
 }
 KNOW_THE_CONFIG = {
     "cache.py",
-    "cluster.py",
+    "cluster/start.py",
     "doctor.py",
     "evaluate.py",
-    "prepare.py",
+    "launch/prepare.py",
     "probe.py",
-    "run.py",
-    "step.py",
-    "sweep.py",
+    "training/run.py",
+    "training/step.py",
+    "sweep/trials.py",
     "train.py",
     "tune.py",
 }
@@ -67,9 +67,9 @@ def test_model_data_and_loss_know_no_config_file() -> None:
 def test_the_model_knows_neither_data_nor_loss() -> None:
     for name, found in modules().items():
         if name.startswith("model/"):
-            assert not any(i.startswith(("vlskv_ray.data", "vlskv_ray.distill", "vlskv_ray.train")) for i in found), (
-                name
-            )
+            assert not any(
+                i.startswith(("vlskv_ray.data", "vlskv_ray.training.distill", "vlskv_ray.train")) for i in found
+            ), name
 
 
 def test_importing_registers_the_models_and_does_nothing_else() -> None:

@@ -22,7 +22,7 @@ from test_train import assert_same_run, lines, plan_faults
 from waiting import HANG_SECONDS
 
 import vlskv_ray.train
-from vlskv_ray import faults
+from vlskv_ray.training import faults
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("python", "-m", "vlskv_ray.train", "--config", "configs/quickstart.yaml")

@@ -11,9 +11,9 @@ import yaml
 from conftest import batch_of
 
 from vlskv_ray.data.collate import Encoded, supervised_positions
-from vlskv_ray.distill import kl_divergence, shared_pass
 from vlskv_ray.model.swiftkv import SwiftKVModel
 from vlskv_ray.probe import main, of_batch, settings_of, spearman
+from vlskv_ray.training.distill import kl_divergence, shared_pass
 
 
 @pytest.mark.parametrize("text_model_type", ["llama", "qwen2"])

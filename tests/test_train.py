@@ -22,19 +22,20 @@ import yaml
 from conftest import conversation, picture
 from safetensors.torch import load_file, save_file
 from test_checkpoint import seal, with_state
-from test_report_page import PLOTS, SECTIONS
+from test_run_page import PLOTS, SECTIONS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from waiting import HANG_SECONDS
 
 import vlskv_ray.train
 from benchmarks.recovery import processes
-from vlskv_ray import evaluate, faults
-from vlskv_ray.cluster import ray_cluster
+from vlskv_ray import evaluate
+from vlskv_ray.cluster.start import ray_cluster
 from vlskv_ray.data.images import load_image
 from vlskv_ray.evaluate import SIDES
-from vlskv_ray.figures import decimal, percent
-from vlskv_ray.lease import owned
 from vlskv_ray.model.swiftkv import swiftkv_backbone
+from vlskv_ray.report.figures import decimal, percent
+from vlskv_ray.storage.lease import owned
+from vlskv_ray.training import faults
 
 
 # -------------------------------------------------------------------------------------------------------- real files
@@ -276,10 +277,10 @@ def test_the_original_projects_layout_runs_as_shipped(tmp_path: Path) -> None:
 def test_the_faster_precision_is_chosen_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """model.dtype=auto: measured at the start, and as it was when the run goes on."""
     auto = ("output.name=auto", "model.dtype=auto", "max_steps=1")
-    monkeypatch.setattr(vlskv_ray.prepare, "matmul_seconds", lambda *_: {"float32": 2.0, "bfloat16": 1.0})
+    monkeypatch.setattr(vlskv_ray.launch.prepare, "matmul_seconds", lambda *_: {"float32": 2.0, "bfloat16": 1.0})
     assert main(files / "run.yaml", *auto) == 0
     assert yaml.safe_load((files / "runs" / "auto" / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
-    monkeypatch.setattr(vlskv_ray.prepare, "matmul_seconds", lambda *_: {"float32": 1.0, "bfloat16": 2.0})
+    monkeypatch.setattr(vlskv_ray.launch.prepare, "matmul_seconds", lambda *_: {"float32": 1.0, "bfloat16": 2.0})
     assert main(files / "run.yaml", *auto) == 0  # finished; as float32 it would be another run
 
 

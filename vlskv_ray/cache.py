@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vlskv_ray.cluster import Cluster, check_gpus, duration, ray_cluster
+from vlskv_ray.cluster.placement import Wait, room_for
+from vlskv_ray.cluster.start import Cluster, check_gpus, duration, ray_cluster
 from vlskv_ray.command import DONE, exit_status, run_parser, shown, up_to
 from vlskv_ray.config import load_config_and_notices
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.sample import refused_message
-from vlskv_ray.distill import frozen_states
-from vlskv_ray.placement import Wait, room_for
-from vlskv_ray.prepare import check_cache, prepare
-from vlskv_ray.run import Run, StoppedRun
-from vlskv_ray.step import autocast
-from vlskv_ray.teacher_cache import TeacherCache
+from vlskv_ray.data.teacher_cache import TeacherCache
+from vlskv_ray.launch.prepare import check_cache, prepare
 from vlskv_ray.train_loop import model_of
+from vlskv_ray.training.distill import frozen_states
+from vlskv_ray.training.run import Run, StoppedRun
+from vlskv_ray.training.step import autocast
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

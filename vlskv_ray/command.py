@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlskv_ray.run import StoppedRun
+from vlskv_ray.training.run import StoppedRun
 from vlskv_ray.words import printable_lines
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2

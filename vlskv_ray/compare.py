@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlskv_ray.checkpoint import write_text
 from vlskv_ray.command import DONE, exit_status
-from vlskv_ray.figures import (
+from vlskv_ray.report.figures import (
     DASH,
     RunFiles,
     as_written,
@@ -21,8 +20,9 @@ from vlskv_ray.figures import (
     seconds,
     whole,
 )
-from vlskv_ray.model_card import table
-from vlskv_ray.report import closing_lines
+from vlskv_ray.report.model_card import table
+from vlskv_ray.report.summary import closing_lines
+from vlskv_ray.storage.checkpoint import write_text
 
 COLUMNS = (
     *("layers with their own cache", "group", "accuracy before", "accuracy after"),

@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 
 import torch
 
-from vlskv_ray.cluster import check_gpus, describe, ray_cluster, reserve
+from vlskv_ray.cluster.findings import Finding, Need, Report, problems_of
+from vlskv_ray.cluster.preflight import examine, existing, need_of
+from vlskv_ray.cluster.start import check_gpus, describe, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status
 from vlskv_ray.config import Config, load_config_and_notices
-from vlskv_ray.counting import size
-from vlskv_ray.findings import Finding, Need, Report, problems_of
-from vlskv_ray.preflight import examine, existing, need_of
-from vlskv_ray.prepare import prepare
+from vlskv_ray.launch.prepare import prepare
+from vlskv_ray.training.counting import size
 
 PACKAGES = ("ray", "torch", "transformers", "datasets", "pillow", "pyarrow", "numpy")
 LITTLE_SHARED_MEMORY = 512 * 2**20

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from vlskv_ray.checkpoint import write_json
 from vlskv_ray.command import DONE, exit_status, shown, told_of, up_to
 from vlskv_ray.config import SourceConfig, load_config, source_from_text
 from vlskv_ray.data.chat import Limits
@@ -19,17 +18,18 @@ from vlskv_ray.data.check import check_processor
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of
-from vlskv_ray.figures import as_written, read_run
-from vlskv_ray.finished import write_pages
+from vlskv_ray.evaluation.evaluator import SIDES, Evaluator, evaluation_of
+from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.generate import add_where_to_compute, check_generation, device_asked_for
 from vlskv_ray.model.build import build_student, build_whole, find_model, load_processor
 from vlskv_ray.model.build import load_config as load_model_config
 from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
-from vlskv_ray.model_card import card
-from vlskv_ray.report import evaluation_table
-from vlskv_ray.run import StoppedRun
-from vlskv_ray.savings import layers_of, measure_savings
+from vlskv_ray.report.figures import as_written, read_run
+from vlskv_ray.report.finished import write_pages
+from vlskv_ray.report.model_card import card
+from vlskv_ray.report.summary import evaluation_table
+from vlskv_ray.storage.checkpoint import write_json
+from vlskv_ray.training.run import StoppedRun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

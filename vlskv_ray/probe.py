@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlskv_ray.checkpoint import write_json
 from vlskv_ray.command import DONE, exit_status, plural, run_parser, up_to
 from vlskv_ray.compare import write_block
 from vlskv_ray.config import Config, load_config_and_notices
 from vlskv_ray.data.collate import Batch, FrozenStates, supervised_positions
 from vlskv_ray.data.pipeline import Loader, local_batches
-from vlskv_ray.distill import DivergenceAtHead, frozen_states, rows_per_chunk
-from vlskv_ray.figures import decimal, percent
+from vlskv_ray.launch.prepare import prepare, say
 from vlskv_ray.model.build import build_student, find_model, load_config
 from vlskv_ray.model.swiftkv import SwiftKVPass, check_layers, has_swiftkv, swiftkv_backbone
-from vlskv_ray.prepare import prepare, say
-from vlskv_ray.step import autocast
-from vlskv_ray.sweep import aligned
+from vlskv_ray.report.figures import decimal, percent
+from vlskv_ray.storage.checkpoint import write_json
+from vlskv_ray.sweep.trials import aligned
+from vlskv_ray.training.distill import DivergenceAtHead, frozen_states, rows_per_chunk
+from vlskv_ray.training.step import autocast
 
 NUM_SAMPLES = 256
 

@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlskv_ray.checkpoint import has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
-from vlskv_ray.cluster import (
+from vlskv_ray.cluster.node import process_group, travels
+from vlskv_ray.cluster.placement import NoRoom, Wait, together, told_in
+from vlskv_ray.cluster.preflight import check_nodes
+from vlskv_ray.cluster.start import (
     ProgressLine,
     Reserved,
     check_gpus,
@@ -29,19 +31,17 @@ from vlskv_ray.config import ClusterConfig, Config, dump_config, load_config_and
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.pipeline import Loader, begin_at, executions, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import ROWS_IN_MEMORY
-from vlskv_ray.dry_run import dry_run
-from vlskv_ray.faults import point
-from vlskv_ray.finished import is_untouched, seals, unfinished, unmade, write_pages
-from vlskv_ray.lease import owned
-from vlskv_ray.node import process_group, travels
-from vlskv_ray.placement import NoRoom, Wait, together, told_in
-from vlskv_ray.preflight import check_nodes
-from vlskv_ray.prepare import REMEDY, check_cache, prepare, run_folder, say
-from vlskv_ray.report import closing, write_summary
-from vlskv_ray.run import Run, StoppedRun, Worker
-from vlskv_ray.run_log import take_back
+from vlskv_ray.launch.dry_run import dry_run
+from vlskv_ray.launch.prepare import REMEDY, check_cache, prepare, run_folder, say
+from vlskv_ray.report.finished import is_untouched, seals, unfinished, unmade, write_pages
+from vlskv_ray.report.summary import closing, write_summary
+from vlskv_ray.storage.checkpoint import has_checkpoints, newest_checkpoint, newest_step, sweep, write_text
+from vlskv_ray.storage.lease import owned
+from vlskv_ray.storage.run_log import take_back
 from vlskv_ray.train_loop import train_worker
-from vlskv_ray.watchdog import DEATHS
+from vlskv_ray.training.faults import point
+from vlskv_ray.training.run import Run, StoppedRun, Worker
+from vlskv_ray.training.watchdog import DEATHS
 from vlskv_ray.words import printable, printable_lines
 
 FOR_EVER = 30 * 24 * 3600

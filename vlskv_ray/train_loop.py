@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from vlskv_ray.checkpoint import write_json
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
-from vlskv_ray.distill import LossSums
-from vlskv_ray.evaluation import SIDES, Evaluator, evaluation_of, figures_of
-from vlskv_ray.faults import point
+from vlskv_ray.evaluation.evaluator import SIDES, Evaluator, evaluation_of, figures_of
+from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.model.build import (
     build_student,
     build_whole,
@@ -22,11 +20,13 @@ from vlskv_ray.model.build import (
     load_processor,
     trainable_parameters,
 )
-from vlskv_ray.run import AskedToStop, Run, StoppedRun, Worker, gather_objects, this_rank
-from vlskv_ray.run_log import RunLog
-from vlskv_ray.saving import MAKE_ROOM, Saver, export, finish_saving, resume, save_is_due, stop_if_taken_over
-from vlskv_ray.savings import layers_of, measure_savings
-from vlskv_ray.step import (
+from vlskv_ray.storage.checkpoint import write_json
+from vlskv_ray.storage.run_log import RunLog
+from vlskv_ray.storage.saving import MAKE_ROOM, Saver, export, finish_saving, resume, save_is_due, stop_if_taken_over
+from vlskv_ray.training.distill import LossSums
+from vlskv_ray.training.faults import point
+from vlskv_ray.training.run import AskedToStop, Run, StoppedRun, Worker, gather_objects, this_rank
+from vlskv_ray.training.step import (
     GradientBuffer,
     StepResult,
     autocast,
@@ -37,7 +37,7 @@ from vlskv_ray.step import (
     stop_if_ruined,
     train_step,
 )
-from vlskv_ray.watchdog import Attempts, Watchdog
+from vlskv_ray.training.watchdog import Attempts, Watchdog
 
 
 def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]]) -> dict[str, Any]:

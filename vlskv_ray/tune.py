@@ -22,22 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from vlskv_ray.cache import SeveralCaches, fill_ahead, samples_of
-from vlskv_ray.checkpoint import newest_step, write_text
-from vlskv_ray.cluster import Cluster, asks_in_vain, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
+from vlskv_ray.cluster.placement import Wait, room_for
+from vlskv_ray.cluster.start import Cluster, asks_in_vain, check_gpus, free_what_the_dead_reserved, ray_cluster, reserve
 from vlskv_ray.command import DONE, FAILED, exit_status, plural, run_parser, shown
 from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config, load_config_and_notices
 from vlskv_ray.config.problems import no_option
-from vlskv_ray.figures import at, read_run
-from vlskv_ray.finished import is_finished
-from vlskv_ray.frontier import train_command, write_frontier
-from vlskv_ray.lease import owned
+from vlskv_ray.launch.prepare import check_cache, prepare, run_folder, say, teacher_cache_of
 from vlskv_ray.model.build import find_model, swiftkv_config
 from vlskv_ray.model.build import load_config as load_model_config
-from vlskv_ray.placement import Wait, room_for
-from vlskv_ray.prepare import check_cache, prepare, run_folder, say, teacher_cache_of
-from vlskv_ray.sweep import DONE as TRIAL_DONE
-from vlskv_ray.sweep import FAILED as TRIAL_FAILED
-from vlskv_ray.sweep import STOPPED, SweepTable, Trial, end, outcome_of, trial_of, trials_of
+from vlskv_ray.report.figures import at, read_run
+from vlskv_ray.report.finished import is_finished
+from vlskv_ray.storage.checkpoint import newest_step, write_text
+from vlskv_ray.storage.lease import owned
+from vlskv_ray.sweep.frontier import train_command, write_frontier
+from vlskv_ray.sweep.trials import DONE as TRIAL_DONE
+from vlskv_ray.sweep.trials import FAILED as TRIAL_FAILED
+from vlskv_ray.sweep.trials import STOPPED, SweepTable, Trial, end, outcome_of, trial_of, trials_of
 from vlskv_ray.train import moved_aside, train
 from vlskv_ray.words import printable_lines
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from vlskv_ray.data.collate import Encoded
-from vlskv_ray.distill import Objective, distillation_loss
 from vlskv_ray.model.build import (
     build_student,
     find_model,
@@ -24,6 +23,7 @@ from vlskv_ray.model.build import (
 )
 from vlskv_ray.model.presets import PRESETS, build_teacher
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
+from vlskv_ray.training.distill import Objective, distillation_loss
 
 
 def test_the_small_preset_has_its_published_size() -> None:
@@ -99,7 +99,7 @@ def test_impossible_layers_are_refused(
 
 
 def test_trained_weights_are_float32_in_a_bfloat16_model(student: Callable[..., Any], encoded: list[Encoded]) -> None:
-    from vlskv_ray.step import autocast
+    from vlskv_ray.training.step import autocast
 
     model = student(dtype=torch.bfloat16)
     assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}

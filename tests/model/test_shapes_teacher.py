@@ -8,7 +8,7 @@ import torch
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.shapes import ShapesSource
-from vlskv_ray.evaluation import Evaluator, figures_of
+from vlskv_ray.evaluation.evaluator import Evaluator, figures_of
 from vlskv_ray.model.build import build_whole, find_model, load_processor
 from vlskv_ray.model.presets import SHIPPED
 

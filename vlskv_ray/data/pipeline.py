@@ -13,8 +13,8 @@ from vlskv_ray.data.collate import Batch, Encoded, collate, from_row
 from vlskv_ray.data.plan import Plan
 from vlskv_ray.data.sample import Rejected, Sample, left_out
 from vlskv_ray.data.sources import Source
+from vlskv_ray.data.teacher_cache import content_key
 from vlskv_ray.model.build import find_model, load_config, load_processor
-from vlskv_ray.teacher_cache import content_key
 
 
 class Cache(Protocol):

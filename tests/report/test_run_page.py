@@ -1,0 +1,388 @@
+"""The report of a run is one safe, whole page that shows every figure there is, and says what there is not."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from waiting import HANG_SECONDS
+
+from vlskv_ray.report.run_page import curve, write_report
+
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADAAAAAgCAIAAADbtmxLAAAAMUlEQVR42u3OAQ0AAAQAMKTRP4VYapj9CZ7THZdU"
+    "HCMkJCQkJCQkJCQkJCQkJCT0O7Qo2gFY3o3zaQAAAABJRU5ErkJggg=="
+)
+SECTIONS = ["result", "training", "prefill", "data", "savings", "samples", "config", "environment"]
+PLOTS = ["loss", "learning-rate", "agreement", "prefill-time", "lengths", "images"]
+VOID = {"meta", "img", "br"}
+
+
+# ------------------------------------------------------------------------------------------------- a run folder's files
+def side(accuracy: float, kl: float | None, agreement: float | None, cross_entropy: float) -> dict[str, Any]:
+    kinds = {"colour": 40, "count": 30, "sum": 30}
+    figures = {
+        "kl_mean": kl,
+        "kl_p95": None if kl is None else 4 * kl,
+        "top1_agreement": agreement,
+        "agreed_prefix": None if agreement is None else 3.2 * agreement,
+        "cross_entropy": cross_entropy,
+    }
+    parts = {"vision": {"questions": 70, "accuracy": accuracy}, "text": {"questions": 30, "accuracy": accuracy}}
+    by_kind = {kind: accuracy - 0.01 * i for i, kind in enumerate(kinds)}
+    return {
+        "accuracy": accuracy,
+        "accuracy_vision": accuracy + 0.01,
+        "accuracy_text": accuracy - 0.02,
+        "by_kind": by_kind,
+        **figures,
+        "details": {**parts, "kinds": {kind: {"questions": n, **figures} for kind, n in kinds.items()}},
+    }
+
+
+SAVINGS = {
+    "prompt_lengths": [64, 256, 1024, 2048],
+    "teacher_prefill_seconds": [0.011, 0.041, 0.19, 0.47],
+    "student_prefill_seconds": [0.009, 0.026, 0.11, 0.26],
+    "teacher_prefill_flops": [4.1e8, 1.7e9, 7.9e9, 1.9e10],
+    "student_prefill_flops": [3.2e8, 1.0e9, 4.3e9, 1.01e10],
+    "prompt_length": 2048,
+    "prefill_time_ratio": 0.5532,
+    "prefill_flops_ratio": 0.5316,
+    "teacher_cache_bytes_per_token": 2048.0,
+    "student_cache_bytes_per_token": 1536.0,
+    "cache_bytes_ratio": 0.75,
+    "parameters": 4406080,
+    "trainable_parameters": 16448,
+    "threads": 2,
+}
+
+
+def evaluation() -> dict[str, Any]:
+    answers = {"teacher": "red", "student_before": "blue", "student": "red"}
+    example = {"kind": "colour", "question": "What colour is the disc?", "reference": "red", **answers}
+    return {
+        "teacher": side(0.94, 0.0, 1.0, 0.101),
+        "student_before": side(0.31, 1.913, 0.622, 2.207),
+        "student": side(0.92, 0.01234, 0.981, 0.113),
+        "savings": dict(SAVINGS),
+        "samples": 100,
+        "questions": 100,
+        "left_out": {"too_long": 2},
+        "sources": ["shapes (test)"],
+        "model": {"num_hidden_layers": 4, "num_key_value_layers": 2, "key_value_group_size": 1},
+        "examples": [{"id": f"shapes/{i}", **example, "images": [PICTURE] if i < 6 else []} for i in range(8)],
+    }
+
+
+def sft_evaluation() -> dict[str, Any]:
+    whole = evaluation()
+    examples = [{"id": "shapes/0", "kind": "", "question": "?", "reference": "red", "sft_model": "red", "images": []}]
+    kept = {key: whole[key] for key in ("samples", "questions", "left_out", "sources", "model")}
+    return {"sft_model": side(0.94, None, None, 0.101), **kept, "examples": examples}
+
+
+def metrics(objective: str) -> list[dict[str, Any]]:
+    lines = []
+    for step in range(1, 401):
+        loss = 0.2 * math.exp(-step / 90) + 0.004 * (1 + math.sin(step))
+        line: dict[str, Any] = {"step": step, "epoch": step / 200, "loss": loss, "learning_rate": 1e-3 / step}
+        if objective == "sft":
+            line |= {"ce_vision": loss, "ce_text": 2 * loss, "token_accuracy": 1 - loss}
+        else:
+            line |= {"kl_vision": loss, "top1_agreement": 1 - loss} | ({"kl_text": 2 * loss} if step % 7 else {})
+        if step % 50 == 0:
+            line |= {"eval_accuracy": 0.95 - 2 * loss, "eval_top1_agreement": 1 - 1.5 * loss, "eval_kl_mean": None}
+        lines.append(line)
+    return lines
+
+
+SUMMARY = {
+    "steps": 400,
+    "training_seconds": 246.4,
+    "command_seconds": 290.1,
+    "averaged_steps": 5,
+    "rejected": {"image_damaged": 3, "too_long": 12},
+    "model": "/models/shapes-teacher",
+    "revision": None,
+    "versions": {"vlskv_ray": "0.1.0", "torch": "2.13.0+cpu"},
+    "data": {
+        "samples": 3185,
+        "lengths": {str(60 + 9 * i): 400 // (1 + abs(i - 5)) for i in range(25)},
+        "images": {"0": 800, "1": 2200, "2": 185},
+    },
+    "environment": {"python": "3.11.7", "platform": "Linux-6.1", "cpus": 2, "threads": 1, "workers": 2},
+}
+
+
+def run_folder(
+    folder: Path,
+    objective: str = "distill",
+    evaluation: dict[str, Any] | None = None,
+    summary: dict[str, Any] | None = None,
+    plots: bool = True,
+    **config: Any,
+) -> Path:
+    """A finished run's files; no evaluation.json unless it is given. Without plots the page is written faster."""
+    folder.mkdir(exist_ok=True)
+    resolved = {
+        "objective": objective,
+        "temperature": 2.0,
+        "model": {"name_or_path": "/models/shapes-teacher", "num_key_value_layers": 2, "key_value_group_size": 1},
+        "data": {"sources": [{"name": "shapes", "path": None, "split": "train", "weight": 1.0}]},
+        "optimizer": {"lr": 1e-3},
+        "output": {"name": "shapes"},
+        **config,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(objective) if plots))
+    summary = SUMMARY if summary is None else summary
+    (folder / "summary.json").write_text(json.dumps(summary if plots else summary | {"data": {"samples": 3185}}))
+    if evaluation is not None:
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------- the page as parsed
+class Page(HTMLParser):
+    """Elements and text of a page; fails where a tag is closed that is not open."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.tables: list[list[list[str]]] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        self.text += text
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += text
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def ids(self, tag: str) -> list[str | None]:
+        return [attributes["id"] for attributes in self.all(tag) if "id" in attributes]
+
+
+def written(folder: Path) -> Page:
+    return Page(write_report(folder).read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run that has everything."""
+    return write_report(run_folder(tmp_path_factory.mktemp("whole"), evaluation=evaluation()))
+
+
+# ------------------------------------------------------------------------------------------------------------ promises
+def test_a_whole_run_shows_everything(whole: Path) -> None:
+    """Every section, plot and picture is there, and every figure that stands in a table of it."""
+    page = Page(whole.read_text())
+    assert page.ids("section") == SECTIONS
+    assert page.ids("figure") == PLOTS
+    assert [image["src"] for image in page.all("img")] == [PICTURE] * 6
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(svg["aria-label"] for svg in page.all("svg")) and len(page.all("svg")) == len(PLOTS)
+    assert len(page.all("article")) == 8
+    cells = [line for table in page.tables for line in table]
+    assert ["accuracy", "94.0%", "31.0%", "92.0%"] in cells
+    assert ["KL per token, mean", "0", "1.913", "0.01234"] in cells
+    assert ["colour (40)", "94.0%", "31.0%", "92.0%"] in cells
+    assert ["prefill operations", "19 GFLOP", "10.1 GFLOP", "0.53"] in cells
+    assert ["too_long", "12"] in cells and ["torch", "2.13.0+cpu"] in cells
+    assert ["teacher", "red ✓ right"] in cells and ["student before", "blue ✗ wrong"] in cells
+    for figure in ("97.9%", "0.01234", "98.1%", "46.8%", "246 s"):
+        assert figure in page.text[: page.text.index("Result")], "a headline figure"
+
+
+def test_rows_match_their_columns(whole: Path) -> None:
+    page = Page(whole.read_text())
+    assert all(len({len(line) for line in table}) == 1 for table in page.tables)
+
+
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</pre></section><b>", "&lt;b&gt;"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text(tmp_path: Path, text: str) -> None:
+    """In questions, answers, ids, kinds, reasons, names and config: the same elements, and the text as it is."""
+    harmless = written(
+        run_folder(tmp_path / "harmless", evaluation=planted("harmless"), plots=False, **planted_run("harmless"))
+    )
+    page = written(run_folder(tmp_path / "hostile", evaluation=planted(text), plots=False, **planted_run(text)))
+    assert [name for name, _ in page.elements] == [name for name, _ in harmless.elements]
+    assert page.text.count(text) == harmless.text.count("harmless") >= 60
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def planted(text: str) -> dict[str, Any]:
+    found = evaluation()
+    for example in found["examples"]:
+        example |= dict.fromkeys(("id", "kind", "question", "reference", "teacher", "student_before", "student"), text)
+    for name in ("teacher", "student_before", "student"):
+        found[name]["by_kind"] = {text: 0.5}
+    return found | {"sources": [text], "left_out": {text: 1}}
+
+
+def planted_run(text: str) -> dict[str, Any]:
+    summary = SUMMARY | {"rejected": {text: 1}, "model": text, "revision": text, "versions": {"torch": text}}
+    return {"summary": summary, "output": {"name": text}, "data": {"sources": [text]}}
+
+
+def test_only_images_in_data_uris_are_shown(tmp_path: Path) -> None:
+    """Whatever else stands where a picture should is left out, and said to be."""
+    found = evaluation()
+    for uri in (
+        "http://example.org/a.png",
+        "file:///etc/passwd",
+        "data:text/html;base64,AAAA",
+        "data:image/svg+xml;base64,AAAA",
+        PICTURE + "\n",
+        PICTURE + '" onload="alert(1)',
+        None,
+    ):
+        found["examples"] = [evaluation()["examples"][0] | {"images": [uri, PICTURE]}]
+        page = written(run_folder(tmp_path, evaluation=found, plots=False))
+        assert [image["src"] for image in page.all("img")] == [PICTURE]
+        assert "1 not shown" in page.text
+
+
+def test_the_page_loads_nothing(whole: Path) -> None:
+    """No script, link or address that leads out of the page, and the browser is told to follow none."""
+    page = Page(whole.read_text())
+    assert {"script", "link", "iframe", "object", "embed", "base", "form"}.isdisjoint(name for name, _ in page.elements)
+    for _, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert str(attributes.get(name, "#")).startswith(("#", "data:image/"))
+    source = whole.read_text()
+    assert "@import" not in source and not re.search(r"url\((?!#)", source)
+    assert any(str(meta.get("content")).startswith("default-src 'none'") for meta in page.all("meta"))
+
+
+def test_ids_are_unique_and_references_lead_somewhere(whole: Path) -> None:
+    """The parts of one plot are never taken for those of another."""
+    page = Page(whole.read_text())
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(|href=")#([^)"]+)', whole.read_text())
+    assert used and set(used) <= set(ids)
+
+
+def test_plots_follow_the_page_into_the_dark(whole: Path) -> None:
+    """No colour is fixed in a plot."""
+    source = whole.read_text()
+    assert not re.findall(r"(?:fill|stroke): *#[0-9a-f]+", source)
+
+
+def test_the_same_files_make_the_same_page(whole: Path) -> None:
+    before = whole.read_bytes()
+    assert write_report(whole.parent).read_bytes() == before
+
+
+def test_without_held_out_samples_it_says_so(tmp_path: Path) -> None:
+    """What the student saves still shows."""
+    page = written(run_folder(tmp_path, evaluation={"savings": SAVINGS, "examples": []}))
+    assert page.ids("section") == [name for name in SECTIONS if name != "samples"]
+    assert "No held-out samples were given (evaluation.sources), so answers were not measured." in page.text
+    assert "accuracy kept" not in page.text and "prefill operations saved" in page.text
+
+
+def test_a_plain_model_has_one_column(tmp_path: Path) -> None:
+    """Supervised fine-tuning: no teacher, no savings, nothing about SwiftKV."""
+    page = written(run_folder(tmp_path, objective="sft", evaluation=sft_evaluation()))
+    assert page.ids("section") == [name for name in SECTIONS if name not in ("prefill", "savings")]
+    assert page.ids("figure") == [name for name in PLOTS if name != "prefill-time"]
+    assert ["", "model"] in page.tables[0] and ["accuracy", "94.0%"] in page.tables[0]
+    assert "SwiftKV" not in page.text and "KL" not in page.text
+
+
+def test_an_empty_folder_is_a_page_too(tmp_path: Path) -> None:
+    page = written(tmp_path)
+    assert page.ids("section") == ["result"]
+    assert "This run was not evaluated." in page.text
+
+
+def test_missing_numbers_show_as_a_dash(tmp_path: Path) -> None:
+    """null, a text and NaN where a number belongs; the rest of the page stands."""
+    found = evaluation()
+    found["student"] |= {"accuracy": None, "kl_mean": "many", "cross_entropy": math.nan, "by_kind": None}
+    found["savings"] |= {"teacher_prefill_seconds": [], "student_prefill_flops": None, "cache_bytes_ratio": None}
+    page = written(run_folder(tmp_path, evaluation=found, plots=False))
+    cells = [line for table in page.tables for line in table]
+    assert ["accuracy", "94.0%", "31.0%", "–"] in cells
+    assert ["KL per token, mean", "0", "1.913", "–"] in cells
+    assert ["cross-entropy", "0.101", "2.207", "–"] in cells
+    assert ["colour (40)", "94.0%", "31.0%", "–"] in cells
+    assert ["prefill time", "–", "260 ms", "0.55"] in cells
+    assert ["cache bytes per token", "2,048", "1,536", "–"] in cells
+    assert not re.search(r"\b(None|nan|null)\b", page.text[: page.text.index("Configuration")])
+
+
+def test_nothing_left_out_is_said(tmp_path: Path) -> None:
+    page = written(run_folder(tmp_path, summary=SUMMARY | {"rejected": {}}, plots=False))
+    assert [["", "rows"], ["none", "0"]] in page.tables
+
+
+def test_long_runs_are_averaged(whole: Path) -> None:
+    """400 steps become 100 points with the same mean, 60 stay as they are; the caption says so."""
+    lines = metrics("distill")
+    points = curve(lines, "loss")
+    assert len(points) == 100 and points[0][0] == 2.5
+    assert sum(y for _, y in points) / 100 == pytest.approx(sum(line["loss"] for line in lines) / 400)
+    assert curve(lines[:60], "loss") == [(line["step"], line["loss"]) for line in lines[:60]]
+    assert "averaged to at most 120 points a curve" in Page(whole.read_text()).text
+
+
+@pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "metrics.jsonl", "config.yaml"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    run_folder(tmp_path, evaluation=evaluation())
+    for damage in ("{", "[]"):
+        (tmp_path / name).write_text(damage)
+        with pytest.raises(ValueError, match=re.escape(name)):
+            write_report(tmp_path)
+
+
+def test_text_that_no_file_can_hold_does_no_harm(tmp_path: Path) -> None:
+    """Half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    found = evaluation()
+    found["examples"][0]["student"] = "\ud800 red"
+    assert "? red" in written(run_folder(tmp_path, evaluation=found, plots=False)).text
+
+
+def test_a_browser_shows_it(whole: Path, tmp_path: Path) -> None:
+    """Its own parser finds the sections and plots."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    found = subprocess.run([chromium, *flags, whole.as_uri()], capture_output=True, text=True, timeout=HANG_SECONDS)
+    dom = Page(found.stdout)
+    assert dom.ids("section") == SECTIONS and dom.ids("figure") == PLOTS

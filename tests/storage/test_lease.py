@@ -1,0 +1,90 @@
+"""A run folder has one owner, on whatever machine; workers of an owner that is gone know it."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from vlskv_ray.storage import lease
+from vlskv_ray.storage.lease import is_owner, owned
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+
+
+def test_the_second_one_is_told_who_has_it(tmp_path: Path) -> None:
+    told = r"another process runs this run \(process \d+ on .*\); wait"
+    with owned(tmp_path), pytest.raises(ValueError, match=told), owned(tmp_path):
+        pass
+    with owned(tmp_path):  # it is free again
+        pass
+
+
+def test_workers_know_whether_their_owner_still_has_it(tmp_path: Path) -> None:
+    with owned(tmp_path) as first:
+        assert is_owner(tmp_path, first)
+    with owned(tmp_path) as second:
+        assert is_owner(tmp_path, second) and not is_owner(tmp_path, first)
+        time.sleep(0.3)  # beats go on being the second one's
+        assert is_owner(tmp_path, second)
+        assert json.loads((tmp_path / ".lock").read_text())["beats"] >= 1
+
+
+def elsewhere(folder: Path, beats: int) -> None:
+    """What an owner on another machine writes, whose lock this one does not see."""
+    about = {"owner": "x", "pid": 7, "host": "elsewhere", "beats": beats}
+    (folder / ".lock").write_text(json.dumps(about))
+
+
+def test_an_owner_on_another_machine_is_heard(tmp_path: Path) -> None:
+    elsewhere(tmp_path, 0)
+    ended = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not ended.wait(0.05):
+            elsewhere(tmp_path, count := count + 1)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(ValueError, match="process 7 on elsewhere"), owned(tmp_path):
+            pass
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_an_owner_on_another_machine_that_is_dead_or_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listened: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (listened.append(seconds), sleep(seconds)))
+    elsewhere(tmp_path, 41)
+    with owned(tmp_path) as owner:
+        assert listened
+        assert is_owner(tmp_path, owner)
+        (tmp_path / "config.yaml").touch()
+    elsewhere(tmp_path, lease.LEFT)
+    listened.clear()
+    with owned(tmp_path):
+        assert not listened
+
+
+def test_a_folder_of_which_nothing_came_is_gone(tmp_path: Path) -> None:
+    with owned(tmp_path / "a"):
+        assert (tmp_path / "a").exists()
+    assert not (tmp_path / "a").exists()
+    with owned(tmp_path / "b"):
+        (tmp_path / "b" / "config.yaml").touch()
+    assert (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("junk", ["", "{", "[1]", "\0" * 240])
+def test_junk_in_the_lock_is_nobody(tmp_path: Path, junk: str) -> None:
+    (tmp_path / ".lock").write_text(junk)
+    with owned(tmp_path) as owner:
+        assert is_owner(tmp_path, owner)

@@ -1,0 +1,245 @@
+"""`--dry-run`: some samples and steps in this process, and what they say of memory and time. Writes nothing."""
+
+import itertools
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlskv_ray.cluster.start import Reserved, duration, reserve, threads_of
+from vlskv_ray.data.collate import Batch, from_row, to_row
+from vlskv_ray.data.pipeline import Loader
+from vlskv_ray.data.sample import refused_message
+from vlskv_ray.model.build import trainable_parameters
+from vlskv_ray.train_loop import model_of
+from vlskv_ray.training.counting import flop_counter, peak_bytes, size
+from vlskv_ray.training.distill import shared_pass
+from vlskv_ray.training.run import Run, StoppedRun
+from vlskv_ray.training.step import GradientBuffer, StepResult, autocast, build_optimizer, objective_of, train_step
+from vlskv_ray.words import printable
+
+TRIED_SAMPLES = 64
+TIMED_MICRO_BATCHES = 6
+SHORT_STEP = 0.5
+"""Seconds below which what Ray does for a step counts."""
+SHOWN_REJECTED = 5
+SHOWN_IDS = 4
+
+
+def dry_run(run: Run, loader: Loader) -> float:
+    """Prints what it finds; returns the seconds that a step of the run is expected to take.
+
+    Raises:
+        ValueError: the run would not get far: too many rows are left out, or its workers do not fit this machine.
+        StoppedRun: a row was refused; loss or gradient of a step is not finite.
+    """
+    config = run.config
+    here = config.cluster.address == "local" or not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if config.cluster.use_gpu and not torch.cuda.is_available():
+        refused = ", where the run itself would be refused" if here else ""
+        print(f"device        no GPU is to be found here: all below is of this machine's CPUs{refused}")
+        run = on_cpus(run)
+    reserved = None
+    if config.cluster.most_workers and here:
+        reserved = reserve(config.cluster, config.data, os.cpu_count() or 1, os.cpu_count() or 1)
+    threads = threads_of(run.config.cluster, os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    batches, data_seconds = try_data(run, loader)
+
+    model = model_of(run)
+    trained = trainable_parameters(model)
+    largest = max(batches, key=lambda batch: int(batch.attention_mask.sum()))
+    step_on = steps_of(run, model)
+    result, gflop, peak = counted(step_on, largest)
+    timed = batches[:TIMED_MICRO_BATCHES]
+    neighbours = min(config.cluster.most_workers or 1, (os.cpu_count() or 1) // threads) - 1 if here else 0
+    neighbours = 0 if run.config.cluster.use_gpu else neighbours  # each has a GPU of its own
+    with busy_neighbours(run, timed, neighbours):  # they share caches and memory with each other
+        seconds = mean(seconds_of(step_on, timed))
+        cached = seconds_of(step_on, [with_states(model, batch) for batch in timed]) if run.cache else [0.0]
+
+    parameters = {p: p.numel() * p.element_size() for p in model.parameters()}
+    moving = sum(parameters[p] for p in trained.values())
+    logits = min(config.model.logits_memory_mib * 2**20, peak)
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    supervised, tokens = int(result.sums.supervised_tokens), largest.attention_mask.sum(1).tolist()
+    step = seconds_per_step(run, seconds, data_seconds, threads, reserved)
+    first = min(run.steps_per_epoch, run.total_steps) if run.cache else run.total_steps
+    later = seconds_per_step(run, mean(cached), 0, threads, reserved)  # which decodes no image
+    whole = first * step + (run.total_steps - first) * later
+    ids, more = largest.sample_ids[:SHOWN_IDS], len(largest.sample_ids) - SHOWN_IDS
+    names = ", ".join(ids) + (f" and {more} more" if more > 0 else "")
+    print(f"micro-batch   {names}: {sum(tokens)} tokens, {supervised} supervised in all")
+    print(f"loss          {result.sums.loss / supervised:.4g}, gradient norm {result.grad_norm:.4g}")
+    print(f"parameters    {sum(p.numel() for p in parameters):,}, {sum(p.numel() for p in trained.values()):,} trained")
+    print(
+        f"memory        a worker: {size(sum(parameters.values()) - moving)} frozen weights, {size(moving)} trained, "
+        f"{size(moving)} gradients, {size(2 * moving)} optimizer, {size(3 * moving)} more while one saves, "
+        f"{size(peak)} activations and logits (logits at most {size(logits)}); this process, with its libraries, "
+        f"{size(process)}"
+    )
+    print(
+        f"time          {seconds:.3g} s a micro-batch with {threads} thread{'s' * (threads > 1)}; the one above "
+        f"takes {gflop:.3g} GFLOP; its data take {data_seconds:.3g} s of one data task"
+    )
+    of_later = f", {later:.3g} s from the second epoch on" if first < run.total_steps else ""
+    print(
+        f"prediction    {step:.3g} s a step{of_later}, {duration(whole)} for {run.total_steps} steps; starting and "
+        f"measuring come on top"
+    )
+    if config.cluster.most_workers and step < SHORT_STEP:
+        print("              and what Ray itself does for a step, 0.05 s and more, counts in one so short")
+    print("dry run: all is well; nothing was written")
+    return step
+
+
+def on_cpus(run: Run) -> Run:
+    """The same run without GPUs."""
+    cluster = run.config.cluster.model_copy(update={"use_gpu": False})
+    return replace(run, config=run.config.model_copy(update={"cluster": cluster}))
+
+
+def steps_of(run: Run, model: Any) -> Callable[[Batch], StepResult]:
+    """A function that makes a step on one micro-batch."""
+    trained = trainable_parameters(model)
+    optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
+    objective, most = objective_of(run.config), run.config.micro_batch_tokens
+    return lambda batch: train_step(model, optimizer, gradients, [batch], objective, max_tokens=most)
+
+
+def counted(step_on: Callable[[Batch], StepResult], batch: Batch) -> tuple[StepResult, float, int]:
+    """The result of a first step, its operations in GFLOP, and the most bytes that a second one held at once: the first
+    makes the optimizer's moments, which are counted apart."""
+    with flop_counter() as counter:
+        result = step_on(batch)
+    return result, counter.get_total_flops() / 1e9, peak_bytes(lambda: step_on(batch))
+
+
+def seconds_of(step_on: Callable[[Batch], StepResult], batches: Sequence[Batch]) -> list[float]:
+    """What a step on each of some micro-batches takes."""
+    seconds = []
+    for batch in batches:
+        began = time.perf_counter()
+        step_on(batch)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def with_states(model: Any, batch: Batch) -> Batch:
+    """The micro-batch as later epochs get it from a teacher cache."""
+    with torch.no_grad(), autocast(model):
+        states = shared_pass(model, batch.to(model.device))
+    known = {name: getattr(states, name) for name in ("trunk", "teacher", "teacher_input")}
+    return replace(batch, tiles=None, normalise=None, **known)
+
+
+@contextmanager
+def busy_neighbours(run: Run, batches: Sequence[Batch], count: int) -> Iterator[None]:
+    """While other workers of this machine step too, on the same micro-batches over and over."""
+    context = multiprocessing.get_context("spawn")
+    started = context.Semaphore(0)
+    work = (run, [to_row(batch) for batch in batches], started, os.getpid())
+    processes = [context.Process(target=_keep_stepping, args=work, daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            while not started.acquire(timeout=1) and process.is_alive():
+                pass  # one that cannot start leaves the others more room: the prediction is then at best
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _keep_stepping(run: Run, rows: Sequence[dict[str, Any]], started: Any, parent: int) -> None:
+    """Until it is killed, or the dry run is gone however it ended."""
+    torch.set_num_threads(threads_of(run.config.cluster, os.cpu_count() or 1))
+    step_on = steps_of(run, model_of(run))
+    started.release()
+    for row in itertools.cycle(rows):
+        if os.getppid() != parent:
+            break
+        step_on(from_row(row))
+
+
+def seconds_per_step(
+    run: Run, train_seconds: float, data_seconds: float, threads: int, reserved: Reserved | None
+) -> float:
+    """What a step will take, by the slowest of training, the data tasks, and all of it on this machine's CPUs.
+
+    Args:
+        train_seconds, data_seconds: of a micro-batch, with `threads` threads and in one data task.
+        reserved: what runs on this machine; None where it runs in one process, or elsewhere, where the number of
+            CPUs and data tasks is not known.
+    """
+    count, workers = run.micro_batches_per_step, run.config.cluster.most_workers
+    if not workers:
+        return count * (train_seconds + data_seconds)
+    train = count / workers * train_seconds
+    if reserved is None:
+        return train
+    of_cpus = count * (train_seconds * threads + data_seconds) / (os.cpu_count() or 1)
+    return max(train, count * data_seconds / reserved.num_tasks, of_cpus)
+
+
+def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
+    """Micro-batches from all over an epoch that hold a sample, and the mean seconds to prepare one.
+
+    Raises:
+        ValueError: more of their samples are left out than the run would stand.
+        StoppedRun: a row was refused.
+    """
+    began, made, seen = time.perf_counter(), 0, 0
+    rejected: list[dict[str, Any]] = []
+    notices: list[dict[str, str]] = []
+    found = []
+    for batch in spread(run, loader):
+        made, seen = made + 1, seen + len(batch.sample_ids) + len(batch.rejected)
+        rejected += batch.rejected
+        notices += batch.notices
+        found += [batch] if batch.sample_ids else []
+        if len(found) >= TIMED_MICRO_BATCHES and seen >= TRIED_SAMPLES:
+            break
+    seconds = (time.perf_counter() - began) / made
+    if message := refused_message(rejected, run.config.data.on_refused):
+        raise StoppedRun(message)
+    for what, rows in (("left out", rejected), ("changed", notices)):
+        for row in rows[:SHOWN_REJECTED]:
+            print(printable(f"{what} {row['id']}: {row['reason']}: {row['detail']}"))
+    more = len(rejected) - SHOWN_REJECTED
+    with_images = sum(int(batch.has_image.sum()) for batch in found)
+    print(
+        f"tried         {seen} samples: {seen - len(rejected)} used, {with_images} of them with images; "
+        f"{len(rejected)} left out"
+        + (f", {more} more than shown" if more > 0 else "")
+        + (f"; {len(notices)} changed" if notices else "")
+    )
+    allowed = run.config.data.max_rejected_fraction
+    if not found:
+        raise ValueError(f"data.sources: none of {seen} samples tried can be used; mend the data")
+    if len(rejected) > allowed * seen:
+        raise ValueError(
+            f"data.sources: of {seen} samples tried, {len(rejected)} cannot be used, more than "
+            f"data.max_rejected_fraction={allowed}; mend the data, or raise it"
+        )
+    return found, seconds
+
+
+def spread(run: Run, loader: Loader) -> Iterator[Batch]:
+    """The first micro-batch of steps all over an epoch, then those of the steps between, then the second ones, ..."""
+    steps = min(run.steps_per_epoch, run.total_steps)
+    stride = max(1, steps // max(TIMED_MICRO_BATCHES, TRIED_SAMPLES // run.config.micro_batch_size))
+    for j in range(run.micro_batches_per_step):
+        for first in range(min(stride, steps)):
+            for step in np.arange(first, steps, stride).tolist():
+                yield loader(list(loader.plan.rows(step, step + 1))[j])

@@ -1,0 +1,129 @@
+"""final/README.md: the model card, a pure function of the files of a run folder."""
+
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlskv_ray.report.figures import (
+    SAVINGS_COLUMNS,
+    Rows,
+    RunFiles,
+    as_written,
+    at,
+    columns,
+    environment_rows,
+    headline,
+    held_out,
+    kind_rows,
+    read_run,
+    result_rows,
+    savings_note,
+    savings_rows,
+    training_rows,
+)
+from vlskv_ray.storage.checkpoint import write_text
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def write_model_card(folder: Path) -> Path:
+    """Writes `final/README.md` of a run folder and returns its path; ValueError where a file there cannot be read."""
+    run = read_run(folder)
+    path = run.folder / "final" / "README.md"
+    with as_written(folder):
+        text = card(run)
+    write_text(path, text.encode("utf-8", "replace").decode())  # a lone surrogate, which JSON can hold, as "?"
+    return path
+
+
+def card(run: RunFiles) -> str:
+    """The whole card; tables without rows are left out."""
+    evaluation = run.evaluation
+    figures = "; ".join(f"**{label} {plain(text)}**" for label, [text] in headline(run))
+    parts = [
+        f"---\n{front_matter(run)}---",
+        f"# {plain(run.name)}",
+        what_it_is(run),
+        figures,
+        "## Use",
+        usage(run),
+        "## Result",
+        plain(held_out(run)),
+        table(columns(evaluation), result_rows(evaluation)),
+        table(columns(evaluation), kind_rows(evaluation), "accuracy by kind (questions)"),
+    ]
+    if rows := savings_rows(evaluation):
+        parts += ["## What it saves", plain(savings_note(evaluation)), table(SAVINGS_COLUMNS, rows)]
+    parts += [
+        "## Training",
+        table(["value"], training_rows(run)),
+        "To train it again, from the configuration that lies in the run's folder:",
+        "```bash\npython -m vlskv_ray.train --config config.yaml output.name=again\n```",
+        table(["version"], environment_rows(run)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def front_matter(run: RunFiles) -> str:
+    """What the Hugging Face hub reads of a card, as YAML."""
+    base = at(run.summary, "model") or at(run.config, "model", "name_or_path") or ""
+    names = [source.get("name") or "" for source in at(run.config, "data", "sources") or [] if isinstance(source, dict)]
+    datasets = [name for name in names if HUB_ID.fullmatch(name)]
+    values: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["vlskv_ray"] if run.is_sft else ["swiftkv", "vlskv_ray", "knowledge-distillation"],
+        **({"base_model": base} if HUB_ID.fullmatch(base) else {}),
+        **({"datasets": datasets} if datasets else {}),
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def what_it_is(run: RunFiles) -> str:
+    if run.is_sft:
+        return f"This is a vision-language model, fine-tuned from {plain(run.model)} on answers."
+    first, group = (at(run.config, "model", key) for key in ("num_key_value_layers", "key_value_group_size"))
+    return (
+        f"This is {plain(run.model)} in SwiftKV form ([arXiv 2410.03960](https://arxiv.org/abs/2410.03960)): keys and "
+        f"values of its text layers from layer {plain(first)} on are projected from the hidden state that enters that "
+        f"layer, so that tokens of the prompt, image tokens included, skip them. Layers share a cache in groups "
+        f"of {plain(group)}. The new projections were distilled from the model itself; all other weights are its own."
+    )
+
+
+def usage(run: RunFiles) -> str:
+    folder = f"{run.folder.parent.name}/{run.folder.name}/final"
+    registers = "" if run.is_sft else "import vlskv_ray  # registers the SwiftKV model types\n"
+    return f"""```python
+{registers}from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = {json.dumps(folder, ensure_ascii=False)}
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What colour is it?"}}]}}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+image = Image.open("picture.png").convert("RGB")
+inputs = processor(text=text, images=image, add_special_tokens=False, return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```"""
+
+
+def table(head: Sequence[str], rows: Rows, corner: str = "") -> str:
+    """A Markdown table of plain texts; nothing without rows."""
+    if not rows:
+        return ""
+    lines = [[corner, *head], *([label, *texts] for label, texts in rows)]
+    cells = ["| " + " | ".join(map(plain, line)) + " |" for line in lines]
+    return "\n".join([cells[0], "| --- |" + " ---: |" * len(head), *cells[1:]])
+
+
+def plain(text: Any) -> str:
+    """A text that Markdown shows as it is, on one line: neither markup nor HTML nor the end of a table's cell."""
+    escaped = escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escaped)

@@ -1,0 +1,1 @@
+"""Trials over a space of options, and what they show."""

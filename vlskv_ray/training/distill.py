@@ -1,0 +1,263 @@
+"""The objective: one pass for teacher and student, and its loss terms as sums and counts.
+
+The vision tower, the projector and the layers below N are frozen and shared, so they run once. Above N the student
+takes keys and values from the input of layer N only, so its queries, MLPs and logits are needed just at supervised
+positions, as is the teacher's last layer; none of this changes a gradient (SwiftKV, arXiv 2410.03960).
+
+Shapes: B samples, T tokens, D hidden, V vocabulary, n supervised positions of the micro-batch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlskv_ray.data.collate import Batch, FrozenStates, supervised_positions
+from vlskv_ray.data.teacher_cache import TeacherCache
+from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
+
+ELEMENTS_IN_CACHE = 2**18
+"""Of float32: 1 MiB, which with what is computed from them is about what a core's own cache holds."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss of a supervised position is made of."""
+
+    temperature: float = 2.0
+    vision_loss_weight: float = 1.0
+    text_loss_weight: float = 1.0
+    hidden_loss_weight: float = 0.0
+    logits_memory_mib: int = 256
+    cache: TeacherCache | None = None
+    """Where the frozen states of every batch that comes without them are kept."""
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor | None, "LossSums"]:
+        """`distillation_loss` with these weights."""
+        return distillation_loss(model, batch, self)
+
+
+@dataclass
+class LossSums:
+    """Sums over supervised positions and samples; Python floats, so float64. They add up over any split of a batch.
+
+    `ce_*` are those of `objective: sft`; `kl_*`, `hidden`, `teacher_ce` and `student_ce` those of distillation.
+    """
+
+    loss: float = 0.0
+    kl_vision: float = 0.0
+    kl_text: float = 0.0
+    ce_vision: float = 0.0
+    ce_text: float = 0.0
+    hidden: float = 0.0
+    teacher_ce: float = 0.0
+    student_ce: float = 0.0
+    top1: float = 0.0
+    tokens_vision: float = 0.0
+    tokens_text: float = 0.0
+    samples: float = 0.0
+    tokens: float = 0.0
+    rejected: float = 0.0
+    notices: float = 0.0
+    cached: float = 0.0
+    """Samples whose frozen states came from the teacher cache."""
+
+    @property
+    def supervised_tokens(self) -> float:
+        return self.tokens_vision + self.tokens_text
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def to_tensor(self) -> Tensor:
+        return torch.tensor([getattr(self, f.name) for f in fields(self)], dtype=torch.float64)
+
+    @staticmethod
+    def from_tensor(values: Tensor) -> "LossSums":
+        return LossSums(*values.tolist())
+
+
+@dataclass(frozen=True)
+class States:
+    """Student and teacher at the n supervised positions of a batch, float[n, D] each; the student's with a graph."""
+
+    student: Tensor
+    """After the final norm."""
+    teacher: Tensor
+    student_input: Tensor
+    """As it enters the last layer."""
+    teacher_input: Tensor
+    trunk: Tensor
+    """Of all tokens, float[all tokens, D], as they enter layer N."""
+
+
+def shared_pass(model: Any, batch: Batch) -> States:
+    """Teacher and student by one forward."""
+    swiftkv = SwiftKVPass(keep=supervised_positions(batch.labels), distill=True)
+    teacher = model.base_model(**batch.model_inputs(), use_cache=False, swiftkv=swiftkv).last_hidden_state
+    assert swiftkv.student is not None and swiftkv.trunk is not None
+    assert swiftkv.student_input is not None and swiftkv.teacher_input is not None
+    states = (swiftkv.student, teacher, swiftkv.student_input, swiftkv.teacher_input, swiftkv.trunk)
+    return States(*(x[0] for x in states))
+
+
+@torch.no_grad()
+def frozen_states(model: Any, batch: Batch, layers: Iterable[int]) -> dict[int, FrozenStates]:
+    """What students with any of these N need of the frozen part of the model, by one forward.
+
+    The teacher is the same for all of them, and what enters its layer N is the trunk of a student with that N. `model`
+    may be built with any N: its own student is of no account here.
+    """
+    trunks: dict[int, Tensor] = {}
+    backbone = swiftkv_backbone(model)
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            trunks[layer] = arguments[0][0]
+
+        return backbone.layers[layer].register_forward_pre_hook(hook)
+
+    handles = [keep(layer) for layer in layers]
+    try:
+        states = shared_pass(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: FrozenStates(trunk, states.teacher, states.teacher_input) for layer, trunk in trunks.items()}
+
+
+def cached_pass(model: Any, batch: Batch) -> States:
+    """The same for a batch whose frozen states are known: only the student's layers run, at supervised positions."""
+    assert batch.trunk is not None and batch.teacher is not None and batch.teacher_input is not None
+    swiftkv = SwiftKVPass(keep=supervised_positions(batch.labels))
+    backbone = swiftkv_backbone(model)
+    student = backbone.from_trunk(batch.trunk[None], batch.attention_mask.bool(), swiftkv)
+    assert swiftkv.student_input is not None
+    return States(student[0], batch.teacher, swiftkv.student_input[0], batch.teacher_input, batch.trunk)
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) of each row and its gradient by the student's logits.
+
+    With p and q the softmax of the teacher's and the student's logits over `temperature`, dKL/dlogits is
+    (q - p) / temperature, and KL = sum p (log p - log q) is taken as sum p (log p - log q) + q - p: the same number,
+    since p and q both add up to 1, but a rounding error common to a row's log-probabilities then cancels, where it
+    would swamp a small KL. A token that the teacher rules out (logit -inf) makes nothing infinite; KL is infinite only
+    where the student rules out what the teacher does not.
+
+    Args:
+        student_logits, teacher_logits: float32 or float64[n, V], unscaled.
+
+    Returns:
+        float[n] and float[n, V].
+    """
+    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
+    log_q = F.log_softmax(student_logits / temperature, dim=-1)
+    p = log_p.exp()
+    difference = log_q.exp() - p
+    expected = torch.where(p == 0, 0, p * (log_p - log_q))
+    return (expected + difference).sum(-1), difference / temperature
+
+
+class DivergenceAtHead(torch.autograd.Function):
+    """`kl_divergence` of the logits of hidden states, in chunks of rows: no more logits than that exist at any time.
+
+    The head is frozen and a row's KL depends on that row alone, so the gradient by the student's hidden states is made
+    with the chunk's logits at hand and kept, float[n, D]; backward scales it. Nothing is computed twice. A chunk is
+    large for the sake of its matrix products; what goes over its logits element by element, a dozen passes, goes over
+    few rows at a time, which stay in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, head: nn.Linear, targets: Tensor, temperature: float, rows: int
+    ) -> tuple[Tensor, ...]:
+        columns: list[tuple[Tensor, ...]] = []
+        gradient = torch.empty_like(student)
+        few = max(1, ELEMENTS_IN_CACHE // len(head.weight))
+        for start in range(0, len(student), rows):
+            chunk = slice(start, start + rows)
+            student_logits, teacher_logits = _logits(head, student[chunk]), _logits(head, teacher[chunk])
+            for q, p, target in zip(
+                *(x.split(few) for x in (student_logits, teacher_logits, targets[chunk])), strict=True
+            ):
+                kl, by_logits = kl_divergence(q, p, temperature)
+                teacher_ce, student_ce = (F.cross_entropy(x, target, reduction="none") for x in (p, q))
+                columns.append((kl, teacher_ce, student_ce, q.argmax(-1) == p.argmax(-1)))
+                q.copy_(by_logits)  # the logits are not needed any more; their place is
+            gradient[chunk] = student_logits.to(head.weight.dtype) @ head.weight
+        kl, teacher_ce, student_ce, agrees = (torch.cat(column) for column in zip(*columns, strict=True))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(teacher_ce, student_ce, agrees)
+        return kl, teacher_ce, student_ce, agrees
+
+    @staticmethod
+    def backward(ctx: Any, by_kl: Tensor, *_: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * by_kl[:, None].to(gradient.dtype), None, None, None, None, None
+
+
+def _logits(head: nn.Linear, hidden_states: Tensor) -> Tensor:
+    logits = F.linear(hidden_states.to(head.weight.dtype), head.weight, head.bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def rows_per_chunk(vocab_size: int, logits_memory_mib: int) -> int:
+    """How many rows of float32 logits, teacher's and student's, fit the budget; at least one."""
+    return max(1, logits_memory_mib * 2**20 // (2 * 4 * vocab_size))
+
+
+def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[Tensor | None, LossSums]:
+    """The loss of a micro-batch as a sum, to be divided by the number of supervised tokens of the global batch.
+
+    loss = sum over samples of weight(modality) x sum over their supervised positions of
+    (temperature^2 x KL(teacher || student) + hidden_loss_weight x mean squared difference entering the last layer).
+    A sample's weight depends on whether it has an image itself, never on its batch mates.
+
+    Returns:
+        a scalar with a graph, None where nothing is supervised (which then contributes exactly nothing), and the sums.
+    """
+    sums = LossSums(
+        samples=len(batch.sample_ids),
+        tokens=float(batch.attention_mask.sum()),
+        rejected=len(batch.rejected),
+        notices=len(batch.notices),
+    )
+    keep = supervised_positions(batch.labels)
+    if not keep.any():
+        return None, sums
+    if batch.trunk is None:
+        states = shared_pass(model, batch)
+        if objective.cache is not None:
+            objective.cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
+    else:
+        states = cached_pass(model, batch)
+        sums.cached = sums.samples
+    head = model.get_output_embeddings()
+    kl, teacher_ce, student_ce, agrees = DivergenceAtHead.apply(
+        states.student,
+        states.teacher,
+        head,
+        batch.labels[:, 1:][keep[:, :-1]],
+        objective.temperature,
+        rows_per_chunk(head.weight.shape[0], objective.logits_memory_mib),
+    )
+    vision = batch.has_image[keep.nonzero()[:, 0]]  # bool[n], in the order of the kept rows
+    weights = kl.new_tensor([objective.text_loss_weight, objective.vision_loss_weight])[vision.long()]
+    per_token = objective.temperature * objective.temperature * kl
+    if objective.hidden_loss_weight:
+        hidden = (states.student_input.to(kl.dtype) - states.teacher_input.to(kl.dtype)).square().mean(-1)
+        per_token = per_token + objective.hidden_loss_weight * hidden
+        sums.hidden = hidden.detach().double().sum().item()
+    loss = (weights * per_token).double().sum()
+
+    kl = kl.detach().double()
+    sums.loss = loss.item()
+    sums.kl_vision, sums.kl_text = kl[vision].sum().item(), kl[~vision].sum().item()
+    sums.tokens_vision, sums.tokens_text = float(vision.sum()), float((~vision).sum())
+    sums.teacher_ce, sums.student_ce = teacher_ce.double().sum().item(), student_ce.double().sum().item()
+    sums.top1 = float(agrees.sum())
+    return loss, sums

@@ -1,0 +1,98 @@
+"""A run as its workers know it, what may end it, and how they tell each other things."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from vlskv_ray.cluster.placement import WAITING
+from vlskv_ray.config import Config
+from vlskv_ray.data.plan import Tokens
+from vlskv_ray.data.questions import HeldOut
+from vlskv_ray.data.teacher_cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every worker is told about the run, the same for all of them."""
+
+    config: Config
+    folder: Path
+    """On storage that every worker shares."""
+    micro_batches_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    fingerprints: dict[str, str]
+    """Of model, data and versions: a run goes on only with the same."""
+    shares_per_step: int = 1
+    tokens: Tokens = Tokens()  # noqa: RUF009 - cannot be changed
+    """By which the plan shares out work, see `Plan`; fixed when a run starts."""
+    watches_nodes: bool = False
+    """The cluster may tell that a node is about to be taken away."""
+    owner: str = ""
+    """Whose the run folder is while this holds, see `lease`."""
+    cache: TeacherCache | None = None
+    """Where the frozen states of samples are kept; None: nowhere."""
+    held_out: HeldOut | None = None
+    """What answers are measured on; None: nothing was given."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def stop_file(self) -> Path:
+        """Made by the driver to ask for a stop: the workers save at the end of the step they are in."""
+        return self.folder / "STOP"
+
+    @property
+    def first_step_file(self) -> Path:
+        """The first of the steps that the data workers are at, see `ray_dataset`."""
+        return self.folder / "ray" / "first_step"
+
+    @property
+    def waiting_file(self) -> Path:
+        """Lines on what is waited for before the workers can start."""
+        return self.folder / WAITING
+
+    @property
+    def attempt_file(self) -> Path:
+        """Which step is being made, see `Attempts`."""
+        return self.folder / "attempt.json"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which of the workers this one is."""
+
+    rank: int = 0
+    world_size: int = 1
+    is_warned: Callable[[], bool] = lambda: False
+    """Whether a node of the workers is about to be taken away; all of them ask equally often, and hear the same."""
+
+
+class AskedToStop(Exception):  # noqa: N818 - nothing went wrong
+    """Raised on every worker alike, while answers are measured: training is done and saved, and measured next time."""
+
+
+class TakenOver(RuntimeError):  # noqa: N818 - a state of affairs
+    """The run folder is another driver's now."""
+
+
+class StoppedRun(RuntimeError):
+    """Raised on every worker alike: this run cannot go on, and starting it again would end the same way."""
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """What every worker has, by rank."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone

@@ -29,11 +29,11 @@ import torch.distributed as dist
 from benchmarks.workloads import CONFIGS, WORKLOADS, Conversation, build, conversation_of
 from vlskv_ray.config import Config
 from vlskv_ray.data.pipeline import local_batches
+from vlskv_ray.launch.driver import train
 from vlskv_ray.launch.dry_run import dry_run
 from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.train import train
 from vlskv_ray.train_loop import model_of
 from vlskv_ray.training.step import GradientBuffer, build_optimizer, objective_of, train_step
 

@@ -43,13 +43,12 @@ from benchmarks.exchange import exchange
 from benchmarks.hand_over import hand_over, private_cluster, seconds_to_tell
 from benchmarks.workloads import Conversation, conversation_of, encoded, sample_of
 from vlskv_ray.command import exit_status
-from vlskv_ray.compare import write_block
 from vlskv_ray.data.collate import collate, to_row
 from vlskv_ray.data.json_files import open_json
 from vlskv_ray.data.pipeline import ROWS_PER_EXECUTION, ROWS_PER_TASK
 from vlskv_ray.model import presets
-from vlskv_ray.report.model_card import table
-from vlskv_ray.training.counting import size
+from vlskv_ray.report.markdown import markdown_table, write_block
+from vlskv_ray.words import format_bytes
 
 PREFETCHED = 2
 """Micro-batches that a worker asks for ahead, see `ray_batches`."""
@@ -101,7 +100,7 @@ def models(assumed: Assumed) -> str:
             lambda of: amount(of.teacher_cache_bytes() / assumed.seconds(of.cached_flops)),
         ),
     ]
-    return table(list(needs), rows)
+    return markdown_table(list(needs), rows)
 
 
 def network(assumed: Assumed) -> str:
@@ -118,7 +117,7 @@ def network(assumed: Assumed) -> str:
         texts += [f"{share:.1%}", amount(in_plan_order_bytes(of.gradient_bytes, workers, assumed.samples))]
         texts.append(span(in_plan_order_seconds(of.gradient_bytes, workers, assumed.samples, 10)))
         rows.append((f"{name}, {workers}", texts))
-    return table(head, rows, corner="model, workers")
+    return markdown_table(head, rows, corner="model, workers")
 
 
 def sizes(assumed: Assumed) -> str:
@@ -163,7 +162,7 @@ def exchange_table(figures: Any, on: str, assumed: Assumed) -> str:
         texts = [span(of["seconds"]), f"{rate / 1e9:.2f} GB", f"{of['bytes_over_computed']:.3f}"]
         texts += [span(of["in_plan_order_seconds"]), f"{of['in_plan_order_bytes_over_computed']:.3f}"]
         rows.append((f"{of['processes']}, {of['mebibytes']} MiB", texts))
-    return table(head, rows, corner=f"processes, gradient; {on}")
+    return markdown_table(head, rows, corner=f"processes, gradient; {on}")
 
 
 def measure_hand_over(options: argparse.Namespace) -> Any:
@@ -191,7 +190,7 @@ def hand_over_table(figures: Any, on: str, assumed: Assumed) -> str:
         texts = [f"{median(of['rows_per_second']):.0f}", span(of["coordinator_seconds"]), span(of["first_seconds"])]
         texts += [span(median(of["pause_seconds"])), "yes" if of["in_turn"] else "NO"]
         rows.append((str(of["consumers"]), texts))
-    measured = table(head, rows, corner=f"consumers; {on}")
+    measured = markdown_table(head, rows, corner=f"consumers; {on}")
     measured += f"\n\nTelling Ray of the {ROWS_PER_EXECUTION:,} rows of a part: {span(figures['seconds_to_tell'])}.\n\n"
     return measured + wanted_table(limits_of(figures), assumed)
 
@@ -219,7 +218,7 @@ def wanted_table(limits: Sequence[float], assumed: Assumed) -> str:
         rows.append((name, texts))
     ways = f"micro_batch_size for {WORKERS[-1]}, at " + " and ".join(f"{limit:.0f} a second" for limit in limits)
     head = [f"a second, {WORKERS[-2]} and {WORKERS[-1]} workers", ways, "from the teacher cache", ways]
-    return table(head, rows, corner="micro-batches of one sample (computed)")
+    return markdown_table(head, rows, corner="micro-batches of one sample (computed)")
 
 
 def measure_plan(options: argparse.Namespace) -> Any:
@@ -247,7 +246,7 @@ def plan_table(of: Any, on: str, assumed: Assumed) -> str:
         ),
     ]
     what = f"{of['rows']:,} samples, {of['workers']} workers, {of['micro_batch_size']} samples a micro-batch; {on}"
-    return table([""], [(label, [text]) for label, text in rows], corner=what)
+    return markdown_table([""], [(label, [text]) for label, text in rows], corner=what)
 
 
 def measure_data(options: argparse.Namespace) -> Any:
@@ -285,7 +284,7 @@ def data_table(figures: Any, on: str, assumed: Assumed) -> str:
         "a row",
         "rows on their way, a worker",
     ]
-    return table(head, rows, corner=f"model; {on}")
+    return markdown_table(head, rows, corner=f"model; {on}")
 
 
 MEASURES: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Any, str, Assumed], str]]] = {
@@ -319,7 +318,7 @@ def amount(count: float) -> str:
     """Bytes, in the unit that suits."""
     if count >= 2**40:
         return f"{count / 2**40:,.1f} TiB"
-    return size(count) if count else "0"
+    return format_bytes(count) if count else "0"
 
 
 def measured_on() -> str:

@@ -8,8 +8,8 @@ import yaml
 
 from vlskv_ray.cache import main
 from vlskv_ray.config import load_config
+from vlskv_ray.launch.driver import train
 from vlskv_ray.launch.prepare import prepare
-from vlskv_ray.train import train
 
 
 @pytest.mark.ray

@@ -21,7 +21,7 @@ import yaml
 from waiting import HANG_SECONDS
 
 from vlskv_ray import __version__
-from vlskv_ray.cluster.start import reserve
+from vlskv_ray.cluster.shares import reserve
 from vlskv_ray.config import load_config
 from vlskv_ray.training.run import Run
 

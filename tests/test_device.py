@@ -38,13 +38,13 @@ Encodings = list[Encoded]
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`cluster.use_gpu` and `--device cuda` mean the stand-in, which must meet no tensor that was left behind."""
     with stand_in() as device:
-        for module in ("train_loop", "generate"):
+        for module in ("train_loop", "evaluation.loading"):
             monkeypatch.setattr(
                 f"vlskv_ray.{module}.device_of", lambda name: torch.device("cpu" if name == "cpu" else device)
             )
         monkeypatch.setattr("vlskv_ray.storage.saving.save_checkpoint", save_what_is_here)
         quick = partial(measure_savings, lengths=(64,), repeats=1)  # each operation takes its time there
-        for module in ("train_loop", "evaluate"):
+        for module in ("train_loop", "report.remeasure"):
             monkeypatch.setattr(f"vlskv_ray.{module}.measure_savings", quick)
         yield
 

@@ -12,7 +12,8 @@ import pytest
 from waiting import HANG_SECONDS
 
 from vlskv_ray import doctor
-from vlskv_ray.doctor import dashboard, machine, main, memory, node_line, of_bfloat16, of_cpus, quota
+from vlskv_ray.doctor import main
+from vlskv_ray.launch.diagnosis import dashboard, machine, memory, node_line, of_bfloat16, of_cpus, quota
 
 GIB = 2**30
 

@@ -20,7 +20,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlskv_ray.data.images import load_image
-from vlskv_ray.generate import Answer, answer, compare, comparison, load, main, open_image, read_question
+from vlskv_ray.evaluation.ask import Answer, answer, compare, comparison, open_image, read_question
+from vlskv_ray.evaluation.loading import load
+from vlskv_ray.generate import main
 from vlskv_ray.model.build import find_model, load_processor
 
 TIMES = r"first token after \d+\.\d{3} s, \d+\.\d tokens/s after it, (\d+) prompt tokens \((\d+) of images\)\n"

@@ -10,66 +10,86 @@ import pytest
 from waiting import HANG_SECONDS
 
 import vlskv_ray
-from vlskv_ray.command import shown
+from vlskv_ray.words import short_path
 
 PACKAGE = Path(vlskv_ray.__file__).parent
-KNOW_RAY = {
-    "cache.py",
-    "cluster/start.py",
-    "doctor.py",
-    "cluster/node.py",
-    "cluster/placement.py",
-    "cluster/preflight.py",
-    "train.py",
-    "tune.py",
-    "data/pipeline.py",
-}
-KNOW_THE_CONFIG = {
-    "cache.py",
-    "cluster/start.py",
-    "doctor.py",
-    "evaluate.py",
-    "launch/prepare.py",
-    "probe.py",
-    "training/run.py",
-    "training/step.py",
-    "sweep/trials.py",
-    "train.py",
-    "tune.py",
-}
+FLOORS = (
+    {"words", "files", "errors"},
+    {"config"},
+    {"command"},
+    {"model"},
+    {"data"},
+    {"training"},
+    {"storage"},
+    {"evaluation"},
+    {"report"},
+    {"cluster"},
+    {"train_loop"},
+    {"launch"},
+    {"sweep"},
+)
+"""From the ground up; a room knows what lies below it, the commands know all of them, and nobody knows a command."""
+COMMANDS = {"cache", "compare", "doctor", "evaluate", "generate", "probe", "train", "tune"}
+KNOW_NO_CONFIG = {"words", "files", "errors", "model", "data", "evaluation"}
+"""They are plain functions of plain values."""
+KNOW_RAY = {"cluster", "launch", "sweep", "data/pipeline"}
+"""The edge."""
 
 
 def imports(file: Path) -> set[str]:
+    """The modules that a file imports, wherever it does."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
 def modules() -> dict[str, set[str]]:
-    return {str(file.relative_to(PACKAGE)): imports(file) for file in PACKAGE.rglob("*.py")}
+    """By path without `.py`, all but the package's own `__init__`."""
+    files = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in PACKAGE.rglob("*.py")}
+    return {name: imports(file) for name, file in files.items() if name != "__init__"}
+
+
+def room_of(name: str) -> str:
+    return name.replace(".", "/").split("/")[0]
+
+
+def known_rooms(found: set[str]) -> set[str]:
+    return {room_of(name.removeprefix("vlskv_ray.")) for name in found if name.startswith("vlskv_ray.")} - {
+        "__version__"
+    }
+
+
+def test_every_room_knows_only_those_below_it() -> None:
+    below: set[str] = set()
+    allowed: dict[str, set[str]] = {}
+    for floor in FLOORS:
+        allowed |= {room: below | {room} for room in floor}
+        below |= floor
+    for name, found in modules().items():
+        room = room_of(name)
+        beyond = known_rooms(found) - (below if room in COMMANDS else allowed[room])
+        assert not beyond, f"{name} knows {beyond}"
+
+
+def test_plain_functions_know_no_config() -> None:
+    for name, found in modules().items():
+        if room_of(name) in KNOW_NO_CONFIG:
+            assert "config" not in known_rooms(found), name
 
 
 def test_ray_stays_at_the_edge() -> None:
-    assert {name for name, found in modules().items() if any(i.split(".")[0] == "ray" for i in found)} == KNOW_RAY
-
-
-def test_model_data_and_loss_know_no_config_file() -> None:
-    outside = {name: found for name, found in modules().items() if not name.startswith("config/")}
-    assert {
-        n for n, found in outside.items() if any(i.startswith("vlskv_ray.config") for i in found)
-    } == KNOW_THE_CONFIG
-
-
-def test_the_model_knows_neither_data_nor_loss() -> None:
     for name, found in modules().items():
-        if name.startswith("model/"):
-            assert not any(
-                i.startswith(("vlskv_ray.data", "vlskv_ray.training.distill", "vlskv_ray.train")) for i in found
-            ), name
+        if not {name, room_of(name)} & KNOW_RAY:
+            assert not any(i.split(".")[0] == "ray" for i in found), name
+
+
+def test_the_method_imports_nothing_of_ours() -> None:
+    """It travels with exported checkpoints."""
+    assert not known_rooms(modules()["model/swiftkv"])
 
 
 def test_importing_registers_the_models_and_does_nothing_else() -> None:
@@ -105,6 +125,6 @@ def test_paths_are_shown_when_the_working_directory_is_gone(tmp_path: Path, monk
     """It may be deleted while a run lasts."""
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
-    assert shown(tmp_path / "gone" / "x") == Path("x")
+    assert short_path(tmp_path / "gone" / "x") == Path("x")
     (tmp_path / "gone").rmdir()
-    assert shown(tmp_path / "gone" / "x") == tmp_path / "gone" / "x"
+    assert short_path(tmp_path / "gone" / "x") == tmp_path / "gone" / "x"

@@ -12,7 +12,8 @@ from conftest import batch_of
 
 from vlskv_ray.data.collate import Encoded, supervised_positions
 from vlskv_ray.model.swiftkv import SwiftKVModel
-from vlskv_ray.probe import main, of_batch, settings_of, spearman
+from vlskv_ray.probe import main
+from vlskv_ray.sweep.probing import of_batch, settings_of, spearman
 from vlskv_ray.training.distill import kl_divergence, shared_pass
 
 

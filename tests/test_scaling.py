@@ -11,8 +11,8 @@ import torch
 from conftest import tiny_config
 
 from benchmarks import arithmetic, deal, hand_over, scaling, workloads
-from vlskv_ray.compare import write_block
 from vlskv_ray.data.json_files import open_json
+from vlskv_ray.report.markdown import write_block
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"

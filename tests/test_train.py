@@ -31,10 +31,11 @@ from benchmarks.recovery import processes
 from vlskv_ray import evaluate
 from vlskv_ray.cluster.start import ray_cluster
 from vlskv_ray.data.images import load_image
-from vlskv_ray.evaluate import SIDES
+from vlskv_ray.evaluation.evaluator import SIDES
+from vlskv_ray.launch.on_ray import is_lost_controller
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 from vlskv_ray.report.figures import decimal, percent
-from vlskv_ray.storage.lease import owned
+from vlskv_ray.storage.lease import own_run_folder
 from vlskv_ray.training import faults
 
 
@@ -358,7 +359,7 @@ def test_all_of_a_configs_problems_at_once(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_two_commands_never_run_one_run(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with owned(files / "runs" / "taken"):
+    with own_run_folder(files / "runs" / "taken"):
         assert main(files / "run.yaml", "output.name=taken") == 2
         assert "another process runs this run" in capsys.readouterr().err
 
@@ -719,7 +720,7 @@ def test_what_ray_gives_up_on_is_started_again() -> None:
     from ray.exceptions import ActorDiedError, OutOfMemoryError
     from ray.train import ControllerError
 
-    lost = vlskv_ray.train.is_lost_controller
+    lost = is_lost_controller
     assert lost(ActorDiedError()) and lost(ControllerError(ActorDiedError())) and lost(OutOfMemoryError("full"))
     assert not lost(ControllerError(ValueError("x"))) and not lost(ValueError("x")) and not lost(None)
 

@@ -20,11 +20,12 @@ from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import Batch, Encoded
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.shapes import ShapesSource
+from vlskv_ray.errors import StoppedRun
 from vlskv_ray.model.build import build_student, find_model, trainable_parameters
 from vlskv_ray.storage.checkpoint import newest_checkpoint
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.training.distill import Objective
-from vlskv_ray.training.run import Run, StoppedRun, Worker
+from vlskv_ray.training.run import Run, Worker
 from vlskv_ray.training.step import GradientBuffer, build_optimizer, learning_rate_schedule, train_step
 
 MICRO_BATCHES = 4

@@ -8,9 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from vlskv_ray.training.run import StoppedRun
+from vlskv_ray.config import Config
+from vlskv_ray.errors import StoppedRun
 from vlskv_ray.words import printable_lines
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -39,11 +39,6 @@ def exit_status(command: Callable[[], int]) -> int:
         return WRONG_INPUT if error.errno == errno.ENAMETOOLONG else FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-
-
-def plural(count: int, word: str) -> str:
-    """1 trial, 2 trials."""
-    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def run_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -79,10 +74,16 @@ def told_of(option: str, key: str = "model.name_or_path") -> Iterator[None]:
         raise ValueError(f"{option}: {str(error).removeprefix(f'{key}: ')}") from error
 
 
-def shown(path: Path) -> Path:
-    """A path as a person here would write it."""
-    try:
-        here = Path.cwd()
-    except FileNotFoundError:  # deleted meanwhile, which is no reason to fail
-        return path
-    return path.relative_to(here) if path.is_relative_to(here) else path
+def print_info(config: Config, text: str) -> None:
+    if config.output.level in ("debug", "info"):
+        print(printable_lines(text), flush=True)
+
+
+def print_error(text: str) -> None:
+    print(printable_lines(text), file=sys.stderr)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that run a model by themselves."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)")

@@ -1,50 +1,14 @@
 """The command `python -m vlskv_ray.generate`: asks a SwiftKV checkpoint, or its teacher, a question about images."""
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
-from PIL import Image
-from transformers import TextStreamer
-from transformers.generation import BaseStreamer
 
-from vlskv_ray.command import DONE, exit_status, told_of, up_to
-from vlskv_ray.data.chat import num_image_features
-from vlskv_ray.data.images import load_image
-from vlskv_ray.data.sample import ImageFile, Rejected
-from vlskv_ray.data.templates import render
-from vlskv_ray.data.tokens import tokenise
-from vlskv_ray.model.build import (
-    LIBRARY_ERRORS,
-    build_student,
-    build_whole,
-    device_of,
-    find_model,
-    load_config,
-    load_processor,
-    one_line,
-)
-from vlskv_ray.model.swiftkv import has_swiftkv, swiftkv_backbone
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model answered, and how fast."""
-
-    text: str
-    num_tokens: int
-    """Those that were generated, the one that ends the turn included."""
-    first_token_seconds: float
-    """From prepared inputs to the first token: vision tower and prefill, without decoding and resizing images."""
-    tokens_per_second: float | None
-    """Of the tokens after the first; None where there are none."""
+from vlskv_ray.command import DONE, add_device_options, exit_status, up_to
+from vlskv_ray.evaluation.ask import answer, compare, comparison, open_image, prompt_tokens, read_question
+from vlskv_ray.evaluation.loading import device_asked_for, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,216 +65,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="where an answer is cut at the latest, if not by the model's positions (default %(default)s)",
     )
-    add_where_to_compute(parser)
+    add_device_options(parser)
     return parser.parse_args(arguments)
 
 
-def add_where_to_compute(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that run a model by themselves."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)")
-
-
-def device_asked_for(option: str | None) -> torch.device:
-    """What `--device` names. ValueError where there is no such device."""
-    with told_of("--device", "cluster.use_gpu"):
-        return device_of(option)
-
-
 # ------------------------------------------------------------------------------------------------------ what is asked
-def load(name_or_path: str, *, teacher: bool = False) -> tuple[Any, Any]:
-    """A checkpoint's model and processor; SwiftKV on, or off for the teacher.
-
-    Raises:
-        ValueError: there is no such model, it cannot be loaded, or it has no SwiftKV weights to answer with.
-    """
-    with told_of("--model"):
-        files = find_model(name_or_path)
-        is_student = has_swiftkv(load_config(files))
-        if not is_student and not teacher:
-            raise ValueError(
-                f"{name_or_path} holds no SwiftKV weights; --teacher shows what it answers, a distilled student is in "
-                f"the folder final/ of its run"
-            )
-        processor = load_processor(files)
-        model = build_student(files) if is_student else build_whole(files)
-        check_generation(model, name_or_path)
-    if is_student:
-        swiftkv_backbone(model).config.swiftkv = not teacher
-    return model, processor
-
-
-@torch.inference_mode()
-def check_generation(model: Any, name_or_path: str) -> None:
-    """ValueError where the checkpoint's own settings for `generate` let it answer nothing."""
-    try:
-        model.generate(input_ids=torch.zeros(1, 1, dtype=torch.long), max_new_tokens=1)
-    except LIBRARY_ERRORS as error:
-        raise ValueError(
-            f"{name_or_path}: generation_config.json cannot be used: {one_line(error)}; mend it, or remove the file"
-        ) from error
-
-
-def open_image(path: str) -> Image.Image:
-    """The image at a path from the command line, which may lie anywhere. ValueError where it cannot be used."""
-    file = Path(os.path.realpath(path))
-    if not file.exists():
-        raise ValueError(f"--image: there is no file {path!r}")
-    try:
-        return load_image(ImageFile(str(file), root=file.parent))
-    except Rejected as error:
-        raise ValueError(f"--image: {path}: {error.detail}") from error
-
-
-def read_question(
-    config: Any, processor: Any, prompt: str, images: Sequence[Image.Image]
-) -> tuple[dict[str, torch.Tensor], int]:
-    """A question about images, as the inputs of the model's `generate`.
-
-    Args:
-        config: the model's.
-        processor: the model's.
-        prompt: the question.
-        images: RGB, shown before it.
-
-    Returns:
-        the inputs, and the number of tokens that the model has positions left for.
-
-    Raises:
-        ValueError: the model cannot be asked this; says which option is to be changed.
-    """
-    if not prompt.strip():
-        raise ValueError("--prompt: is empty; wanted a question")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("--prompt: is not UTF-8 text") from error
-    if processor.image_token in prompt:
-        raise ValueError(f"--prompt: holds {processor.image_token!r}, which stands for an image; use --image FILE")
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-    processed = processor.image_processor(list(images), return_tensors="pt") if images else {}
-    placeholders = [processor.replace_image_token(processed, image_idx=i) for i in range(len(images))]
-    try:
-        rendering = render(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
-        ids, _, _ = tokenise(processor, rendering, placeholders)
-    except Rejected as reason:
-        option = "--prompt: " if reason.code == "text_special" else "--model: its "
-        raise ValueError(option + reason.detail.removeprefix("the model's ")) from reason
-    input_ids = torch.from_numpy(ids)[None]
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **processed}
-    length, of_images = inputs["input_ids"].shape[1], num_image_tokens(config, inputs)
-    sizes = inputs["image_sizes"].tolist() if images else []
-    features = sum(num_image_features(config, (height, width)) for height, width in sizes)
-    if of_images != features:
-        raise ValueError(
-            f"--model: its processor writes {of_images} image tokens, but it makes {features} features of these "
-            f"images; a processor that is not the model's own cannot be used"
-        )
-    positions = config.text_config.max_position_embeddings
-    if length > positions:
-        raise ValueError(
-            f"--prompt: {length} tokens, {of_images} of them of images, but the model has positions for {positions}; "
-            f"use fewer images or a shorter prompt"
-        )
-    return inputs, positions - length + 1  # the last token of an answer is not fed back, so it needs none
-
-
-def num_image_tokens(config: Any, inputs: dict[str, torch.Tensor]) -> int:
-    return int((inputs["input_ids"] == config.image_token_id).sum())
 
 
 # --------------------------------------------------------------------------------------------------- what is answered
-class Arrivals(BaseStreamer):
-    """Notes when each token came, and hands it on."""
-
-    def __init__(self, following: BaseStreamer | None) -> None:
-        self.following = following
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        if self.following is not None:
-            self.following.put(value)
-
-    def end(self) -> None:
-        if self.following is not None:
-            self.following.end()
-
-
-def answer(
-    model: Any, processor: Any, inputs: dict[str, torch.Tensor], *, max_new_tokens: int = 64, stream: bool = False
-) -> Answer:
-    """The model's greedy answer, by SwiftKV where that is on.
-
-    Args:
-        model: as `load` gives it.
-        processor: the model's.
-        inputs: see `read_question`.
-        max_new_tokens: where the answer is cut at the latest.
-        stream: print it word by word as it comes, and end the line.
-    """
-    printer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    arrivals = Arrivals(printer)
-    began = time.perf_counter()
-    greedily = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=arrivals, **greedily)
-    _, first, *others = arrivals.times  # `generate` puts the prompt, then each token
-    return Answer(
-        text=processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
-        num_tokens=1 + len(others),
-        first_token_seconds=first - began,
-        tokens_per_second=len(others) / (others[-1] - first) if others else None,
-    )
-
-
-def compare(
-    model: Any,
-    processor: Any,
-    inputs: dict[str, torch.Tensor],
-    *,
-    max_new_tokens: int = 64,
-    turns: int = 31,
-    enough_seconds: float = 10,
-) -> tuple[Answer, Answer]:
-    """The teacher's answer and the student's, by one model with SwiftKV weights, which is left with SwiftKV on.
-
-    Each is answered once. The time to the first token is the median of `turns`, in each of which the teacher is asked
-    for one, then the student; the turn before them, whose first uses are slow, does not count. No further turn begins
-    once `enough_seconds` are spent on them: prompts that take so long are timed well by a few.
-    """
-    sides = (False, True)
-
-    def ask(swiftkv: bool, max_new_tokens: int) -> Answer:
-        swiftkv_backbone(model).config.swiftkv = swiftkv
-        return answer(model, processor, inputs, max_new_tokens=max_new_tokens)
-
-    for swiftkv in sides:
-        ask(swiftkv, min(2, max_new_tokens))
-    seconds: list[list[float]] = []  # [turn][side]
-    while len(seconds) < turns and sum(map(sum, seconds)) <= enough_seconds:
-        seconds.append([ask(swiftkv, 1).first_token_seconds for swiftkv in sides])
-    medians = [median(times) for times in zip(*seconds, strict=True)]
-    teacher, student = (
-        replace(ask(swiftkv, max_new_tokens), first_token_seconds=first)
-        for swiftkv, first in zip(sides, medians, strict=True)
-    )
-    return teacher, student
 
 
 # ---------------------------------------------------------------------------------------------------- what is printed
-def comparison(teacher: Answer, student: Answer) -> str:
-    """Two answers as the rows of a table, and how much sooner the student's began."""
-    rows = ["         first token  tokens/s  answer"]
-    for name, answered in (("teacher", teacher), ("student", student)):
-        rate = "-" if answered.tokens_per_second is None else f"{answered.tokens_per_second:.1f}"
-        on_one_line = " ".join(answered.text.split())
-        rows.append(f"{name}  {answered.first_token_seconds:>9.3f} s  {rate:>8}  {on_one_line}".rstrip())
-    ratio = teacher.first_token_seconds / student.first_token_seconds
-    return "\n".join([*rows, f"time to first token, teacher / student: {ratio:.2f}"])
-
-
-def prompt_tokens(config: Any, inputs: dict[str, torch.Tensor]) -> str:
-    return f"{inputs['input_ids'].shape[1]} prompt tokens ({num_image_tokens(config, inputs)} of images)"
 
 
 if __name__ == "__main__":

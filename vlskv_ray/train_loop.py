@@ -10,22 +10,23 @@ import torch
 
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
+from vlskv_ray.errors import AskedToStop, StoppedRun
 from vlskv_ray.evaluation.evaluator import SIDES, Evaluator, evaluation_of, figures_of
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
+from vlskv_ray.files import write_json
 from vlskv_ray.model.build import (
+    build_plain,
     build_student,
-    build_whole,
     device_of,
     find_model,
     load_processor,
     trainable_parameters,
 )
-from vlskv_ray.storage.checkpoint import write_json
 from vlskv_ray.storage.run_log import RunLog
 from vlskv_ray.storage.saving import MAKE_ROOM, Saver, export, finish_saving, resume, save_is_due, stop_if_taken_over
 from vlskv_ray.training.distill import LossSums
-from vlskv_ray.training.faults import point
-from vlskv_ray.training.run import AskedToStop, Run, StoppedRun, Worker, gather_objects, this_rank
+from vlskv_ray.training.faults import fault_point
+from vlskv_ray.training.run import Run, Worker, gather_objects, this_rank
 from vlskv_ray.training.step import (
     GradientBuffer,
     StepResult,
@@ -95,7 +96,7 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
     while step < run.total_steps and not stopped:
         if attempts and config.cluster.most_workers == 0:
             attempts.begin(step)  # samples are prepared in this process, and may be what ends it
-        point("step", step, worker.rank)
+        fault_point("step", step, worker.rank)
         began = time.perf_counter()
         micro_batches, data_wait = take(batches, step, per_worker)
         starting = data_wait if step == first_step else 0.0  # data tasks have to get going: no part of training
@@ -120,7 +121,7 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
             if attempts:
                 attempts.done(step)
             step += 1
-            point("updated", step, worker.rank)
+            fault_point("updated", step, worker.rank)
             counts.add(micro_batches, result.sums, gather(micro_batches, result.sums, always=output.order))
             seconds = time.perf_counter() - began - starting
             counts.seconds += seconds
@@ -160,7 +161,7 @@ def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batc
         outcome = {"status": "stopped", "step": step}
     else:
         model.to(getattr(torch, config.model.dtype))  # measured as it is exported
-        point("export", step, worker.rank)
+        fault_point("export", step, worker.rank)
         try:
             export_for_all(run, worker, model, watchdog)
             measure(run, worker, model, evaluator, watchdog)
@@ -194,7 +195,7 @@ def model_of(run: Run) -> Any:
     options = run.config.model
     files = find_model(options.name_or_path, options.revision)  # here: each machine has its own copy of a hub model
     if run.config.objective == "sft":
-        model = build_whole(
+        model = build_plain(
             files, options.num_hidden_layers, attn_implementation=options.attn_implementation, seed=run.config.seed
         )
     else:
@@ -237,7 +238,7 @@ def measured_on_the_way(
     side = "sft_model" if run.config.objective == "sft" else "student"
 
     def together(done: int, of: int) -> None:
-        point("evaluate_on_the_way", step, this_rank())
+        fault_point("evaluate_on_the_way", step, this_rank())
         stop_if_refused(run, evaluator)  # all are asked, so that one that does not answer is noticed
         watchdog.done()
 
@@ -259,7 +260,7 @@ def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, w
     if evaluator:
 
         def stop_if_asked(done: int, of: int) -> None:
-            point("evaluate", run.total_steps, worker.rank)
+            fault_point("evaluate", run.total_steps, worker.rank)
             if any(gather_objects(worker.rank == 0 and run.stop_file.exists())):
                 raise AskedToStop
             stop_if_refused(run, evaluator)
@@ -279,7 +280,7 @@ def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, w
             write_json(run.folder / "evaluation.json", evaluation)
         except OSError as error:
             raise StoppedRun(f"{error.filename} {error.strerror}; {MAKE_ROOM}") from error
-        point("end", run.total_steps)
+        fault_point("end", run.total_steps)
 
 
 def stop_if_refused(run: Run, evaluator: Evaluator) -> None:

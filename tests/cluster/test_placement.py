@@ -13,7 +13,8 @@ from test_preflight import command, head_node, last_step, small_run, wait_for
 from waiting import HANG_SECONDS
 
 from vlskv_ray.cluster import placement
-from vlskv_ray.cluster.placement import NoRoom, Wait, shortage, told_in
+from vlskv_ray.cluster.placement import Wait, shortage, told_in
+from vlskv_ray.errors import NoRoom
 
 WORKERS = [{"CPU": 0.5}, {"CPU": 0.5}, {"CPU": 0.25}]
 

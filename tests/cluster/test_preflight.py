@@ -23,7 +23,7 @@ from benchmarks.recovery import last_step
 from vlskv_ray.cluster import node, preflight
 from vlskv_ray.cluster.findings import Need, findings_of, of_all_reduce, of_hub_model, problems_of, shares
 from vlskv_ray.cluster.start import ray_cluster
-from vlskv_ray.model.build import build_student, build_whole, find_model, parameter_counts, trainable_parameters
+from vlskv_ray.model.build import build_plain, build_student, find_model, parameter_counts, trainable_parameters
 
 GIB = 2**30
 MODEL = ("some/model", "0" * 40)
@@ -142,7 +142,7 @@ def test_weights_are_counted_without_loading_them(
     teacher_folder: Callable[..., Path], whole: bool, layers: int | None
 ) -> None:
     files = find_model(str(teacher_folder()))
-    model = build_whole(files, layers) if whole else build_student(files, 2, 2)
+    model = build_plain(files, layers) if whole else build_student(files, 2, 2)
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     assert parameter_counts(files, 2, 2, num_hidden_layers=layers, whole=whole) == (frozen, trained)

@@ -16,20 +16,12 @@ import pytest
 import torch
 from waiting import HANG_SECONDS
 
-from vlskv_ray.cluster.start import (
-    Cluster,
-    ProgressLine,
-    Reserved,
-    check_gpus,
-    describe,
-    duration,
-    has_token,
-    left_by_ray_start,
-    reserve,
-    short_folder,
-)
+from vlskv_ray.cluster.shares import Cluster, Reserved, check_gpus, describe, reserve
+from vlskv_ray.cluster.start import has_token, left_by_ray_start, short_folder
 from vlskv_ray.config import ClusterConfig, Config, DataConfig, SourceConfig
-from vlskv_ray.train import backend_of, each_worker_takes
+from vlskv_ray.launch.on_ray import backend_of, each_worker_takes
+from vlskv_ray.launch.progress import ProgressLine
+from vlskv_ray.words import format_duration
 
 DATA = DataConfig(sources=(SourceConfig(name="shapes"),))
 CONFIG = Config.model_validate({"model": {"name_or_path": "x"}, "data": {"sources": ["shapes"]}})
@@ -167,7 +159,7 @@ def test_steps_taken_back_by_a_restart_are_shown_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(("cpus", "node", "most"), [(4, 2, 2), (2, 2, 2), (32, 8, 8), (16, 16, 3)])

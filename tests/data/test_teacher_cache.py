@@ -24,9 +24,9 @@ from vlskv_ray.data import teacher_cache
 from vlskv_ray.data.collate import Batch, Encoded, from_row, to_row
 from vlskv_ray.data.sample import ImageFile, Sample
 from vlskv_ray.data.teacher_cache import TeacherCache, content_key
+from vlskv_ray.launch.driver import train
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
-from vlskv_ray.train import train
 from vlskv_ray.training.distill import Objective, cached_pass, distillation_loss, shared_pass
 
 OBJECTIVE = Objective(temperature=2.0, hidden_loss_weight=0.5)

@@ -38,7 +38,7 @@ from vlskv_ray.evaluation.evaluator import (
     greedy_answers,
     toggled,
 )
-from vlskv_ray.model.build import build_whole, find_model, load_config, load_processor
+from vlskv_ray.model.build import build_plain, find_model, load_config, load_processor
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 
 LATER_IMAGE = [
@@ -167,7 +167,7 @@ def test_distributions_are_those_of_two_whole_passes(
     model = student()
     teacher = None
     if who == "a wider model":
-        teacher = build_whole(find_model(str(teacher_folder(hidden_size=48, num_hidden_layers=3))))
+        teacher = build_plain(find_model(str(teacher_folder(hidden_size=48, num_hidden_layers=3))))
     elif who == "a student, its SwiftKV on":
         teacher = student("llama", num_key_value_layers=3)
         with torch.no_grad():
@@ -185,7 +185,7 @@ def test_distributions_are_those_of_two_whole_passes(
 
 def test_distributions_of_a_model_alone(teacher_folder: Callable[..., Path], questions: list[Question]) -> None:
     """A plain model has a cross-entropy, and no one to be compared with."""
-    model = build_whole(find_model(str(teacher_folder())))
+    model = build_plain(find_model(str(teacher_folder())))
     for question, got in zip(questions, distributions(model, questions, held_out(), alone=True), strict=True):
         assert got.keys() == {"teacher_ce"}
         wanted = reference(question, (model, plain), (model, plain))["teacher_ce"]
@@ -283,7 +283,7 @@ def test_an_answer_is_right_if_it_reads_as_the_reference(
     teacher_folder: Callable[..., Path], processor: Any, tmp_path: Path
 ) -> None:
     """Its own words are the reference of one question, other words of another; of a plain model, which has no KL."""
-    model = build_whole(find_model(str(teacher_folder())))
+    model = build_plain(find_model(str(teacher_folder())))
     letters = set(processor.tokenizer("qxzk", add_special_tokens=False)["input_ids"])
     model.generation_config.suppress_tokens = sorted(set(range(300)) - letters)
 

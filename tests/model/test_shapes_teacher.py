@@ -9,7 +9,7 @@ from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.shapes import ShapesSource
 from vlskv_ray.evaluation.evaluator import Evaluator, figures_of
-from vlskv_ray.model.build import build_whole, find_model, load_processor
+from vlskv_ray.model.build import build_plain, find_model, load_processor
 from vlskv_ray.model.presets import SHIPPED
 
 FOLDER = SHIPPED["shapes-teacher"]
@@ -23,7 +23,7 @@ def test_it_reaches_what_is_stated() -> None:
     try:
         files, count = find_model("shapes-teacher"), stated["samples"]
         held_out = HeldOut((ShapesSource("test", count),), count, Limits(), batch_size=100)
-        results = Evaluator(build_whole(files), load_processor(files), held_out).results("sft_model")
+        results = Evaluator(build_plain(files), load_processor(files), held_out).results("sft_model")
     finally:
         torch.set_num_threads(threads)
     figures = figures_of(results, "sft_model")

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from vlskv_ray.storage.checkpoint import has_checkpoints, newest_checkpoint, newest_step, save_checkpoint, sweep
+from vlskv_ray.storage.checkpoint import (
+    has_checkpoints,
+    newest_checkpoint,
+    newest_step,
+    remove_unfinished,
+    save_checkpoint,
+)
 
 TENSORS = {"trainable": {"a": torch.arange(5.0), "b": torch.ones(2, 3).T}, "optimizer": {"a.step": torch.tensor(3.0)}}
 STATE = {
@@ -105,7 +111,7 @@ def test_what_a_kill_leaves_is_swept(tmp_path: Path) -> None:
     (tmp_path / "step-00000002" / "COMMIT").unlink()
     (tmp_path / ".writing-step-00000003").mkdir()
     assert newest_step(tmp_path) == 1
-    sweep(tmp_path, newest=1)
+    remove_unfinished(tmp_path, newest=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     saved(tmp_path, 2)
     assert newest_step(tmp_path) == 2
@@ -119,7 +125,7 @@ def test_going_back_behind_damaged_ones_loses_nothing(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 2
     save_checkpoint(tmp_path, 3, TENSORS, STATE, keep_last=2)
     assert newest_step(tmp_path) == 3
-    sweep(tmp_path, newest=3)
+    remove_unfinished(tmp_path, newest=3)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names[2:] == ["step-00000002", "step-00000003"] and all(n.startswith("damaged-") for n in names[:2])
     saved(tmp_path, 4, 5, keep_last=2)
@@ -130,7 +136,7 @@ def test_files_that_are_no_checkpoints_do_no_harm(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     (tmp_path / "step-00000099").write_text("a file")
     (tmp_path / ".writing-step-1").write_text("a file")
-    sweep(tmp_path, newest=1)
+    remove_unfinished(tmp_path, newest=1)
     assert newest_step(tmp_path) == 1
 
 
@@ -263,7 +269,7 @@ def test_a_crafted_one_is_passed_over(tmp_path: Path, craft: str) -> None:
     (warning,) = warnings
     assert warning.startswith(f"{tmp_path}/step-00000002: ") and "\n" not in warning and len(warning) < 600
     assert has_checkpoints(tmp_path)
-    sweep(tmp_path, newest=1)
+    remove_unfinished(tmp_path, newest=1)
     saved(tmp_path, 2, 3, keep_last=1)
     assert newest_step(tmp_path) == 3 and not (tmp_path / "step-00000002").exists()
 
@@ -284,7 +290,7 @@ def test_what_a_link_leads_to_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "run" / "step-00000009").symlink_to(tmp_path / "other" / "step-00000001")
     (tmp_path / "other" / "uncommitted").mkdir()
     (tmp_path / "run" / "step-00000008").symlink_to(tmp_path / "other" / "uncommitted")
-    sweep(tmp_path / "run", newest=5)
+    remove_unfinished(tmp_path / "run", newest=5)
     saved(tmp_path / "run", 6, keep_last=1)
     assert newest_step(tmp_path / "run") == 6 and newest_step(tmp_path / "other") == 1
     assert (tmp_path / "other" / "uncommitted").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlskv_ray.storage import lease
-from vlskv_ray.storage.lease import is_owner, owned
+from vlskv_ray.storage.lease import is_owner, own_run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +18,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_second_one_is_told_who_has_it(tmp_path: Path) -> None:
     told = r"another process runs this run \(process \d+ on .*\); wait"
-    with owned(tmp_path), pytest.raises(ValueError, match=told), owned(tmp_path):
+    with own_run_folder(tmp_path), pytest.raises(ValueError, match=told), own_run_folder(tmp_path):
         pass
-    with owned(tmp_path):  # it is free again
+    with own_run_folder(tmp_path):  # it is free again
         pass
 
 
 def test_workers_know_whether_their_owner_still_has_it(tmp_path: Path) -> None:
-    with owned(tmp_path) as first:
+    with own_run_folder(tmp_path) as first:
         assert is_owner(tmp_path, first)
-    with owned(tmp_path) as second:
+    with own_run_folder(tmp_path) as second:
         assert is_owner(tmp_path, second) and not is_owner(tmp_path, first)
         time.sleep(0.3)  # beats go on being the second one's
         assert is_owner(tmp_path, second)
@@ -52,7 +52,7 @@ def test_an_owner_on_another_machine_is_heard(tmp_path: Path) -> None:
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(ValueError, match="process 7 on elsewhere"), owned(tmp_path):
+        with pytest.raises(ValueError, match="process 7 on elsewhere"), own_run_folder(tmp_path):
             pass
     finally:
         ended.set()
@@ -64,21 +64,21 @@ def test_an_owner_on_another_machine_that_is_dead_or_has_left(tmp_path: Path, mo
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: (listened.append(seconds), sleep(seconds)))
     elsewhere(tmp_path, 41)
-    with owned(tmp_path) as owner:
+    with own_run_folder(tmp_path) as owner:
         assert listened
         assert is_owner(tmp_path, owner)
         (tmp_path / "config.yaml").touch()
     elsewhere(tmp_path, lease.LEFT)
     listened.clear()
-    with owned(tmp_path):
+    with own_run_folder(tmp_path):
         assert not listened
 
 
 def test_a_folder_of_which_nothing_came_is_gone(tmp_path: Path) -> None:
-    with owned(tmp_path / "a"):
+    with own_run_folder(tmp_path / "a"):
         assert (tmp_path / "a").exists()
     assert not (tmp_path / "a").exists()
-    with owned(tmp_path / "b"):
+    with own_run_folder(tmp_path / "b"):
         (tmp_path / "b" / "config.yaml").touch()
     assert (tmp_path / "b").exists()
 
@@ -86,5 +86,5 @@ def test_a_folder_of_which_nothing_came_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("junk", ["", "{", "[1]", "\0" * 240])
 def test_junk_in_the_lock_is_nobody(tmp_path: Path, junk: str) -> None:
     (tmp_path / ".lock").write_text(junk)
-    with owned(tmp_path) as owner:
+    with own_run_folder(tmp_path) as owner:
         assert is_owner(tmp_path, owner)

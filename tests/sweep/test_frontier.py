@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlskv_ray.storage.checkpoint import write_json
+from vlskv_ray.files import write_json
 from vlskv_ray.sweep.frontier import Point, advice, edge, is_pareto, points_of, recommended, write_frontier
 from vlskv_ray.sweep.trials import DONE, FAILED, Trial, end
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded
-from vlskv_ray.model.build import build_whole, find_model
+from vlskv_ray.model.build import build_plain, find_model
 from vlskv_ray.model.swiftkv import BACKBONES
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.training.counting import peak_bytes
@@ -40,7 +40,7 @@ def sft_run(model: Path, folder: Path) -> Run:
 
 def test_the_loss_is_transformers_own(encoded: list[Encoded], teacher_folder: Callable[..., Path]) -> None:
     """Value and every gradient equal the stock model's mean over supervised tokens, times their number."""
-    model = build_whole(find_model(str(teacher_folder())))
+    model = build_plain(find_model(str(teacher_folder())))
     batch = batch_of(encoded)
     loss, sums = cross_entropy_loss(model, batch)
     assert loss is not None
@@ -65,7 +65,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(
     backbone: str, encoded: list[Encoded], teacher_folder: Callable[..., Path]
 ) -> None:
     """Not a bit of the loss and of any gradient, vision tower included, and half of what is held at most."""
-    model, batch = build_whole(find_model(str(teacher_folder(backbone)))), batch_of(encoded)
+    model, batch = build_plain(find_model(str(teacher_folder(backbone)))), batch_of(encoded)
     gradients: list[dict[str, Tensor]] = []
     held = []
     for objective in (cross_entropy_loss, recomputing(cross_entropy_loss)):
@@ -91,13 +91,13 @@ def test_layers_on_top_change_nothing_at_first(
 ) -> None:
     """Six layers become nine: the same logits, new weights by seed alone, and all of them learn within two steps."""
     files = find_model(str(teacher_folder(backbone)))
-    old, model, again = build_whole(files), build_whole(files, 9, seed=5), build_whole(files, 9, seed=5)
+    old, model, again = build_plain(files), build_plain(files, 9, seed=5), build_plain(files, 9, seed=5)
     batch = batch_of(encoded)
     with torch.no_grad():
         assert torch.equal(model(**batch.model_inputs()).logits, old(**batch.model_inputs()).logits)
     held = model.state_dict()
     assert all(torch.equal(held[name], weight) for name, weight in again.state_dict().items())
-    other = build_whole(files, 9, seed=6).state_dict()
+    other = build_plain(files, 9, seed=6).state_dict()
     assert not torch.equal(other[QUERIES_OF_NEW_LAYER], held[QUERIES_OF_NEW_LAYER])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for _ in range(2):
@@ -109,18 +109,18 @@ def test_layers_on_top_change_nothing_at_first(
     new = [(name, p) for name, p in model.named_parameters() if any(f".layers.{i}." in name for i in (6, 7, 8))]
     assert new and all(p.grad is not None and p.grad.abs().max() > 0 for _, p in new)
     model.save_pretrained(tmp_path)
-    loaded = build_whole(find_model(str(tmp_path))).state_dict()
+    loaded = build_plain(find_model(str(tmp_path))).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_a_preset_is_drawn_with_so_many_layers() -> None:
     files = find_model("small-llava-next")
-    assert [len(build_whole(files, count).model.language_model.layers) for count in (2, 4, 5)] == [2, 4, 5]
+    assert [len(build_plain(files, count).model.language_model.layers) for count in (2, 4, 5)] == [2, 4, 5]
 
 
 def test_a_checkpoint_loses_no_layer(teacher_folder: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match="model.num_hidden_layers: 5, but .* has 6 text layers; .* only be given more"):
-        build_whole(find_model(str(teacher_folder())), 5)
+        build_plain(find_model(str(teacher_folder())), 5)
 
 
 def test_a_damaged_checkpoint_does_not_grow(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -130,13 +130,13 @@ def test_a_damaged_checkpoint_does_not_grow(teacher_folder: Callable[..., Path],
     config["text_config"]["num_hidden_layers"] = 4
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="18 weights are too many, such as .*layers.4"):
-        build_whole(find_model(str(folder)), 6)
+        build_plain(find_model(str(folder)), 6)
     config["text_config"]["num_hidden_layers"] = 1
     (folder / "config.json").write_text(json.dumps(config))
     kept = {name: weight for name, weight in weights.items() if not re.search(r"\.layers\.[1-9]", name)}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="16 weights are missing, such as .*vision_tower"):
-        build_whole(find_model(str(folder)), 3)
+        build_plain(find_model(str(folder)), 3)
 
 
 def test_all_weights_train_and_the_result_is_a_stock_model(
@@ -181,7 +181,7 @@ def test_going_on_equals_not_stopping(run: Run, encoded: list[Encoded], teacher_
 
 def test_a_preset_starts_from_the_seed(tmp_path: Path) -> None:
     files = find_model("shapes-llava-next")
-    one, same, other = (build_whole(files, seed=seed).state_dict() for seed in (1, 1, 2))
+    one, same, other = (build_plain(files, seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 

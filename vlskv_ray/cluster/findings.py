@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vlskv_ray.training.counting import size
+from vlskv_ray.words import format_bytes
 
 TIGHT = 1.3
 """Memory is tight below so many times what a worker holds without activations."""
@@ -94,20 +94,22 @@ def of_versions(reports: Sequence[Report], here: dict[str, str]) -> Finding:
 
 def of_memory(reports: Sequence[Report], need: Need) -> Iterator[Finding]:
     on_nodes = list(zip(reports, shares([one["cpus"] for one in reports], need), strict=True))
-    free = {one["name"]: size(one["memory"]) for one in reports}
+    free = {one["name"]: format_bytes(one["memory"]) for one in reports}
     short = [(one, workers) for one, workers in on_nodes if workers * need.weight_bytes > one["memory"]]
     tight = [(one, workers) for one, workers in on_nodes if workers * need.worker_bytes * TIGHT > one["memory"]]
     lower = "use fewer of cluster.num_workers, model.dtype=bfloat16, or nodes with more memory"
     if short:
         where = joined(f"{workers} on node {one['name']} with {free[one['name']]} free" for one, workers in short)
-        need_alone = f"a worker needs {size(need.weight_bytes)} for the weights alone"
+        need_alone = f"a worker needs {format_bytes(need.weight_bytes)} for the weights alone"
         yield Finding("problem", "memory", f"cluster.num_workers: {need_alone}, and there will be {where}; {lower}")
     elif tight:
         where = joined(f"{workers} on node {one['name']} with {free[one['name']]} free" for one, workers in tight)
-        needs = f"a worker needs {size(need.worker_bytes)} without activations and libraries"
+        needs = f"a worker needs {format_bytes(need.worker_bytes)} without activations and libraries"
         yield Finding("warning", "memory", f"memory is tight: {needs}, and there will be {where}; {lower}")
     elif need.workers:
-        yield Finding("ok", "memory", f"{size(need.worker_bytes)} of memory a worker, without activations, are there")
+        yield Finding(
+            "ok", "memory", f"{format_bytes(need.worker_bytes)} of memory a worker, without activations, are there"
+        )
 
 
 def shares(cpus: Sequence[float], need: Need) -> list[int]:

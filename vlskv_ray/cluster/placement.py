@@ -10,19 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vlskv_ray.errors import NoRoom
+
 Resources = dict[str, float]
 
-WAITING = Path("ray", "waiting")
-"""In the folder of a run: lines on what is waited for before its workers can start."""
 A_MOMENT, A_MINUTE = 5.0, 60.0
 """Seconds after which a wait is told of first, as what has just ended takes some to give back what it held, and then
 again and again."""
 SLICE = 0.5
 """Seconds between two looks."""
-
-
-class NoRoom(TimeoutError):
-    """What was asked for did not become free in time; says how much that is, how much is free and what to do."""
 
 
 class Wait:
@@ -127,7 +123,7 @@ def have_asked(asking: Any) -> None:
     TrainController.worker_group_cls = WorkersAndData
 
 
-def together(data_task: Resources, worker: Resources, fewest: int, wait: Wait) -> Any:
+def stay_in_step(data_task: Resources, worker: Resources, fewest: int, wait: Wait) -> Any:
     """Has Ray Train ask for a data task along with the workers, whenever it starts or restarts them.
 
     Ray Train alone asks for its workers only, and tries again for ever in silence. All of this happens in the process

@@ -13,9 +13,9 @@ from typing import Any
 
 from vlskv_ray.cluster import node
 from vlskv_ray.cluster.findings import Finding, Need, Report, findings_of, of_all_reduce, of_hub_model, problems_of
-from vlskv_ray.cluster.start import Cluster, Reserved
+from vlskv_ray.cluster.shares import Cluster, Reserved
+from vlskv_ray.command import print_info
 from vlskv_ray.data.sources import Source, SourceSpec
-from vlskv_ray.launch.prepare import say
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import file_sizes, find_model, parameter_counts
 from vlskv_ray.training.run import Run
@@ -75,11 +75,11 @@ def check_nodes(run: Run, sources: Sequence[Source], reserved: Reserved, cluster
     found = examine(need_of(run, sources, reserved), cluster)[1]
     for finding in found:
         if finding.mark == "warning":
-            say(run.config, f"warning: {finding.text}")
+            print_info(run.config, f"warning: {finding.text}")
     if problems_of(found):
         raise ValueError("\n".join(problems_of(found)))
     if cluster.joined:
-        say(run.config, f"nodes         {'; '.join(finding.text for finding in found if finding.mark == 'ok')}")
+        print_info(run.config, f"nodes         {'; '.join(finding.text for finding in found if finding.mark == 'ok')}")
 
 
 def examine(need: Need, cluster: Cluster, patience: int = 2) -> tuple[list[Report], list[Finding]]:

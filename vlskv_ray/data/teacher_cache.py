@@ -33,7 +33,7 @@ from torch import Tensor
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates, supervised_positions
 from vlskv_ray.data.images import read_image_file
 from vlskv_ray.data.sample import ImageFile, Sample
-from vlskv_ray.training.counting import size
+from vlskv_ray.words import format_bytes
 
 FORMAT = 3
 IN_MEMORY = Path(f"/dev/shm/vlskv_ray-{os.getuid()}")
@@ -194,8 +194,9 @@ class TeacherCache:
         free = shutil.disk_usage(parent).free
         if wanted > free:
             raise ValueError(
-                f"model.teacher_cache: about {size(wanted)} are to be written to {self.folder}, where {size(free)} "
-                f"are free; use teacher_cache=disk with model.teacher_cache_dir on a larger disk, or teacher_cache=off"
+                f"model.teacher_cache: about {format_bytes(wanted)} are to be written to {self.folder}, where "
+                f"{format_bytes(free)} are free; use teacher_cache=disk with model.teacher_cache_dir on a larger disk, "
+                f"or teacher_cache=off"
             )
 
     @contextmanager

@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlskv_ray.cluster.start import Reserved, duration, reserve, threads_of
+from vlskv_ray.cluster.shares import Reserved, reserve, threads_of
 from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.sample import refused_message
+from vlskv_ray.errors import StoppedRun
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.train_loop import model_of
-from vlskv_ray.training.counting import flop_counter, peak_bytes, size
+from vlskv_ray.training.counting import flop_counter, peak_bytes
 from vlskv_ray.training.distill import shared_pass
-from vlskv_ray.training.run import Run, StoppedRun
+from vlskv_ray.training.run import Run
 from vlskv_ray.training.step import GradientBuffer, StepResult, autocast, build_optimizer, objective_of, train_step
-from vlskv_ray.words import printable
+from vlskv_ray.words import format_bytes, format_duration, printable
 
 TRIED_SAMPLES = 64
 TIMED_MICRO_BATCHES = 6
@@ -81,10 +82,10 @@ def dry_run(run: Run, loader: Loader) -> float:
     print(f"loss          {result.sums.loss / supervised:.4g}, gradient norm {result.grad_norm:.4g}")
     print(f"parameters    {sum(p.numel() for p in parameters):,}, {sum(p.numel() for p in trained.values()):,} trained")
     print(
-        f"memory        a worker: {size(sum(parameters.values()) - moving)} frozen weights, {size(moving)} trained, "
-        f"{size(moving)} gradients, {size(2 * moving)} optimizer, {size(3 * moving)} more while one saves, "
-        f"{size(peak)} activations and logits (logits at most {size(logits)}); this process, with its libraries, "
-        f"{size(process)}"
+        f"memory        a worker: {format_bytes(sum(parameters.values()) - moving)} frozen weights, "
+        f"{format_bytes(moving)} trained, {format_bytes(moving)} gradients, {format_bytes(2 * moving)} optimizer, "
+        f"{format_bytes(3 * moving)} more while one saves, {format_bytes(peak)} activations and logits (logits at most "
+        f"{format_bytes(logits)}); this process, with its libraries, {format_bytes(process)}"
     )
     print(
         f"time          {seconds:.3g} s a micro-batch with {threads} thread{'s' * (threads > 1)}; the one above "
@@ -92,8 +93,8 @@ def dry_run(run: Run, loader: Loader) -> float:
     )
     of_later = f", {later:.3g} s from the second epoch on" if first < run.total_steps else ""
     print(
-        f"prediction    {step:.3g} s a step{of_later}, {duration(whole)} for {run.total_steps} steps; starting and "
-        f"measuring come on top"
+        f"prediction    {step:.3g} s a step{of_later}, {format_duration(whole)} for {run.total_steps} steps; starting "
+        f"and measuring come on top"
     )
     if config.cluster.most_workers and step < SHORT_STEP:
         print("              and what Ray itself does for a step, 0.05 s and more, counts in one so short")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 import vlskv_ray
-from vlskv_ray.cluster.start import threads_of
-from vlskv_ray.command import shown
+from vlskv_ray.cluster.shares import threads_of
+from vlskv_ray.command import print_info
 from vlskv_ray.config import Config, changed_keys
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.check import check_processor
@@ -38,9 +38,10 @@ from vlskv_ray.model.build import (
 )
 from vlskv_ray.report.figures import at
 from vlskv_ray.storage.checkpoint import SavedState
-from vlskv_ray.training.counting import matmul_seconds, size
+from vlskv_ray.storage.run_folder import run_folder
+from vlskv_ray.training.counting import matmul_seconds
 from vlskv_ray.training.run import Run
-from vlskv_ray.words import printable_lines
+from vlskv_ray.words import format_bytes, short_path
 
 FEW_STEPS = 20
 SAMPLES_TRIED = 32
@@ -153,11 +154,11 @@ def prepare(
         if saved.step > total_steps:
             raise ValueError(f"{saved.path}: is beyond the {total_steps} steps that the run would have; {REMEDY}")
     run = replace(run, held_out=held_out_of(config, limits))
-    say(config, start_block(run, plan, text_config))
+    print_info(config, start_block(run, plan, text_config))
     for notice in notices:
-        say(config, f"warning: {notice}")
+        print_info(config, f"warning: {notice}")
     if run.total_steps < FEW_STEPS and config.objective == "distill":
-        say(
+        print_info(
             config,
             f"warning: {run.total_steps} steps with optimizer.lr={config.optimizer.lr} may leave the student worse "
             f"than it starts; raise epochs or lower the learning rate",
@@ -168,7 +169,9 @@ def prepare(
     trained_on = {(source.name, source.fingerprint) for source in sources}
     for source in run.held_out.sources if run.held_out else ():
         if (source.name, source.fingerprint) in trained_on:
-            say(config, f"warning: {source.name} of evaluation.sources is trained on, so it measures nothing held out")
+            print_info(
+                config, f"warning: {source.name} of evaluation.sources is trained on, so it measures nothing held out"
+            )
     return run, loader
 
 
@@ -211,7 +214,7 @@ def dtype_of(config: Config, saved: SavedState | None, text: Any) -> str:
     seconds = matmul_seconds(512, text.hidden_size, text.intermediate_size, threads)
     chosen = min(seconds, key=lambda name: seconds[name])
     other = max(seconds.values()) / min(seconds.values())
-    say(config, f"precision     {chosen}: {other:.1f} times as fast here as the other of float32 and bfloat16")
+    print_info(config, f"precision     {chosen}: {other:.1f} times as fast here as the other of float32 and bfloat16")
     return chosen
 
 
@@ -246,9 +249,10 @@ def check_cache(run: Run, loader: Loader) -> None:
     states = float(np.mean(lengths)) * text.hidden_size * (2 if run.config.model.dtype == "bfloat16" else 4)
     there, seen = run.cache.count(), run.total_steps * run.micro_batches_per_step * run.config.micro_batch_size
     wanted = max(0, min(rows, seen) - there) * states
-    say(
+    print_info(
         run.config,
-        f"teacher cache {there} samples are in {shown(run.cache.folder)}; up to {size(wanted)} more will be written",
+        f"teacher cache {there} samples are in {short_path(run.cache.folder)}; up to {format_bytes(wanted)} more "
+        f"will be written",
     )
     run.cache.check_room(wanted)
 
@@ -311,18 +315,6 @@ def versions() -> str:
     return " ".join([f"vlskv_ray {vlskv_ray.__version__}", *(f"{name} {version(name)}" for name in names)])
 
 
-def run_folder(config: Config) -> Path:
-    """Where a run is written. ValueError where it would be lost."""
-    folder = Path(config.output.dir) / str(config.output.name)
-    if "/runtime_resources/working_dir_files/" in str(folder):
-        raise ValueError(
-            f"output.dir: {shown(Path(config.output.dir))} is in the copy of the working directory that Ray made for "
-            f"this job and deletes some time; wanted an absolute path on storage that all machines share, "
-            f"such as output.dir=/shared/runs"
-        )
-    return folder
-
-
 def start_block(run: Run, plan: Plan, text: Any) -> str:
     """What is about to happen, for the reader of a log."""
     config, workers = run.config, max(run.config.cluster.most_workers, 1)
@@ -342,10 +334,5 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
         f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows{held_out}\n"
         f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
         f"{accumulation} accumulation x {workers} worker{'s' * (workers > 1)}\n"
-        f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {shown(run.folder)}"
+        f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {short_path(run.folder)}"
     )
-
-
-def say(config: Config, text: str) -> None:
-    if config.output.level in ("debug", "info"):
-        print(printable_lines(text), flush=True)

@@ -302,7 +302,7 @@ def build_student(
     return model
 
 
-def build_whole(
+def build_plain(
     files: ModelFiles, num_hidden_layers: int | None = None, *, attn_implementation: str = "sdpa", seed: int = 0
 ) -> Any:
     """A stock vision-language model, all of whose weights train, in float32; new ones are drawn from `seed`.

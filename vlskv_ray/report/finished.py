@@ -19,7 +19,7 @@ from vlskv_ray.report.figures import as_written, read_run
 from vlskv_ray.report.model_card import card, write_model_card
 from vlskv_ray.report.run_page import write_report
 from vlskv_ray.report.summary import closing_lines
-from vlskv_ray.training.faults import point
+from vlskv_ray.training.faults import fault_point
 
 CARD = "final/README.md"
 PAGES = {"report.html": write_report, CARD: write_model_card}
@@ -84,7 +84,7 @@ def write_pages(folder: Path, names: Sequence[str] = tuple(PAGES)) -> list[Path]
     written = []
     for name in names:
         written.append(PAGES[name](folder))
-        point(written[-1].name, 0)
+        fault_point(written[-1].name, 0)
     return written
 
 

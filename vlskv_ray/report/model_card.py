@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vlskv_ray.files import write_text
 from vlskv_ray.report.figures import (
     SAVINGS_COLUMNS,
-    Rows,
     RunFiles,
     as_written,
     at,
@@ -26,7 +24,7 @@ from vlskv_ray.report.figures import (
     savings_rows,
     training_rows,
 )
-from vlskv_ray.storage.checkpoint import write_text
+from vlskv_ray.report.markdown import escape_markdown, markdown_table
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -44,27 +42,27 @@ def write_model_card(folder: Path) -> Path:
 def card(run: RunFiles) -> str:
     """The whole card; tables without rows are left out."""
     evaluation = run.evaluation
-    figures = "; ".join(f"**{label} {plain(text)}**" for label, [text] in headline(run))
+    figures = "; ".join(f"**{label} {escape_markdown(text)}**" for label, [text] in headline(run))
     parts = [
         f"---\n{front_matter(run)}---",
-        f"# {plain(run.name)}",
+        f"# {escape_markdown(run.name)}",
         what_it_is(run),
         figures,
         "## Use",
         usage(run),
         "## Result",
-        plain(held_out(run)),
-        table(columns(evaluation), result_rows(evaluation)),
-        table(columns(evaluation), kind_rows(evaluation), "accuracy by kind (questions)"),
+        escape_markdown(held_out(run)),
+        markdown_table(columns(evaluation), result_rows(evaluation)),
+        markdown_table(columns(evaluation), kind_rows(evaluation), "accuracy by kind (questions)"),
     ]
     if rows := savings_rows(evaluation):
-        parts += ["## What it saves", plain(savings_note(evaluation)), table(SAVINGS_COLUMNS, rows)]
+        parts += ["## What it saves", escape_markdown(savings_note(evaluation)), markdown_table(SAVINGS_COLUMNS, rows)]
     parts += [
         "## Training",
-        table(["value"], training_rows(run)),
+        markdown_table(["value"], training_rows(run)),
         "To train it again, from the configuration that lies in the run's folder:",
         "```bash\npython -m vlskv_ray.train --config config.yaml output.name=again\n```",
-        table(["version"], environment_rows(run)),
+        markdown_table(["version"], environment_rows(run)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -86,13 +84,14 @@ def front_matter(run: RunFiles) -> str:
 
 def what_it_is(run: RunFiles) -> str:
     if run.is_sft:
-        return f"This is a vision-language model, fine-tuned from {plain(run.model)} on answers."
-    first, group = (at(run.config, "model", key) for key in ("num_key_value_layers", "key_value_group_size"))
+        return f"This is a vision-language model, fine-tuned from {escape_markdown(run.model)} on answers."
+    layers = (at(run.config, "model", key) for key in ("num_key_value_layers", "key_value_group_size"))
+    model, first, group = map(escape_markdown, (run.model, *layers))
     return (
-        f"This is {plain(run.model)} in SwiftKV form ([arXiv 2410.03960](https://arxiv.org/abs/2410.03960)): keys and "
-        f"values of its text layers from layer {plain(first)} on are projected from the hidden state that enters that "
+        f"This is {model} in SwiftKV form ([arXiv 2410.03960](https://arxiv.org/abs/2410.03960)): keys and "
+        f"values of its text layers from layer {first} on are projected from the hidden state that enters that "
         f"layer, so that tokens of the prompt, image tokens included, skip them. Layers share a cache in groups "
-        f"of {plain(group)}. The new projections were distilled from the model itself; all other weights are its own."
+        f"of {group}. The new projections were distilled from the model itself; all other weights are its own."
     )
 
 
@@ -112,18 +111,3 @@ image = Image.open("picture.png").convert("RGB")
 inputs = processor(text=text, images=image, add_special_tokens=False, return_tensors="pt")
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```"""
-
-
-def table(head: Sequence[str], rows: Rows, corner: str = "") -> str:
-    """A Markdown table of plain texts; nothing without rows."""
-    if not rows:
-        return ""
-    lines = [[corner, *head], *([label, *texts] for label, texts in rows)]
-    cells = ["| " + " | ".join(map(plain, line)) + " |" for line in lines]
-    return "\n".join([cells[0], "| --- |" + " ---: |" * len(head), *cells[1:]])
-
-
-def plain(text: Any) -> str:
-    """A text that Markdown shows as it is, on one line: neither markup nor HTML nor the end of a table's cell."""
-    escaped = escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escaped)

@@ -17,6 +17,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from vlskv_ray.files import write_text
 from vlskv_ray.report.figures import (
     DASH,
     SAVINGS_COLUMNS,
@@ -38,7 +39,6 @@ from vlskv_ray.report.figures import (
     training_rows,
     whole,
 )
-from vlskv_ray.storage.checkpoint import write_text
 
 NUM_EXAMPLES = 8
 NUM_POINTS = 120

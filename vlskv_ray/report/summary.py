@@ -7,8 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlskv_ray.cluster.start import duration
-from vlskv_ray.command import shown
+from vlskv_ray.files import write_json
 from vlskv_ray.report.figures import (
     SAVINGS_COLUMNS,
     Rows,
@@ -20,8 +19,8 @@ from vlskv_ray.report.figures import (
     savings_note,
     savings_rows,
 )
-from vlskv_ray.storage.checkpoint import write_json
 from vlskv_ray.training.run import Run
+from vlskv_ray.words import format_duration, short_path
 
 AVERAGED = {
     "loss": "loss",
@@ -86,7 +85,9 @@ def closing_lines(run: RunFiles) -> list[str]:
     if notices := summary.get("notices"):
         changed = ", ".join(f"{count} {reason}" for reason, count in sorted(notices.items()))
         left_out += f"; {sum(notices.values())} samples changed: {changed}"
-    times = f"{duration(summary['training_seconds'])}, the command in {duration(summary['command_seconds'])}"
+    times = (
+        f"{format_duration(summary['training_seconds'])}, the command in {format_duration(summary['command_seconds'])}"
+    )
     lines.append(f"{summary['steps']} steps in {times}; {left_out}")
     if empty := summary.get("empty_steps"):
         lines.append(f"warning: {empty} of the {summary['steps']} steps had no sample to learn from")
@@ -96,8 +97,8 @@ def closing_lines(run: RunFiles) -> list[str]:
 def closing(folder: Path) -> str:
     """What a finished run says at its end: `closing_lines`, and where things are."""
     run = read_run(folder)
-    final = f"{'model' if run.is_sft else 'student'}: {shown(folder / 'final')}"
-    return "\n".join([*closing_lines(run), "", final, f"report: {shown(folder / 'report.html')}"])
+    final = f"{'model' if run.is_sft else 'student'}: {short_path(folder / 'final')}"
+    return "\n".join([*closing_lines(run), "", final, f"report: {short_path(folder / 'report.html')}"])
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> list[str]:

@@ -32,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlskv_ray.training.faults import point
+from vlskv_ray.files import flush, make_readable, write_json, write_text
+from vlskv_ray.training.faults import fault_point
 
 FORMAT = 3
 STATE_FILES = {"trainable.safetensors", "optimizer.safetensors", "state.json"}
@@ -119,22 +120,22 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)  # so that a full disk has the room again
         raise error if isinstance(error, OSError) else OSError(f"{aside}: cannot be written ({error})") from error
-    point("save_written", step)
+    fault_point("save_written", step)
     if target.exists():  # left by a killed run, or damaged: had it been good, the run would have gone on from it
         shutil.rmtree(target)
     aside.rename(target)
-    _flush(root)
-    point("save_renamed", step)
+    flush(root)
+    fault_point("save_renamed", step)
     write_text(target / "COMMIT", _sha256(target / "manifest.json"))
-    _flush(target)
-    point("save_committed", step)
+    flush(target)
+    fault_point("save_committed", step)
     # later ones are damaged: the run was set back behind them; what a link leads to is not ours to remove
     older = sorted(s for s, path in _committed(root).items() if s <= step and not path.is_symlink())
     kept = {*older[-keep_last:], *_best(root, older, keep_best)}
     for old in older:
         if old not in kept:
             (root / f"step-{old:08d}" / "COMMIT").unlink()  # first, so that half of one never counts
-            point("save_removing", step)
+            fault_point("save_removing", step)
             shutil.rmtree(root / f"step-{old:08d}")
     return target
 
@@ -144,13 +145,13 @@ def _write_aside(aside: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
     aside.mkdir(parents=True)
     for stem, named in tensors.items():
         save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
-        point("save_tensors", step)
+        fault_point("save_tensors", step)
     write_json(aside / "state.json", {"format": FORMAT, "step": step, **state})
-    share(aside)
+    make_readable(aside)
     manifest = {path.name: {"sha256": _sha256(path), "bytes": _size(path)} for path in sorted(aside.iterdir())}
     write_json(aside / "manifest.json", manifest)
     for path in (*aside.iterdir(), aside):
-        _flush(path)
+        flush(path)
 
 
 def _best(root: Path, steps: Sequence[int], count: int) -> list[int]:
@@ -240,7 +241,7 @@ def has_checkpoints(root: Path) -> bool:
     return bool(_committed(root))
 
 
-def sweep(root: Path, newest: int) -> None:
+def remove_unfinished(root: Path, newest: int) -> None:
     """Removes what killed runs left half-written, and renames the damaged ones after `newest`, where a run goes on."""
     for path in root.glob("*step-*"):
         name = _NAME.fullmatch(path.name.removeprefix(".writing-"))
@@ -250,32 +251,6 @@ def sweep(root: Path, newest: int) -> None:
             shutil.rmtree(path)
         elif int(name[1]) > newest:
             path.rename(path.with_name(f"damaged-{time.time_ns()}-{path.name}"))
-
-
-def share(folder: Path) -> None:
-    """Gives files the permissions that others have: safetensors writes weights for their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a small JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small text file whole or not at all."""
-    aside = path.with_name(f".writing-{path.name}")
-    try:
-        aside.write_text(text, encoding="utf-8", newline="")
-        _flush(aside)
-        aside.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
 def _committed(root: Path) -> dict[int, Path]:
@@ -321,12 +296,3 @@ def _sha256(path: Path) -> str:
     _size(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

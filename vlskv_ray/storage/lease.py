@@ -20,7 +20,7 @@ LEFT = -1
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[str]:
+def own_run_folder(folder: Path) -> Iterator[str]:
     """Makes the run folder this process's own while it lives, so that two commands never write one run.
 
     A lock of the file system tells of owners on this machine, and often on others; where it does not, an owner on

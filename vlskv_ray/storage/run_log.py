@@ -10,7 +10,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from vlskv_ray.storage.checkpoint import write_text
+from vlskv_ray.files import write_text
 
 
 class RunLog:
@@ -20,7 +20,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, start: int, *, order: bool, tensorboard: bool) -> None:
-        take_back(folder, start)
+        truncate_logs(folder, start)
         names = ("metrics", "rejected", "notices", *(("order",) if order else ()))
         self.folder, self.files = folder, {name: _opened(folder, name) for name in names}
         self.waiting = dict.fromkeys((*names, "warnings"), b"")
@@ -86,7 +86,7 @@ def _opened(folder: Path, name: str) -> io.FileIO:
     return open(folder / f"{name}.jsonl", "ab", buffering=0)
 
 
-def take_back(folder: Path, step: int) -> None:
+def truncate_logs(folder: Path, step: int) -> None:
     """Drops from a run's logs the lines of later steps, and a last line that a kill cut short."""
     for path in (folder / f"{name}.jsonl" for name in ("metrics", "rejected", "notices", "order", "warnings")):
         if path.exists():

@@ -14,15 +14,16 @@ from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
+from vlskv_ray.errors import StoppedRun, TakenOver
+from vlskv_ray.files import make_readable
 from vlskv_ray.model.build import find_model, load_processor
-from vlskv_ray.storage.checkpoint import SavedState, newest_checkpoint, save_checkpoint, share
+from vlskv_ray.storage.checkpoint import SavedState, newest_checkpoint, save_checkpoint
 from vlskv_ray.storage.lease import is_owner
 from vlskv_ray.storage.run_log import RunLog
-from vlskv_ray.training.counting import size
 from vlskv_ray.training.distill import LossSums
-from vlskv_ray.training.faults import point
-from vlskv_ray.training.run import Run, StoppedRun, TakenOver, gather_objects
-from vlskv_ray.words import printable
+from vlskv_ray.training.faults import fault_point
+from vlskv_ray.training.run import Run, gather_objects
+from vlskv_ray.words import format_bytes, printable
 
 TRIES, SECONDS_BETWEEN_TRIES = 3, 5.0
 """Of writing the last checkpoint, where the disk does not take it."""
@@ -292,15 +293,15 @@ def export(run: Run, model: Any) -> None:
     processor = load_processor(files, tried=True)
     try:
         model.save_pretrained(aside)
-        point("export_weights", run.total_steps)
+        fault_point("export_weights", run.total_steps)
         processor.save_pretrained(aside)
-        share(aside)
+        make_readable(aside)
     except Exception as error:  # each library has its own kind for a full disk, and tokenizers has none
         shutil.rmtree(aside, ignore_errors=True)
         if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
             raise
-        takes = size(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
-        free = size(shutil.disk_usage(run.folder).free)
+        takes = format_bytes(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
+        free = format_bytes(shutil.disk_usage(run.folder).free)
         reason = printable(str(error))
         raise OSError(f"{final} cannot be written ({reason}); its weights take {takes}, and {free} is free") from error
     if final.exists():  # written by this very run before it was killed at its last step

@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from vlskv_ray.command import shown
+from vlskv_ray.files import write_json, write_text
 from vlskv_ray.report.figures import at, decimal, is_number, percent, read_run
 from vlskv_ray.report.run_page import FAINT, INK, STUDENT, STYLE, THIRD, document, grid, plain_ticks, plot, table
-from vlskv_ray.storage.checkpoint import write_json, write_text
 from vlskv_ray.sweep.trials import DONE, Trial, aligned, outcome_of
+from vlskv_ray.words import short_path
 
 COLUMNS = ("accuracy", "loses", "KL", "prefill operations", "cache bytes", "")
 PAPER = {STUDENT: "#1f6fb2", THIRD: "#b4570f", INK: "#1f2933", FAINT: "#d5dbe1"}
@@ -122,7 +122,7 @@ def write_frontier(
     )
     lines = said(points, best, max_accuracy_drop, others)
     if best:
-        lines.append(f"student:   {shown(folder / 'trials' / best.name / 'final')}")
+        lines.append(f"student:   {short_path(folder / 'trials' / best.name / 'final')}")
         lines.append(f"again, for longer or on more data:  {commands[best.name]}")
     if points:
         write_picture(folder / "frontier.png", points, best, max_accuracy_drop)

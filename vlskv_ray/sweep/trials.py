@@ -15,11 +15,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from vlskv_ray.cluster.placement import WAITING
-from vlskv_ray.cluster.start import Follower, duration
 from vlskv_ray.config import Config
+from vlskv_ray.files import Follower, write_json
 from vlskv_ray.report.figures import at, decimal, is_number, percent, read_run
-from vlskv_ray.storage.checkpoint import write_json
+from vlskv_ray.training.run import WAITING
+from vlskv_ray.words import format_duration
 
 SHORT = {"model.num_key_value_layers": "N", "model.key_value_group_size": "g"}
 """What options are called in the names of trials; others by their last word."""
@@ -200,7 +200,7 @@ class SweepTable:
 
     def _ended(self, row: Progress) -> str:
         cells = [text for text in self._cells(row)[4:6] if text]
-        took = f" in {duration(time.monotonic() - row.began)}" if row.began is not None else " before"
+        took = f" in {format_duration(time.monotonic() - row.began)}" if row.began is not None else " before"
         reason = f": {row.outcome['reason']}" if row.outcome and row.outcome.get("reason") else ""
         figures = f"  KL {cells[0]}  accuracy {cells[1]}" if len(cells) == 2 else ""
         return f"{row.trial.name} {row.status}{took}{figures}{reason}"
@@ -216,7 +216,7 @@ class SweepTable:
             decimal(row.latest["loss"]) if "loss" in row.latest else "",
             decimal(kl) if is_number(kl) else "",
             percent(accuracy) if is_number(accuracy) else "",
-            duration(time.monotonic() - row.began) if row.began is not None and row.outcome is None else "",
+            format_duration(time.monotonic() - row.began) if row.began is not None and row.outcome is None else "",
         ]
 
     def _redraw(self) -> None:
@@ -224,7 +224,7 @@ class SweepTable:
         rows = sorted(self.rows.values(), key=lambda row: row.outcome is None and row.began is None)
         lines = list(aligned([list(self.HEAD), *map(self._cells, rows)]))
         done = sum(row.outcome is not None for row in rows)
-        lines.append(f"{done} of {len(rows)} trials have ended, {duration(time.monotonic() - self.began)}")
+        lines.append(f"{done} of {len(rows)} trials have ended, {format_duration(time.monotonic() - self.began)}")
         if len(lines) > size.lines - 1:
             lines = [*lines[: size.lines - 3], "...", lines[-1]]
         up = f"\x1b[{self.drawn}F" if self.drawn else ""

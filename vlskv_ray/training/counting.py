@@ -62,11 +62,6 @@ def matmul_seconds(rows: int, inner: int, outer: int, threads: int) -> dict[str,
     return best
 
 
-def size(count: float) -> str:
-    """Bytes as GiB, or MiB where it is less."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
-
-
 class _Held(TorchDispatchMode):
     """Sees every tensor that an operation makes, backward included, and when its memory is given back."""
 

@@ -18,7 +18,7 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTO
 LONGEST_WAIT = 60.0  # seconds
 
 
-def point(phase: str, step: int, rank: int = 0) -> None:
+def fault_point(phase: str, step: int, rank: int = 0) -> None:
     """A moment at which something may be made to go wrong.
 
     Args:

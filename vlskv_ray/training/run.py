@@ -7,11 +7,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vlskv_ray.cluster.placement import WAITING
 from vlskv_ray.config import Config
 from vlskv_ray.data.plan import Tokens
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.teacher_cache import TeacherCache
+
+WAITING = Path("ray", "waiting")
+"""In the folder of a run: lines on what is waited for before its workers can start."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,6 @@ class Worker:
     world_size: int = 1
     is_warned: Callable[[], bool] = lambda: False
     """Whether a node of the workers is about to be taken away; all of them ask equally often, and hear the same."""
-
-
-class AskedToStop(Exception):  # noqa: N818 - nothing went wrong
-    """Raised on every worker alike, while answers are measured: training is done and saved, and measured next time."""
-
-
-class TakenOver(RuntimeError):  # noqa: N818 - a state of affairs
-    """The run folder is another driver's now."""
-
-
-class StoppedRun(RuntimeError):
-    """Raised on every worker alike: this run cannot go on, and starting it again would end the same way."""
 
 
 def this_rank() -> int:

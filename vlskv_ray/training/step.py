@@ -17,9 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, parts
 from vlskv_ray.data.teacher_cache import TeacherCache
+from vlskv_ray.errors import StoppedRun
 from vlskv_ray.training.distill import LossSums, Objective
-from vlskv_ray.training.faults import point
-from vlskv_ray.training.run import StoppedRun, gather_objects, this_rank
+from vlskv_ray.training.faults import fault_point
+from vlskv_ray.training.run import gather_objects, this_rank
 from vlskv_ray.training.sft import cross_entropy_loss
 from vlskv_ray.words import printable
 
@@ -89,10 +90,10 @@ def train_step(
             of_batch += of_part
         of_micro_batches.append(of_batch)
         on_micro_batch()
-        point("micro_batch", batch.step, this_rank())
+        fault_point("micro_batch", batch.step, this_rank())
         if in_plan_order:
             add_of_all_workers(total, gradients.flat)
-    point("reduce", micro_batches[0].step, this_rank())
+    fault_point("reduce", micro_batches[0].step, this_rank())
     if in_plan_order:
         gradients.flat.copy_(total)
     elif dist.is_initialized():

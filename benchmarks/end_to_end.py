@@ -34,8 +34,8 @@ from vlskv_ray.launch.dry_run import dry_run
 from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.train_loop import model_of
-from vlskv_ray.training.step import GradientBuffer, build_optimizer, objective_of, train_step
+from vlskv_ray.training.objective import build_model
+from vlskv_ray.training.step import GradientBuffer, build_optimizer, loss_of, train_step
 
 WARM_UP = 4
 """Steps that do not count: workers, data tasks and memory get going."""
@@ -93,10 +93,10 @@ def bare_worker(folder: Path, rank: int, workers: int, steps: int, port: int, ra
     torch.set_num_threads(1)
     run, loader = prepare(config_of(folder, workers, steps, "bare"))
     batches = [batch for batch in local_batches(loader, 0, steps) if batch.micro_batch % workers == rank]
-    model = model_of(run)
+    model = build_model(run)
     trained = trainable_parameters(model)
     optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
-    objective = objective_of(run.config)
+    objective = loss_of(run.config)
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     seconds = []

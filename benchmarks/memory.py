@@ -22,15 +22,16 @@ from benchmarks.workloads import CONFIGS, WORKLOADS, build, micro_batch
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.model import presets
 from vlskv_ray.training.counting import flop_counter, peak_bytes
-from vlskv_ray.training.distill import Objective
+from vlskv_ray.training.distill import DistillationLoss
+from vlskv_ray.training.objective import Loss
 from vlskv_ray.training.sft import cross_entropy_loss
-from vlskv_ray.training.step import GradientBuffer, Loss, recomputing, train_step
+from vlskv_ray.training.step import GradientBuffer, recompute, train_step
 
 
 def model_and_loss(objective: str, config: Any) -> tuple[Any, Loss]:
     """A student to distil, or a plain model all of whose weights train, and its loss."""
     if objective == "distill":
-        return build(config), Objective()
+        return build(config), DistillationLoss()
     return presets.build_teacher(config).eval().requires_grad_(True), cross_entropy_loss
 
 
@@ -45,7 +46,7 @@ def measure(model: Any, loss: Loss, batch: Batch) -> dict[str, Any]:
         losses.append(train_step(model, optimizer, gradients, [batch], objective).sums.loss)
 
     step(loss)  # makes the optimizer's moments
-    for name, objective in (("kept", loss), ("recomputed", recomputing(loss))):
+    for name, objective in (("kept", loss), ("recomputed", recompute(loss))):
         with flop_counter() as counter:
             peak_mib[name] = peak_bytes(partial(step, objective)) / 2**20
         gflop[name], results[name] = counter.get_total_flops() / 1e9, gradients.flat.clone()

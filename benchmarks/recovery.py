@@ -28,7 +28,7 @@ from vlskv_ray.model import presets
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.storage.run_log import RunLog
 from vlskv_ray.storage.saving import Counts, Saver
-from vlskv_ray.train_loop import model_of
+from vlskv_ray.training.objective import build_model
 from vlskv_ray.training.step import GradientBuffer, build_optimizer
 
 CONFIG = """
@@ -103,7 +103,7 @@ def seconds_of_saving(folder: Path, times: int) -> dict[str, float]:
     presets.llava_next_processor(model.config).save_pretrained(folder / "model")
     run, _ = prepare(config_of(folder, 1, 1, "save"))
     run.checkpoints.mkdir(parents=True)
-    student = model_of(run)
+    student = build_model(run)
     trained = trainable_parameters(student)
     optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
     gradients.flat.normal_()

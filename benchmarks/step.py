@@ -39,7 +39,7 @@ from vlskv_ray.data.teacher_cache import TeacherCache
 from vlskv_ray.evaluation.evaluator import toggled
 from vlskv_ray.model import presets
 from vlskv_ray.training.counting import flop_counter, peak_bytes
-from vlskv_ray.training.distill import Objective, distillation_loss
+from vlskv_ray.training.distill import DistillationLoss, distillation_loss
 from vlskv_ray.training.step import GradientBuffer, train_step
 
 TEMPERATURE = 2.0
@@ -80,7 +80,7 @@ def sides_of(
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = GradientBuffer(trained)
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
-    objective = Objective(temperature=TEMPERATURE)
+    objective = DistillationLoss(temperature=TEMPERATURE)
     keep = supervised_positions(batch.labels)
     pad_token_id = presets.SPECIAL_TOKENS.index("<pad>")
 

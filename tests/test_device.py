@@ -38,7 +38,7 @@ Encodings = list[Encoded]
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`cluster.use_gpu` and `--device cuda` mean the stand-in, which must meet no tensor that was left behind."""
     with stand_in() as device:
-        for module in ("train_loop", "evaluation.loading"):
+        for module in ("training.objective", "evaluation.loading"):
             monkeypatch.setattr(
                 f"vlskv_ray.{module}.device_of", lambda name: torch.device("cpu" if name == "cpu" else device)
             )
@@ -106,7 +106,7 @@ def test_a_distillation_elsewhere_is_the_one_here(
                 else:
                     yield batch
 
-        assert train_worker(run, Worker(), cached)["status"] == "done"
+        assert train_worker(run, Worker(), cached).status == "done"
     here, there = runs
     assert lines(here, "metrics")[-1]["cached_samples"] > 0
     assert_alike(here, there)
@@ -123,7 +123,7 @@ def test_a_teacher_is_made_elsewhere_as_here(
     model = {"name_or_path": str(teacher_folder()), "gradient_checkpointing": True}
     here, there = runs_of(teacher_folder(), tmp_path, steps=1, objective="sft", model=model, optimizer={"lr": 1e-3})
     for run in (here, there):
-        assert train_worker(run, Worker(), batches(encoded))["status"] == "done"
+        assert train_worker(run, Worker(), batches(encoded)).status == "done"
     assert_alike(here, there)
 
 

@@ -347,7 +347,7 @@ def work(rank: int, world: int, port: int, options: list[str], stop_after: int |
                 yield batch
 
     outcome = train_worker(run, Worker(rank, world), batches_from)
-    assert outcome["status"] == ("done" if stop_after is None else "stopped"), outcome
+    assert outcome.status == ("done" if stop_after is None else "stopped"), outcome
     dist.destroy_process_group()
 
 

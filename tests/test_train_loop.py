@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from waiting import HANG_SECONDS
 
-from vlskv_ray.config import Config
+from vlskv_ray.config import Config, changed
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import Batch, Encoded
 from vlskv_ray.data.questions import HeldOut
@@ -24,7 +24,8 @@ from vlskv_ray.errors import StoppedRun
 from vlskv_ray.model.build import build_student, find_model, trainable_parameters
 from vlskv_ray.storage.checkpoint import newest_checkpoint
 from vlskv_ray.train_loop import train_worker
-from vlskv_ray.training.distill import Objective
+from vlskv_ray.training.distill import DistillationLoss
+from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run, Worker
 from vlskv_ray.training.step import GradientBuffer, build_optimizer, learning_rate_schedule, train_step
 
@@ -79,9 +80,11 @@ def test_only_the_students_own_weights_move(
 ) -> None:
     """Frozen tensors are bit-identical after training, on file; each SwiftKV weight has moved."""
     outcome = train_worker(run, Worker(), batches(encoded))
-    assert outcome.pop("seconds") > 0 and outcome.pop("lengths") and outcome.pop("images") == {"0": 24, "1": 18, "2": 6}
-    assert outcome.pop("supervised") == {"vision": 222, "text": 180} and outcome.pop("empty_steps") == 0
-    assert outcome == {"status": "done", "step": 6, "seen": 48, "rejected": {}, "notices": {}, "example": {}}
+    counts = dict(outcome.counts)
+    assert counts.pop("seconds") > 0 and counts.pop("lengths") and counts.pop("images") == {"0": 24, "1": 18, "2": 6}
+    assert counts.pop("supervised") == {"vision": 222, "text": 180} and counts.pop("empty_steps") == 0
+    assert counts == {"seen": 48, "rejected": {}, "notices": {}, "example": {}}
+    assert (outcome.status, outcome.step) == ("done", 6)
     before = build_student(find_model(str(teacher_folder())), 2).state_dict()
     model = AutoModelForImageTextToText.from_pretrained(run.folder / "final")
     for name, weight in model.state_dict().items():
@@ -168,11 +171,11 @@ def test_asked_to_stop_it_saves_first(run: Run, encoded: list[Encoded]) -> None:
                 run.stop_file.touch()
             yield batch
 
-    assert train_worker(run, Worker(), asking)["status"] == "stopped"
+    assert train_worker(run, Worker(), asking).status == "stopped"
     saved = newest_checkpoint(run.checkpoints, warn=pytest.fail)
     assert saved is not None and saved.step == 3
     run.stop_file.unlink()
-    assert train_worker(run, Worker(), batches(encoded))["status"] == "done"
+    assert train_worker(run, Worker(), batches(encoded)).status == "done"
 
 
 def test_asked_to_stop_while_answers_are_measured(run: Run, encoded: list[Encoded]) -> None:
@@ -185,10 +188,10 @@ def test_asked_to_stop_while_answers_are_measured(run: Run, encoded: list[Encode
                 run.stop_file.touch()
             yield batch
 
-    assert train_worker(run, Worker(), asking) == {"status": "stopped", "step": 6}
+    assert train_worker(run, Worker(), asking) == Outcome("stopped", 6)
     assert not (run.folder / "evaluation.json").exists()
     run.stop_file.unlink()
-    assert train_worker(run, Worker(), batches(encoded))["status"] == "done"
+    assert train_worker(run, Worker(), batches(encoded)).status == "done"
     assert json.loads((run.folder / "evaluation.json").read_text())["samples"] == 3
 
 
@@ -202,9 +205,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run: Run, encoded: li
             yield batch
 
     outcome = train_worker(run, Worker(), poisoned)
-    assert outcome["status"] == "failed" and outcome["step"] == 3
+    assert outcome.status == "failed" and outcome.step == 3
     ids = sorted(i for batch in list_of(batches(encoded)(3), MICRO_BATCHES) for i in batch.sample_ids)
-    assert f"step 4: the loss is nan; nothing was updated. Samples of this step: {', '.join(ids)}" in outcome["message"]
+    assert f"step 4: the loss is nan; nothing was updated. Samples of this step: {', '.join(ids)}" in outcome.message
     saved = newest_checkpoint(run.checkpoints, warn=pytest.fail)
     assert saved is not None and saved.step == 2
 
@@ -223,7 +226,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
     before = {name: p.detach().clone() for name, p in trained.items()}
     next(iter(trained.values())).register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(StoppedRun, match=r"gradient norm is .*Samples of this step: a, b"):
-        train_step(model, optimizer, gradients, [batch_of(encoded[:2])], Objective())
+        train_step(model, optimizer, gradients, [batch_of(encoded[:2])], DistillationLoss())
     assert all(torch.equal(p, before[name]) for name, p in trained.items())
 
 
@@ -231,9 +234,7 @@ def test_too_many_rows_left_out_stop_the_run(run: Run, encoded: list[Encoded]) -
     """With a hundredth of a percent allowed, no row may be left out: the message says which and why."""
     strict = replace(
         run,
-        config=run.config.model_copy(
-            update={"data": run.config.data.model_copy(update={"max_rejected_fraction": 0.0001})}
-        ),
+        config=changed(run.config, {"data.max_rejected_fraction": 0.0001}),
     )
 
     def with_rejects(start: int) -> Iterator[Batch]:
@@ -242,21 +243,20 @@ def test_too_many_rows_left_out_stop_the_run(run: Run, encoded: list[Encoded]) -
             yield replace(batch, rejected=rejected)
 
     outcome = train_worker(strict, Worker(), with_rejects)
-    assert outcome["status"] == "failed"
-    assert "4 of the 20 samples so far had to be left out (4 x too_long)" in outcome["message"]
-    assert "For one, x:7: 900 tokens" in outcome["message"]
+    assert outcome.status == "failed"
+    assert "4 of the 20 samples so far had to be left out (4 x too_long)" in outcome.message
+    assert "For one, x:7: 900 tokens" in outcome.message
     assert [line["id"] for line in lines(run, "rejected")] == ["x:7"] * 4
 
-    def allowing(fraction: float) -> dict[str, Any]:
-        data = run.config.data.model_copy(update={"max_rejected_fraction": fraction})
+    def allowing(fraction: float) -> Outcome:
         folder = run.folder.with_name(f"allowing-{fraction}")
         (folder / "checkpoints").mkdir(parents=True)
-        allowing = replace(run, folder=folder, config=run.config.model_copy(update={"data": data}))
+        allowing = replace(run, folder=folder, config=changed(run.config, {"data.max_rejected_fraction": fraction}))
         return train_worker(allowing, Worker(), with_rejects)
 
-    assert allowing(0.15)["rejected"] == {"too_long": 4}
+    assert allowing(0.15).counts["rejected"] == {"too_long": 4}
     # four of the first hundred may be, but not of the 28 that an epoch has
-    assert "4 of the 28 samples so far" in allowing(0.04)["message"]
+    assert "4 of the 28 samples so far" in allowing(0.04).message
 
 
 def test_a_step_with_nothing_left_changes_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:
@@ -264,7 +264,7 @@ def test_a_step_with_nothing_left_changes_nothing(student: Callable[..., Any], e
     trained = trainable_parameters(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=0.1, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in trained.items()}
-    result = train_step(model, optimizer, GradientBuffer(trained.values()), [batch_of([])], Objective())
+    result = train_step(model, optimizer, GradientBuffer(trained.values()), [batch_of([])], DistillationLoss())
     assert result.grad_norm == 0 and all(torch.equal(p, before[name]) for name, p in trained.items())
 
 
@@ -273,9 +273,9 @@ def test_clipping_bounds_the_gradient(student: Callable[..., Any], encoded: list
     trained = trainable_parameters(model)
     gradients = GradientBuffer(trained.values())
     optimizer = torch.optim.SGD(trained.values(), lr=0.0)
-    whole = train_step(model, optimizer, gradients, [batch_of(encoded)], Objective())
+    whole = train_step(model, optimizer, gradients, [batch_of(encoded)], DistillationLoss())
     direction = gradients.flat / gradients.flat.norm()
-    clipped = train_step(model, optimizer, gradients, [batch_of(encoded)], Objective(), max_grad_norm=0.01)
+    clipped = train_step(model, optimizer, gradients, [batch_of(encoded)], DistillationLoss(), max_grad_norm=0.01)
     assert clipped.grad_norm == whole.grad_norm > 0.01
     assert gradients.flat.norm().item() == pytest.approx(0.01, rel=1e-5)
     assert torch.allclose(gradients.flat / gradients.flat.norm(), direction, atol=1e-6)
@@ -286,15 +286,14 @@ def test_a_batch_can_be_overfitted(student: Callable[..., Any], encoded: list[En
     trained = trainable_parameters(model)
     gradients, optimizer = GradientBuffer(trained.values()), torch.optim.AdamW(trained.values(), lr=3e-3, fused=True)
     losses = [
-        train_step(model, optimizer, gradients, [batch_of(encoded[:3])], Objective()).sums.loss for _ in range(120)
+        train_step(model, optimizer, gradients, [batch_of(encoded[:3])], DistillationLoss()).sums.loss
+        for _ in range(120)
     ]
     assert losses[-1] < 0.1 * losses[0]
 
 
 def test_the_schedule_warms_up_and_falls(run: Run) -> None:
-    schedule = learning_rate_schedule(
-        run.config.model_copy(update={"scheduler": run.config.scheduler.model_copy(update={"warmup_steps": 4})}), 20
-    )
+    schedule = learning_rate_schedule(changed(run.config, {"scheduler.warmup_steps": 4}), 20)
     rates = [schedule(step) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.02
@@ -325,7 +324,7 @@ def one_step(
     gradients = GradientBuffer(trained.values())
     parts = [batch_of(encoded[i : i + size]) for i in range(0, len(encoded), size)]
     parts = [p if p.tiles is None else replace(p, tiles=p.pixel_values.to(dtype), normalise=None) for p in parts]
-    objective = Objective(vision_loss_weight=0.7, text_loss_weight=1.3)
+    objective = DistillationLoss(vision_loss_weight=0.7, text_loss_weight=1.3)
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float64:
             norms_in_their_own_dtype(patch)

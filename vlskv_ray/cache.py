@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from vlskv_ray.cluster.start import ray_cluster
 from vlskv_ray.command import DONE, exit_status, run_parser, up_to
 from vlskv_ray.config import load_config_and_notices
+from vlskv_ray.launch.caches import check_cache
 from vlskv_ray.launch.fill_cache import SeveralCaches, fill_ahead
-from vlskv_ray.launch.prepare import check_cache, prepare
+from vlskv_ray.launch.prepare import prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

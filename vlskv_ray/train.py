@@ -8,9 +8,10 @@ from dataclasses import replace
 from vlskv_ray.command import DONE, FAILED, exit_status, print_error, run_parser
 from vlskv_ray.config import dump_config, load_config_and_notices
 from vlskv_ray.errors import StoppedRun
+from vlskv_ray.launch.caches import check_cache
 from vlskv_ray.launch.driver import train
 from vlskv_ray.launch.dry_run import dry_run
-from vlskv_ray.launch.prepare import check_cache, prepare
+from vlskv_ray.launch.prepare import prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

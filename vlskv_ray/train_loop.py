@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -11,21 +12,25 @@ import torch
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import AskedToStop, StoppedRun
-from vlskv_ray.evaluation.evaluator import SIDES, Evaluator, evaluation_of, figures_of
+from vlskv_ray.evaluation.evaluator import Evaluator, evaluation_of, figures_of
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.files import write_json
-from vlskv_ray.model.build import (
-    build_plain,
-    build_student,
-    device_of,
-    find_model,
-    load_processor,
-    trainable_parameters,
-)
+from vlskv_ray.model.build import load_processor, trainable_parameters
 from vlskv_ray.storage.run_log import RunLog
-from vlskv_ray.storage.saving import MAKE_ROOM, Saver, export, finish_saving, resume, save_is_due, stop_if_taken_over
+from vlskv_ray.storage.saving import (
+    MAKE_ROOM,
+    Counts,
+    Saver,
+    export,
+    finish_saving,
+    resume,
+    save_is_due,
+    stop_if_taken_over,
+)
 from vlskv_ray.training.distill import LossSums
 from vlskv_ray.training.faults import fault_point
+from vlskv_ray.training.objective import Loss, build_model, objective_of
+from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run, Worker, gather_objects, this_rank
 from vlskv_ray.training.step import (
     GradientBuffer,
@@ -33,7 +38,7 @@ from vlskv_ray.training.step import (
     autocast,
     build_optimizer,
     learning_rate_schedule,
-    objective_of,
+    loss_of,
     set_learning_rate,
     stop_if_ruined,
     train_step,
@@ -41,172 +46,154 @@ from vlskv_ray.training.step import (
 from vlskv_ray.training.watchdog import Attempts, Watchdog
 
 
-def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]]) -> dict[str, Any]:
-    """Trains from the newest checkpoint to the end of the run.
+@dataclass
+class Training:
+    """What a worker trains with. Weights, counts and `step` change as it goes on; the other parts stay."""
+
+    run: Run
+    worker: Worker
+    model: Any
+    trained: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    gradients: GradientBuffer
+    loss: Loss
+    learning_rate: Callable[[int], float]
+    """Of a step, as a fraction of the highest."""
+    evaluator: Evaluator | None
+    watchdog: Watchdog
+    counts: Counts
+    step: int
+    """Steps that have been made."""
+    log: RunLog | None = None
+    saver: Saver | None = None
+    attempts: Attempts | None = None
+    """These three are one worker's, who writes for all."""
+
+
+def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]]) -> Outcome:
+    """Trains from the newest checkpoint to the end of the run; what is measured goes into evaluation.json.
 
     Args:
         run: the same on every worker.
         worker: this one.
         batches_from: this worker's micro-batches from a step on, in the order of the plan.
-
-    Returns:
-        `status` and `step`: "done", with the samples left out by reason and the seconds that all steps took; "stopped",
-        saved and left as asked; "poisoned": this step has ended its workers again and again; "refused", where the model
-        cannot be used, or "failed", each with a `message`. What was measured is in evaluation.json.
     """
+    torch.set_num_threads(run.config.cluster.threads_per_worker or 1)
     with run.cache.in_use() if run.cache is not None else nullcontext():
-        return _train(run, worker, batches_from)
-
-
-def _train(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]]) -> dict[str, Any]:
-    config, output = run.config, run.config.output
-    torch.set_num_threads(config.cluster.threads_per_worker or 1)
-    attempts = Attempts(run.attempt_file) if worker.rank == 0 else None
-    poisoned = gather_objects(attempts.poisoned(run.total_steps) if attempts else None)[0]
-    if poisoned is not None:
-        if attempts:
-            attempts.end()  # whoever starts the run again wants it tried
-        return {"status": "poisoned", "step": poisoned}
-    try:
-        model = model_of(run)
-        trained = trainable_parameters(model)
-        optimizer = build_optimizer(config, trained)
-        step, counts = resume(run, trained, optimizer)
-    except ValueError as error:  # the same on every worker, and the next time
-        return {"status": "refused", "message": str(error), "step": 0}
-    gradients = GradientBuffer(trained.values())
-    schedule = learning_rate_schedule(config, run.total_steps)
-    log = saver = None
-    if worker.rank == 0:
-        log = RunLog(run.folder, step, order=output.order, tensorboard=output.tensorboard)
-        saver = Saver(run, log)
-    objective = objective_of(config, run.cache)
-    per_worker = run.micro_batches_per_step // worker.world_size
-    evaluator = None
-    if run.held_out:
-        processor = load_processor(find_model(config.model.name_or_path, config.model.revision), tried=True)
-        evaluator = Evaluator(model, processor, run.held_out, rank=worker.rank, world_size=worker.world_size)
-    watchdog = Watchdog(
-        run.folder / "stacks", worker.rank, config.cluster.stall_seconds if config.cluster.most_workers else None
-    )
-    watchdog.begin()
-    batches = batches_from(step)
-    stopped, failure, first_step, warned = False, None, step, False
-
-    while step < run.total_steps and not stopped:
-        if attempts and config.cluster.most_workers == 0:
-            attempts.begin(step)  # samples are prepared in this process, and may be what ends it
-        fault_point("step", step, worker.rank)
-        began = time.perf_counter()
-        micro_batches, data_wait = take(batches, step, per_worker)
-        starting = data_wait if step == first_step else 0.0  # data tasks have to get going: no part of training
-        if attempts:
-            stop_if_taken_over(run)
-            attempts.begin(step)
-        watchdog.alive()
-        set_learning_rate(optimizer, config.optimizer.lr * schedule(step))
-        try:
-            result = train_step(
-                model,
-                optimizer,
-                gradients,
-                micro_batches,
-                objective,
-                max_grad_norm=config.optimizer.max_grad_norm,
-                max_tokens=config.micro_batch_tokens,
-                in_plan_order=config.cluster.bit_identical,
-                asked_to_stop=worker.rank == 0 and run.stop_file.exists(),
-                on_micro_batch=watchdog.done,
-            )
+        attempts = Attempts(run.attempt_file) if worker.rank == 0 else None
+        poisoned = gather_objects(attempts.poisoned(run.total_steps) if attempts else None)[0]
+        if poisoned is not None:
             if attempts:
-                attempts.done(step)
-            step += 1
-            fault_point("updated", step, worker.rank)
-            counts.add(micro_batches, result.sums, gather(micro_batches, result.sums, always=output.order))
-            seconds = time.perf_counter() - began - starting
-            counts.seconds += seconds
-            measured = measured_on_the_way(run, step, model, evaluator, watchdog)
-            if log:
-                metrics = metrics_of(run, step, result, optimizer, data_wait, seconds) | measured
-                due = step % output.log_every_steps == 0 or step == run.total_steps or bool(measured)
-                log.step(metrics, counts.latest_rejected, counts.latest_notices, counts.latest_ids, with_metrics=due)
-            is_epoch = step % run.steps_per_epoch == 0
-            counts.check(config.data.max_rejected_fraction, config.data.on_refused, whole_epoch=is_epoch)
-            stopped = result.stop
-            newly_warned = worker.is_warned() and not warned
-            warned |= newly_warned
-            if stopped or newly_warned or save_is_due(run, step, measured):
-                stop_if_ruined(trained, step)
-                counts.gather()
-                if saver:
-                    saver.save(step, trained, optimizer, counts, measured)
-            if stopped or step == run.total_steps:
-                finish_saving(saver)
-        except StoppedRun as reason:
-            failure = str(reason)
-            break
-
-    if failure is None and step == run.total_steps:
-        failure = counts.nothing_learnt(config.vision_loss_weight, config.text_loss_weight)
-    if saver:
-        saver.wait()
-    if log:
-        log.close()
-    if attempts:
-        attempts.end()
-    outcome: dict[str, Any] = {"status": "done", "step": step, **counts.to_json()}
-    if failure:
-        outcome = {"status": "failed", "message": failure, "step": step}
-    elif step < run.total_steps:
-        outcome = {"status": "stopped", "step": step}
-    else:
-        model.to(getattr(torch, config.model.dtype))  # measured as it is exported
-        fault_point("export", step, worker.rank)
+                attempts.end()  # whoever starts the run again wants it tried
+            return Outcome("poisoned", poisoned)
         try:
-            export_for_all(run, worker, model, watchdog)
-            measure(run, worker, model, evaluator, watchdog)
-        except AskedToStop:
-            outcome = {"status": "stopped", "step": step}
-        except StoppedRun as reason:
-            outcome = {"status": "failed", "message": str(reason), "step": step}
-    watchdog.rest()
-    return outcome
+            model, optimizer, step, counts = load(run)
+        except ValueError as error:  # the same on every worker, and the next time
+            return Outcome("refused", message=str(error))
+        training = build(run, worker, model, optimizer, step, counts, attempts)
+        training.watchdog.begin()
+        failure = run_steps(training, batches_from(training.step))
+        close(training)
+        outcome = finish(training, failure)
+        training.watchdog.rest()
+        return outcome
 
 
-def export_for_all(run: Run, worker: Worker, model: Any, watchdog: Watchdog) -> None:
-    """One worker writes `final/`; StoppedRun on all of them where it cannot."""
-    watchdog.begin()
-    wrong = ""
-    if worker.rank == 0:
-        try:
-            export(run, model)
-        except OSError as error:
-            wrong = f"{error}; {MAKE_ROOM}"
-    if wrong := gather_objects(wrong)[0]:
-        raise StoppedRun(wrong)
+def load(run: Run) -> tuple[Any, torch.optim.Optimizer, int, Counts]:
+    """Model, optimizer, steps made and counts, as the newest checkpoint has them.
 
-
-def model_of(run: Run) -> Any:
-    """The student of a distillation, or the whole model where all of it trains; on the device it will be used on.
-
-    Everything else goes by where the model is.
+    Raises:
+        ValueError: model or checkpoint is not what the run needs.
     """
-    device = device_of("cuda" if run.config.cluster.use_gpu else "cpu")
-    options = run.config.model
-    files = find_model(options.name_or_path, options.revision)  # here: each machine has its own copy of a hub model
-    if run.config.objective == "sft":
-        model = build_plain(
-            files, options.num_hidden_layers, attn_implementation=options.attn_implementation, seed=run.config.seed
-        )
-    else:
-        model = build_student(
-            files,
-            options.num_key_value_layers,
-            options.key_value_group_size,
-            attn_implementation=options.attn_implementation,
-            dtype=getattr(torch, options.dtype),
-        )
-    return model.to(device)
+    model = build_model(run)
+    trained = trainable_parameters(model)
+    optimizer = build_optimizer(run.config, trained)
+    return model, optimizer, *resume(run, trained, optimizer)
+
+
+def build(
+    run: Run,
+    worker: Worker,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    counts: Counts,
+    attempts: Attempts | None,
+) -> Training:
+    """What the worker needs beside `load`, ready for the next step."""
+    config, log, evaluator = run.config, None, None
+    trained = trainable_parameters(model)
+    if worker.rank == 0:
+        log = RunLog(run.folder, step, order=config.output.order, tensorboard=config.output.tensorboard)
+    if run.held_out:
+        processor = load_processor(run.model_files, tried=True)
+        evaluator = Evaluator(model, processor, run.held_out, rank=worker.rank, world_size=worker.world_size)
+    stall_seconds = config.cluster.stall_seconds if config.cluster.most_workers else None
+    return Training(
+        run=run,
+        worker=worker,
+        model=model,
+        trained=trained,
+        optimizer=optimizer,
+        gradients=GradientBuffer(trained.values()),
+        loss=loss_of(config, run.cache),
+        learning_rate=learning_rate_schedule(config, run.total_steps),
+        evaluator=evaluator,
+        watchdog=Watchdog(run.folder / "stacks", worker.rank, stall_seconds),
+        counts=counts,
+        step=step,
+        log=log,
+        saver=Saver(run, log) if log else None,
+        attempts=attempts,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the steps
+def run_steps(training: Training, batches: Iterator[Batch]) -> str | None:
+    """Makes the steps that are left, up to a stop if one is asked for; why the run cannot go on, if it cannot."""
+    config, counts = training.run.config, training.counts
+    try:
+        train(training, batches)
+    except StoppedRun as reason:
+        return str(reason)
+    if training.step < training.run.total_steps:
+        return None
+    return counts.nothing_learnt(config.vision_loss_weight, config.text_loss_weight)
+
+
+def train(training: Training, batches: Iterator[Batch]) -> None:
+    """The loop. StoppedRun, on every worker at the same step, where it cannot go on."""
+    run, worker, counts, data = training.run, training.worker, training.counts, training.run.config.data
+    first_step, stopped, warned = training.step, False, False
+    while training.step < run.total_steps and not stopped:
+        begin_waiting(training)
+        began = time.perf_counter()
+        micro_batches, data_wait = take(batches, training.step, run.micro_batches_per_step // worker.world_size)
+        starting = (
+            data_wait if training.step == first_step else 0.0
+        )  # data tasks have to get going: no part of training
+        result = make_step(training, micro_batches)
+        counts.add(micro_batches, result.sums, gather(micro_batches, result.sums, always=run.config.output.order))
+        seconds = time.perf_counter() - began - starting
+        counts.seconds += seconds
+        measured = evaluate_during_training(training)
+        write_log(training, result, data_wait, seconds, measured)
+        is_epoch = training.step % run.steps_per_epoch == 0
+        counts.check(data.max_rejected_fraction, data.on_refused, whole_epoch=is_epoch)
+        stopped = result.stop
+        newly_warned = worker.is_warned() and not warned
+        warned |= newly_warned
+        if stopped or newly_warned or save_is_due(run, training.step, measured):
+            save(training, measured)
+        if stopped or training.step == run.total_steps:
+            finish_saving(training.saver)
+
+
+def begin_waiting(training: Training) -> None:
+    """A step's micro-batches are about to be waited for."""
+    if training.attempts and training.run.config.cluster.most_workers == 0:
+        training.attempts.begin(training.step)  # samples are prepared in this process, and may be what ends it
+    fault_point("step", training.step, training.worker.rank)
 
 
 def take(batches: Iterator[Batch], step: int, count: int) -> tuple[list[Batch], float]:
@@ -215,6 +202,33 @@ def take(batches: Iterator[Batch], step: int, count: int) -> tuple[list[Batch], 
     taken = list(islice(batches, count))
     assert [b.step for b in taken] == [step] * count, f"step {step}: got {[b.step for b in taken]}, out of plan"
     return taken, time.perf_counter() - began
+
+
+def make_step(training: Training, micro_batches: Sequence[Batch]) -> StepResult:
+    """One optimizer step, by which `training` is a step further."""
+    run, config, step = training.run, training.run.config, training.step
+    if training.attempts:
+        stop_if_taken_over(run)
+        training.attempts.begin(step)
+    training.watchdog.alive()
+    set_learning_rate(training.optimizer, config.optimizer.lr * training.learning_rate(step))
+    result = train_step(
+        training.model,
+        training.optimizer,
+        training.gradients,
+        micro_batches,
+        training.loss,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        max_tokens=config.micro_batch_tokens,
+        in_plan_order=config.cluster.bit_identical,
+        asked_to_stop=training.worker.rank == 0 and run.stop_file.exists(),
+        on_micro_batch=training.watchdog.done,
+    )
+    if training.attempts:
+        training.attempts.done(step)
+    training.step += 1
+    fault_point("updated", training.step, training.worker.rank)
+    return result
 
 
 def gather(
@@ -228,23 +242,22 @@ def gather(
     return sorted(entry for of_worker in gather_objects(mine) for entry in of_worker)
 
 
-def measured_on_the_way(
-    run: Run, step: int, model: Any, evaluator: Evaluator | None, watchdog: Watchdog
-) -> dict[str, float]:
+def evaluate_during_training(training: Training) -> dict[str, float]:
     """What metrics.jsonl gets of a measurement of the model as it is, where one is due. All workers take part."""
+    run, step, evaluator, watchdog = training.run, training.step, training.evaluator, training.watchdog
     every = run.config.evaluation.every_steps
     if evaluator is None or every is None or step % every or step == run.total_steps:
         return {}
-    side = "sft_model" if run.config.objective == "sft" else "student"
+    side = objective_of(run.config).trained_side
 
-    def together(done: int, of: int) -> None:
+    def stay_in_step(done: int, of: int) -> None:
         fault_point("evaluate_on_the_way", step, this_rank())
         stop_if_refused(run, evaluator)  # all are asked, so that one that does not answer is noticed
         watchdog.done()
 
     watchdog.begin()
-    with autocast(model):
-        shares = gather_objects(evaluator.results(side, on_progress=together))
+    with autocast(training.model):
+        shares = gather_objects(evaluator.results(side, on_progress=stay_in_step))
         results = [result for mine in shares for result in mine]
     watchdog.begin()
     figures = figures_of(results, side)
@@ -252,49 +265,24 @@ def measured_on_the_way(
     return {f"eval_{name}": figures[name] for name in names if figures[name] is not None}
 
 
-def measure(run: Run, worker: Worker, model: Any, evaluator: Evaluator | None, watchdog: Watchdog) -> None:
-    """Writes evaluation.json: what the model answers to held-out questions, and what a student saves."""
-    is_sft = run.config.objective == "sft"
-    sides = ("sft_model",) if is_sft else SIDES
-    evaluation: dict[str, Any] = {}
-    if evaluator:
-
-        def stop_if_asked(done: int, of: int) -> None:
-            fault_point("evaluate", run.total_steps, worker.rank)
-            if any(gather_objects(worker.rank == 0 and run.stop_file.exists())):
-                raise AskedToStop
-            stop_if_refused(run, evaluator)
-            watchdog.done()
-
-        watchdog.begin()
-        results = evaluator.results(*sides, on_progress=stop_if_asked)
-        everyone = gather_objects((results, evaluator.left_out))
-        if worker.rank == 0:
-            evaluation = evaluation_of(everyone, sides, evaluator.held_out)
-    watchdog.rest()  # the workers part here
-    if worker.rank == 0:
-        if not is_sft:
-            evaluation["model"] = layers_of(model)
-            evaluation["savings"] = measure_savings(model, evaluator.typical_sample() if evaluator else None)
-        try:
-            write_json(run.folder / "evaluation.json", evaluation)
-        except OSError as error:
-            raise StoppedRun(f"{error.filename} {error.strerror}; {MAKE_ROOM}") from error
-        fault_point("end", run.total_steps)
-
-
-def stop_if_refused(run: Run, evaluator: Evaluator) -> None:
-    """StoppedRun on every worker where a held-out row of one of them was refused."""
-    rows = [row for of_worker in gather_objects(evaluator.refused) for row in of_worker]
-    if message := refused_message(rows, run.config.data.on_refused):
-        raise StoppedRun(message)
+def write_log(
+    training: Training, result: StepResult, data_wait: float, seconds: float, measured: dict[str, float]
+) -> None:
+    """Writes down the step that was made, its metrics where they are due."""
+    run, step, counts, output = training.run, training.step, training.counts, training.run.config.output
+    if training.log:
+        metrics = metrics_of(run, step, result, training.optimizer, data_wait, seconds) | measured
+        is_due = step % output.log_every_steps == 0 or step == run.total_steps or bool(measured)
+        training.log.step(
+            metrics, counts.latest_rejected, counts.latest_notices, counts.latest_ids, with_metrics=is_due
+        )
 
 
 def metrics_of(
     run: Run, step: int, result: StepResult, optimizer: Any, data_wait: float, seconds: float
 ) -> dict[str, float]:
     """One line of metrics.jsonl. Means are per supervised token; those of which the step has none are left out."""
-    sums, count = result.sums, result.sums.supervised_tokens
+    sums = result.sums
     metrics = {
         "step": step,
         "epoch": round(step / run.steps_per_epoch, 6),
@@ -308,16 +296,94 @@ def metrics_of(
     }
     if run.cache is not None:
         metrics["cached_samples"] = int(sums.cached)
-    is_sft = run.config.objective == "sft"
-    if count:
-        metrics |= {"loss": sums.loss / count, "token_accuracy" if is_sft else "top1_agreement": sums.top1 / count}
-    if count and not is_sft:
-        metrics |= {"teacher_ce": sums.teacher_ce / count, "student_ce": sums.student_ce / count}
-        if run.config.hidden_loss_weight:
-            metrics["hidden_loss"] = sums.hidden / count
-    prefix = "ce" if is_sft else "kl"
-    if sums.tokens_vision:
-        metrics[f"{prefix}_vision"] = (sums.ce_vision if is_sft else sums.kl_vision) / sums.tokens_vision
-    if sums.tokens_text:
-        metrics[f"{prefix}_text"] = (sums.ce_text if is_sft else sums.kl_text) / sums.tokens_text
-    return metrics
+    return metrics | objective_of(run.config).metrics(sums, run.config)
+
+
+def save(training: Training, measured: dict[str, float]) -> None:
+    """Begins to write a checkpoint; StoppedRun where the weights are ruined, which all workers see alike."""
+    stop_if_ruined(training.trained, training.step)
+    training.counts.gather()
+    if training.saver:
+        training.saver.save(training.step, training.trained, training.optimizer, training.counts, measured)
+
+
+# ------------------------------------------------------------------------------------------------------------ the end
+def close(training: Training) -> None:
+    """Waits for what is being written; no step is being made any more."""
+    if training.saver:
+        training.saver.wait()
+    if training.log:
+        training.log.close()
+    if training.attempts:
+        training.attempts.end()
+
+
+def finish(training: Training, failure: str | None) -> Outcome:
+    """Exports and measures the model of a run whose steps are all made; how the worker's part ended."""
+    run, step = training.run, training.step
+    if failure:
+        return Outcome("failed", step, failure)
+    if step < run.total_steps:
+        return Outcome("stopped", step)
+    training.model.to(getattr(torch, run.config.model.dtype))  # measured as it is exported
+    fault_point("export", step, training.worker.rank)
+    try:
+        export_for_all(training)
+        measure(training)
+    except AskedToStop:
+        return Outcome("stopped", step)
+    except StoppedRun as reason:
+        return Outcome("failed", step, str(reason))
+    return Outcome("done", step, counts=training.counts.to_json())
+
+
+def export_for_all(training: Training) -> None:
+    """One worker writes `final/`; StoppedRun on all of them where it cannot."""
+    training.watchdog.begin()
+    problem = ""
+    if training.worker.rank == 0:
+        try:
+            export(training.run, training.model)
+        except OSError as error:
+            problem = f"{error}; {MAKE_ROOM}"
+    if problem := gather_objects(problem)[0]:
+        raise StoppedRun(problem)
+
+
+def measure(training: Training) -> None:
+    """Writes evaluation.json: what the model answers to held-out questions, and what a student saves."""
+    run, worker, evaluator, watchdog = training.run, training.worker, training.evaluator, training.watchdog
+    objective = objective_of(run.config)
+    evaluation: dict[str, Any] = {}
+    if evaluator:
+
+        def stop_if_asked(done: int, of: int) -> None:
+            fault_point("evaluate", run.total_steps, worker.rank)
+            if any(gather_objects(worker.rank == 0 and run.stop_file.exists())):
+                raise AskedToStop
+            stop_if_refused(run, evaluator)
+            watchdog.done()
+
+        watchdog.begin()
+        results = evaluator.results(*objective.sides, on_progress=stop_if_asked)
+        everyone = gather_objects((results, evaluator.left_out))
+        if worker.rank == 0:
+            evaluation = evaluation_of(everyone, objective.sides, evaluator.held_out)
+    watchdog.rest()  # the workers part here
+    if worker.rank == 0:
+        if objective.has_student:
+            evaluation["model"] = layers_of(training.model)
+            typical = evaluator.typical_sample() if evaluator else None
+            evaluation["savings"] = measure_savings(training.model, typical)
+        try:
+            write_json(run.folder / "evaluation.json", evaluation)
+        except OSError as error:
+            raise StoppedRun(f"{error.filename} {error.strerror}; {MAKE_ROOM}") from error
+        fault_point("end", run.total_steps)
+
+
+def stop_if_refused(run: Run, evaluator: Evaluator) -> None:
+    """StoppedRun on every worker where a held-out row of one of them was refused."""
+    rows = [row for of_worker in gather_objects(evaluator.refused) for row in of_worker]
+    if message := refused_message(rows, run.config.data.on_refused):
+        raise StoppedRun(message)

@@ -145,7 +145,7 @@ def test_weights_are_counted_without_loading_them(
     model = build_plain(files, layers) if whole else build_student(files, 2, 2)
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    assert parameter_counts(files, 2, 2, num_hidden_layers=layers, whole=whole) == (frozen, trained)
+    assert parameter_counts(files, 2, 2, num_hidden_layers=layers, all_weights=whole) == (frozen, trained)
 
 
 # --------------------------------------------------------------------------------------------------- what a node says

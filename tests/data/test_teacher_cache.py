@@ -27,9 +27,9 @@ from vlskv_ray.data.teacher_cache import TeacherCache, content_key
 from vlskv_ray.launch.driver import train
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
-from vlskv_ray.training.distill import Objective, cached_pass, distillation_loss, shared_pass
+from vlskv_ray.training.distill import DistillationLoss, cached_pass, distillation_loss, shared_pass
 
-OBJECTIVE = Objective(temperature=2.0, hidden_loss_weight=0.5)
+OBJECTIVE = DistillationLoss(temperature=2.0, hidden_loss_weight=0.5)
 
 
 @pytest.fixture
@@ -403,7 +403,7 @@ def config_of(folder: Path, teacher: Path, name: str, **model: Any) -> Config:
 
 @pytest.fixture
 def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr("vlskv_ray.launch.prepare.IN_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr("vlskv_ray.launch.caches.IN_MEMORY", tmp_path / "shm")
     yield tmp_path / "shm"
 
 

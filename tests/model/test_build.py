@@ -23,7 +23,7 @@ from vlskv_ray.model.build import (
 )
 from vlskv_ray.model.presets import PRESETS, build_teacher
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
-from vlskv_ray.training.distill import Objective, distillation_loss
+from vlskv_ray.training.distill import DistillationLoss, distillation_loss
 
 
 def test_the_small_preset_has_its_published_size() -> None:
@@ -106,10 +106,10 @@ def test_trained_weights_are_float32_in_a_bfloat16_model(student: Callable[..., 
     assert model.lm_head.weight.dtype == torch.bfloat16
     batch = batch_of(encoded)
     with autocast(model):
-        loss, sums = distillation_loss(model, batch, Objective())
+        loss, sums = distillation_loss(model, batch, DistillationLoss())
     assert loss is not None
     loss.backward()
-    exact, exact_sums = distillation_loss(student(), batch, Objective())
+    exact, exact_sums = distillation_loss(student(), batch, DistillationLoss())
     assert sums.loss == pytest.approx(exact_sums.loss, rel=0.1)
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in trainable_parameters(model).values())
 

@@ -16,18 +16,19 @@ from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
 from vlskv_ray.training.counting import peak_bytes
 from vlskv_ray.training.distill import (
+    DistillationLoss,
     DivergenceAtHead,
     LossSums,
-    Objective,
     distillation_loss,
     frozen_states,
     kl_divergence,
     rows_per_chunk,
     shared_pass,
 )
-from vlskv_ray.training.step import Loss, autocast, recomputing
+from vlskv_ray.training.objective import Loss
+from vlskv_ray.training.step import autocast, recompute
 
-OBJECTIVE = Objective(temperature=2.0, vision_loss_weight=0.7, text_loss_weight=1.3, hidden_loss_weight=0.4)
+OBJECTIVE = DistillationLoss(temperature=2.0, vision_loss_weight=0.7, text_loss_weight=1.3, hidden_loss_weight=0.4)
 
 
 def loss_and_gradient(model: Any, batches: list[Batch], objective: Loss = OBJECTIVE) -> tuple[float, Tensor]:
@@ -167,7 +168,7 @@ def test_the_budget_sets_the_chunk() -> None:
 def test_weight_of_a_sample_is_its_own(student: Callable[..., Any], encoded: list[Encoded]) -> None:
     """A text sample among image samples has the text weight: with that at 0 it adds nothing."""
     model = student()
-    objective = Objective(text_loss_weight=0.0)
+    objective = DistillationLoss(text_loss_weight=0.0)
     mixed, text = batch_of([encoded[0], encoded[1]]), batch_of([encoded[1]])
     alone = batch_of([encoded[0]])
     sums = {
@@ -243,7 +244,7 @@ def test_gradient_checkpointing_changes_nothing(
             return *loss_and_gradient(model, batches, objective), runs.copy()
 
     loss, gradient, once = with_objective(OBJECTIVE)
-    again, same, twice = with_objective(recomputing(OBJECTIVE))
+    again, same, twice = with_objective(recompute(OBJECTIVE))
     assert again == loss and torch.equal(same, gradient)
     trained = range(2, 6)
     assert {i: twice[i] - once[i] for i in range(6)} == {i: len(batches) * (i in trained) for i in range(6)}
@@ -254,9 +255,9 @@ def test_gradient_checkpointing_takes_less_memory(student: Callable[..., Any], e
     """Of a sample that is nearly all answer; where little is supervised there is little to save."""
     sample = replace(encoded[3], labels=encoded[3].input_ids)
     model, batch = student(), batch_of([sample] * 8)
-    objective = Objective(logits_memory_mib=1)
+    objective = DistillationLoss(logits_memory_mib=1)
     kept = peak_bytes(lambda: loss_and_gradient(model, [batch], objective))
-    assert peak_bytes(lambda: loss_and_gradient(model, [batch], recomputing(objective))) < 0.8 * kept
+    assert peak_bytes(lambda: loss_and_gradient(model, [batch], recompute(objective))) < 0.8 * kept
 
 
 def test_kl_is_zero_when_student_equals_teacher() -> None:

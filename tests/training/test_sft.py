@@ -22,9 +22,10 @@ from vlskv_ray.model.build import build_plain, find_model
 from vlskv_ray.model.swiftkv import BACKBONES
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.training.counting import peak_bytes
+from vlskv_ray.training.objective import Loss
 from vlskv_ray.training.run import Run, Worker
 from vlskv_ray.training.sft import cross_entropy_loss
-from vlskv_ray.training.step import Loss, recomputing
+from vlskv_ray.training.step import recompute
 
 QUERIES_OF_NEW_LAYER = "model.language_model.layers.7.self_attn.q_proj.weight"
 
@@ -68,7 +69,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(
     model, batch = build_plain(find_model(str(teacher_folder(backbone)))), batch_of(encoded)
     gradients: list[dict[str, Tensor]] = []
     held = []
-    for objective in (cross_entropy_loss, recomputing(cross_entropy_loss)):
+    for objective in (cross_entropy_loss, recompute(cross_entropy_loss)):
         model.zero_grad()
 
         def step(objective: Loss = objective) -> None:
@@ -143,7 +144,7 @@ def test_all_weights_train_and_the_result_is_a_stock_model(
     run: Run, encoded: list[Encoded], teacher_folder: Callable[..., Path]
 ) -> None:
     outcome = train_worker(run, Worker(), batches(encoded))
-    assert outcome["status"] == "done"
+    assert outcome.status == "done"
     model = AutoModelForImageTextToText.from_pretrained(run.folder / "final")
     assert type(model.model.language_model).__name__ == "LlamaModel"
     before = AutoModelForImageTextToText.from_pretrained(teacher_folder()).state_dict()
@@ -193,6 +194,5 @@ def test_a_student_is_refused(run: Run, encoded: list[Encoded], student: Any, tm
     )
     outcome = train_worker(replace(run, config=config), Worker(), batches(encoded))
     assert (
-        outcome["status"] == "refused"
-        and "holds SwiftKV weights; objective=sft trains a plain model" in (outcome["message"])
+        outcome.status == "refused" and "holds SwiftKV weights; objective=sft trains a plain model" in outcome.message
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlskv_ray.errors import NoRoom
+from vlskv_ray.words import plural
 
 Resources = dict[str, float]
 
@@ -104,90 +105,91 @@ def told_in(file: Path) -> Callable[[str], None]:
     return tell
 
 
-def have_asked(asking: Any) -> None:
-    """Has the controller of this process, which has one, make the placement group of its workers by what `together`
-    returned."""
+class Bundles:
+    """The placement group that this process's workers and a first data task are put into, and the wait for it."""
+
+    def __init__(self, data_task: Resources, worker: Resources, fewest: int, wait: Wait) -> None:
+        self.data_task, self.worker, self.fewest, self.wait = data_task, worker, fewest, wait
+        self.group: Any = None
+        self.num_workers = 0
+
+    def ask_for(self, num_workers: int, strategy: str) -> Any:
+        """The placement group of so many workers and a data task, which may not be there yet."""
+        from ray.util import placement_group
+
+        self.num_workers = num_workers
+        self.group = placement_group(self.of(num_workers), strategy=strategy)
+        return self.group
+
+    def of(self, num_workers: int) -> list[Resources]:
+        return [*[self.worker] * num_workers, self.data_task]
+
+    def wait_for(self, handle: Any, seconds: float) -> bool:
+        """Whether there is room; only where fewer workers might do, not for longer than these seconds."""
+        until = time.monotonic() + seconds
+        try:
+            while not handle.placement_group.wait(SLICE):
+                self.tell_of_wait(self.num_workers)
+                if self.num_workers > self.fewest and time.monotonic() > until:
+                    return False  # the group is removed by who asks
+        except NoRoom:
+            handle.shutdown()
+            raise
+        return True
+
+    def tell_of_wait(self, num_workers: int) -> None:
+        self.wait.goes_on(self.of(num_workers), f"{plural(num_workers, 'worker')} and a data task")
+
+    def first_data_task(self) -> Any:
+        """Ray's scheduling strategy for it."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.num_workers)
+
+
+def place_workers_by(bundles: Bundles) -> None:
+    """Has Ray Train's controller, which this process has, put its workers into these bundles."""
     from ray.train.v2._internal.execution.controller.controller import TrainController
     from ray.train.v2._internal.execution.worker_group import WorkerGroup
     from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 
-    class Asked(DefaultPlacementGroupHandle):
+    class Handle(DefaultPlacementGroupHandle):
         def wait(self, timeout_seconds: float = 30) -> bool:
-            there: bool = asking.waits_for(self, timeout_seconds)
-            return there
+            return bundles.wait_for(self, timeout_seconds)
 
     class WorkersAndData(WorkerGroup):
         def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
-            return Asked(asking.asks_for(worker_group_context.num_workers, worker_group_context.placement_strategy))
+            return Handle(bundles.ask_for(worker_group_context.num_workers, worker_group_context.placement_strategy))
 
     TrainController.worker_group_cls = WorkersAndData
 
 
-def stay_in_step(data_task: Resources, worker: Resources, fewest: int, wait: Wait) -> Any:
+def ask_together(bundles: Bundles) -> Any:
     """Has Ray Train ask for a data task along with the workers, whenever it starts or restarts them.
 
     Ray Train alone asks for its workers only, and tries again for ever in silence. All of this happens in the process
     of its controller, whenever that is about to start workers.
 
-    Args:
-        data_task: what a data task takes.
-        worker: what a worker takes.
-        fewest: workers that are enough, where their number follows the cluster.
-        wait: for them.
-
     Returns:
-        what goes into the `callbacks` of Ray's RunConfig; its `first_data_task()` is where the dataset's first process
-        is to be scheduled, to be asked for while workers are being started.
+        what goes into the `callbacks` of Ray's RunConfig.
     """
     from ray.train.v2._internal.execution.callback import ControllerCallback
 
-    class Together(ControllerCallback):
+    class AskTogether(ControllerCallback):
         def __init__(self) -> None:
-            self.group: Any = None
-            self.num_workers = 0
+            self.bundles = bundles  # it travels to the controller with this, where the dataset finds it
 
         def after_controller_start(self, train_run_context: Any) -> None:
-            have_asked(self)
+            place_workers_by(self.bundles)
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
             from ray.train.v2._internal.execution.controller.state import RunningState, SchedulingState
 
             if isinstance(current_state, RunningState):
-                wait.ends()
+                self.bundles.wait.ends()
             elif current_state is previous_state and not isinstance(current_state, SchedulingState):
                 # Ray has found that not even the fewest fit beside what other runs have asked it for
-                wait.goes_on(self.bundles(fewest), self.what(fewest))
+                self.bundles.tell_of_wait(self.bundles.fewest)
                 time.sleep(SLICE)
 
-        def asks_for(self, num_workers: int, strategy: str) -> Any:
-            from ray.util import placement_group
-
-            self.num_workers = num_workers
-            self.group = placement_group(self.bundles(num_workers), strategy=strategy)
-            return self.group
-
-        def bundles(self, num_workers: int) -> list[Resources]:
-            return [*[worker] * num_workers, data_task]
-
-        def what(self, num_workers: int) -> str:
-            return f"{num_workers} worker{'s' * (num_workers > 1)} and a data task"
-
-        def waits_for(self, asked: Any, seconds: float) -> bool:
-            """Whether there is room; only where fewer workers might do, not for longer than these seconds."""
-            until = time.monotonic() + seconds
-            try:
-                while not asked.placement_group.wait(SLICE):
-                    wait.goes_on(self.bundles(self.num_workers), self.what(self.num_workers))
-                    if self.num_workers > fewest and time.monotonic() > until:
-                        return False  # the group is removed by who asks
-            except NoRoom:
-                asked.shutdown()
-                raise
-            return True
-
-        def first_data_task(self) -> Any:
-            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-            return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.num_workers)
-
-    return Together()
+    return AskTogether()

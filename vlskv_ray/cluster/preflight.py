@@ -17,7 +17,8 @@ from vlskv_ray.cluster.shares import Cluster, Reserved
 from vlskv_ray.command import print_info
 from vlskv_ray.data.sources import Source, SourceSpec
 from vlskv_ray.model import presets
-from vlskv_ray.model.build import file_sizes, find_model, parameter_counts
+from vlskv_ray.model.build import file_sizes, parameter_counts
+from vlskv_ray.training.objective import objective_of
 from vlskv_ray.training.run import Run
 
 ANSWER_SECONDS = 120
@@ -29,13 +30,13 @@ SETTLE_SECONDS = 5.0
 def need_of(run: Run, sources: Sequence[Source], reserved: Reserved) -> Need:
     """What a run needs; all that it looks for is on this machine already."""
     config, options = run.config, run.config.model
-    model = find_model(options.name_or_path, options.revision)
+    model = run.model_files
     frozen, trained = parameter_counts(
         model,
         options.num_key_value_layers,
         options.key_value_group_size,
         num_hidden_layers=options.num_hidden_layers,
-        whole=config.objective == "sft",
+        all_weights=not objective_of(config).has_student,
     )
     weights = frozen * (2 if options.dtype == "bfloat16" else 4) + 4 * trained  # what trains is float32
     shared = {"output.dir": existing(run.folder)}

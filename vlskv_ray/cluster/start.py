@@ -48,7 +48,6 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray._common.utils import get_default_system_temp_dir, get_ray_address_file
-    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield _cluster(joined=True)
@@ -62,24 +61,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     asked_for = address or os.environ.get("RAY_ADDRESS")
     # "auto" would join any Ray of this machine, that of another run too, and end with it
     wanted = asked_for or left_by_ray_start(Path(get_ray_address_file(None))) or "local"
-    try:
-        if wanted != "local":
-            ray.init(address=wanted, **options)
-    except (ConnectionError, AuthenticationError) as error:
-        if asked_for:
-            reason = str(error).partition(". ")[0]
-            raise ValueError(
-                f"cluster.address: no Ray cluster answers at {wanted!r} ({reason}); start one with `ray start --head`, "
-                f"name the file of its token with RAY_AUTH_TOKEN_PATH if it wants one, or use cluster.address=local"
-            ) from error
-    except RuntimeError as error:
-        if "Version mismatch" not in str(error):
-            raise
-        raise ValueError(
-            f"cluster.address: the cluster at {wanted!r} has another Ray or Python: {' '.join(str(error).split())}; "
-            f"install the same on all machines, or use cluster.address=local"
-        ) from error
-    joined = ray.is_initialized()
+    joined = wanted != "local" and _join(wanted, options, must=bool(asked_for))
     short = None if joined else short_folder(Path(get_default_system_temp_dir()))
     if not joined:
         if short:
@@ -94,6 +76,32 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
         ray.shutdown()
         if short:
             shutil.rmtree(short, ignore_errors=True)
+
+
+def _join(address: str, options: dict[str, Any], must: bool) -> bool:
+    """Joins the cluster at an address; whether that was possible. ValueError where it `must` be and is not, or where it
+    has other versions."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, AuthenticationError) as error:
+        if must:
+            reason = str(error).partition(". ")[0]
+            raise ValueError(
+                f"cluster.address: no Ray cluster answers at {address!r} ({reason}); start one with "
+                f"`ray start --head`, name the file of its token with RAY_AUTH_TOKEN_PATH if it wants one, or use "
+                f"cluster.address=local"
+            ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"cluster.address: the cluster at {address!r} has another Ray or Python: {' '.join(str(error).split())}; "
+            f"install the same on all machines, or use cluster.address=local"
+        ) from error
+    return bool(ray.is_initialized())
 
 
 def has_token() -> bool:

@@ -13,6 +13,7 @@ from vlskv_ray.config.options import (
     SchedulerConfig,
     SourceConfig,
     TuneConfig,
+    changed,
     changed_keys,
     source_from_text,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "SchedulerConfig",
     "SourceConfig",
     "TuneConfig",
+    "changed",
     "changed_keys",
     "dump_config",
     "load_config",

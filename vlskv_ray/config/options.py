@@ -3,7 +3,7 @@
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -594,6 +594,19 @@ _DECIDES_NO_NUMBER = (
     "model.teacher_cache_dir",
     "model.gradient_checkpointing",
 )
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values, by key such as `cluster.threads_per_worker`. They are not validated again."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            of_section: BaseModel = getattr(config, section)
+            assert name in type(of_section).model_fields, key
+            name, value = section, of_section.model_copy(update={name: value})
+        assert name in type(config).model_fields, key
+        config = config.model_copy(update={name: value})
+    return config
 
 
 def changed_keys(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

@@ -17,7 +17,7 @@ from vlskv_ray.cluster.preflight import examine, existing, need_of
 from vlskv_ray.cluster.shares import check_gpus, describe, reserve
 from vlskv_ray.cluster.start import ray_cluster
 from vlskv_ray.command import DONE, FAILED
-from vlskv_ray.config import Config, load_config_and_notices
+from vlskv_ray.config import Config, changed, load_config_and_notices
 from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.words import format_bytes
 
@@ -74,7 +74,7 @@ def examine_all(file: str | None, overrides: list[str]) -> int:
 
 
 def quiet(config: Config) -> Config:
-    return config.model_copy(update={"output": config.output.model_copy(update={"level": "error"})})
+    return changed(config, {"output.level": "error"})
 
 
 def told(title: str, found: Sequence[Finding] | Iterator[Finding]) -> list[Finding]:

@@ -7,7 +7,6 @@ import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vlskv_ray.command import DONE, FAILED, print_error, print_info
 from vlskv_ray.config import Config, dump_config
@@ -15,8 +14,10 @@ from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.data.plan import ROWS_IN_MEMORY
 from vlskv_ray.errors import RunFailed
 from vlskv_ray.files import write_text
+from vlskv_ray.launch.caches import check_cache
 from vlskv_ray.launch.on_ray import run_on_ray
-from vlskv_ray.launch.prepare import REMEDY, check_cache, prepare
+from vlskv_ray.launch.prepare import prepare
+from vlskv_ray.launch.resumable import REMEDY
 from vlskv_ray.launch.watch import OnMetrics, watch, with_threads
 from vlskv_ray.report.finished import is_untouched, seals, unfinished, unmade, write_pages
 from vlskv_ray.report.summary import closing, write_summary
@@ -26,6 +27,7 @@ from vlskv_ray.storage.run_folder import move_aside, run_folder, unused_name
 from vlskv_ray.storage.run_log import truncate_logs
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.training.faults import fault_point
+from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run, Worker
 from vlskv_ray.training.watchdog import DEATHS
 from vlskv_ray.words import printable, printable_lines, short_path
@@ -79,13 +81,13 @@ def train(
         except RunFailed as error:
             assert error.__cause__ is not None
             return told_of_failure(folder, error.__cause__)
-        if outcome["status"] != "done":
+        if outcome.status != "done":
             return told_of_end(run, loader, outcome, asked_by)
         finish(run, outcome, time.monotonic() - began)
         return DONE
 
 
-def finish(run: Run, outcome: dict[str, Any], seconds: float) -> None:
+def finish(run: Run, outcome: Outcome, seconds: float) -> None:
     """Writes down what a run came to, and says it; model and evaluation are there already."""
     write_summary(run, outcome, seconds, seals(run.folder))
     fault_point("summary", run.total_steps)
@@ -130,26 +132,26 @@ def told_of_failure(folder: Path, cause: BaseException) -> int:
     return FAILED
 
 
-def told_of_end(run: Run, loader: Loader, outcome: dict[str, Any], asked_by: int | None) -> int:
+def told_of_end(run: Run, loader: Loader, outcome: Outcome, asked_by: int | None) -> int:
     """Says why a run ended before it was done; returns the exit status. ValueError where its model was refused."""
-    match outcome["status"]:
+    match outcome.status:
         case "refused":
-            raise ValueError(outcome["message"])
+            raise ValueError(outcome.message)
         case "poisoned":
-            ids = printable(", ".join(samples_of(loader, outcome["step"])))
+            ids = printable(", ".join(samples_of(loader, outcome.step)))
             print_error(
-                f"error: step {outcome['step'] + 1} was begun {DEATHS} times and its workers ended in it each time: by "
+                f"error: step {outcome.step + 1} was begun {DEATHS} times and its workers ended in it each time: by "
                 f"one of its samples, or from outside, as by a machine that has no memory left or by a person. Its "
                 f"samples are {ids}. The same command tries it again"
             )
             return FAILED
         case "failed":
-            print_error(f"error: {outcome['message']}")
+            print_error(f"error: {outcome.message}")
             return FAILED
         case "interrupted":
             print("ended at once; the same command goes on from the newest checkpoint, if there is one yet")
         case _:
-            print(f"saved at step {outcome['step']} of {run.total_steps}; the same command goes on from there")
+            print(f"saved at step {outcome.step} of {run.total_steps}; the same command goes on from there")
     return 128 + (asked_by or signal.SIGINT)
 
 
@@ -174,11 +176,11 @@ def advice(error: BaseException) -> str:
     )
 
 
-def run_here(run: Run, loader: Loader, on_metrics: OnMetrics = None) -> tuple[dict[str, Any], int | None]:
+def run_here(run: Run, loader: Loader, on_metrics: OnMetrics = None) -> tuple[Outcome, int | None]:
     """Everything in this process, without Ray: `cluster.num_workers: 0`."""
     run = with_threads(run, run.config.cluster.threads_per_worker or os.cpu_count() or 1)
 
-    def work() -> dict[str, Any]:
+    def work() -> Outcome:
         return train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps))
 
     return watch(run, work, apart=False, on_metrics=on_metrics)

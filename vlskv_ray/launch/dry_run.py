@@ -15,17 +15,18 @@ import numpy as np
 import torch
 
 from vlskv_ray.cluster.shares import Reserved, reserve, threads_of
+from vlskv_ray.config import changed
 from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import StoppedRun
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.train_loop import model_of
 from vlskv_ray.training.counting import flop_counter, peak_bytes
 from vlskv_ray.training.distill import shared_pass
+from vlskv_ray.training.objective import build_model
 from vlskv_ray.training.run import Run
-from vlskv_ray.training.step import GradientBuffer, StepResult, autocast, build_optimizer, objective_of, train_step
-from vlskv_ray.words import format_bytes, format_duration, printable
+from vlskv_ray.training.step import GradientBuffer, StepResult, autocast, build_optimizer, loss_of, train_step
+from vlskv_ray.words import format_bytes, format_duration, plural, printable
 
 TRIED_SAMPLES = 64
 TIMED_MICRO_BATCHES = 6
@@ -47,73 +48,80 @@ def dry_run(run: Run, loader: Loader) -> float:
     if config.cluster.use_gpu and not torch.cuda.is_available():
         refused = ", where the run itself would be refused" if here else ""
         print(f"device        no GPU is to be found here: all below is of this machine's CPUs{refused}")
-        run = on_cpus(run)
-    reserved = None
-    if config.cluster.most_workers and here:
-        reserved = reserve(config.cluster, config.data, os.cpu_count() or 1, os.cpu_count() or 1)
-    threads = threads_of(run.config.cluster, os.cpu_count() or 1)
+        run = replace(run, config=changed(config, {"cluster.use_gpu": False}))
+    cpus = os.cpu_count() or 1
+    reserved = reserve(config.cluster, config.data, cpus, cpus) if config.cluster.most_workers and here else None
+    threads = threads_of(run.config.cluster, cpus)
     torch.set_num_threads(threads)
     batches, data_seconds = try_data(run, loader)
 
-    model = model_of(run)
-    trained = trainable_parameters(model)
+    model = build_model(run)
     largest = max(batches, key=lambda batch: int(batch.attention_mask.sum()))
     step_on = steps_of(run, model)
     result, gflop, peak = counted(step_on, largest)
     timed = batches[:TIMED_MICRO_BATCHES]
-    neighbours = min(config.cluster.most_workers or 1, (os.cpu_count() or 1) // threads) - 1 if here else 0
+    neighbours = min(config.cluster.most_workers or 1, cpus // threads) - 1 if here else 0
     neighbours = 0 if run.config.cluster.use_gpu else neighbours  # each has a GPU of its own
     with busy_neighbours(run, timed, neighbours):  # they share caches and memory with each other
         seconds = mean(seconds_of(step_on, timed))
         cached = seconds_of(step_on, [with_states(model, batch) for batch in timed]) if run.cache else [0.0]
-
-    parameters = {p: p.numel() * p.element_size() for p in model.parameters()}
-    moving = sum(parameters[p] for p in trained.values())
-    logits = min(config.model.logits_memory_mib * 2**20, peak)
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    supervised, tokens = int(result.sums.supervised_tokens), largest.attention_mask.sum(1).tolist()
     step = seconds_per_step(run, seconds, data_seconds, threads, reserved)
-    first = min(run.steps_per_epoch, run.total_steps) if run.cache else run.total_steps
     later = seconds_per_step(run, mean(cached), 0, threads, reserved)  # which decodes no image
-    whole = first * step + (run.total_steps - first) * later
-    ids, more = largest.sample_ids[:SHOWN_IDS], len(largest.sample_ids) - SHOWN_IDS
+
+    print_first_step(largest, result)
+    print_memory(run, model, peak)
+    print(
+        f"time          {seconds:.3g} s a micro-batch with {plural(threads, 'thread')}; the one above "
+        f"takes {gflop:.3g} GFLOP; its data take {data_seconds:.3g} s of one data task"
+    )
+    print_prediction(run, step, later)
+    print("dry run: all is well; nothing was written")
+    return step
+
+
+def print_first_step(batch: Batch, result: StepResult) -> None:
+    supervised, tokens = int(result.sums.supervised_tokens), int(batch.attention_mask.sum())
+    ids, more = batch.sample_ids[:SHOWN_IDS], len(batch.sample_ids) - SHOWN_IDS
     names = ", ".join(ids) + (f" and {more} more" if more > 0 else "")
-    print(f"micro-batch   {names}: {sum(tokens)} tokens, {supervised} supervised in all")
+    print(f"micro-batch   {names}: {tokens} tokens, {supervised} supervised in all")
     print(f"loss          {result.sums.loss / supervised:.4g}, gradient norm {result.grad_norm:.4g}")
-    print(f"parameters    {sum(p.numel() for p in parameters):,}, {sum(p.numel() for p in trained.values()):,} trained")
+
+
+def print_memory(run: Run, model: Any, peak: int) -> None:
+    """What a worker holds; `peak` bytes of it during a step, beside weights, gradients and moments."""
+    parameters = {p: p.numel() * p.element_size() for p in model.parameters()}
+    trained = trainable_parameters(model).values()
+    moving = sum(parameters[p] for p in trained)
+    logits = min(run.config.model.logits_memory_mib * 2**20, peak)
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"parameters    {sum(p.numel() for p in parameters):,}, {sum(p.numel() for p in trained):,} trained")
     print(
         f"memory        a worker: {format_bytes(sum(parameters.values()) - moving)} frozen weights, "
         f"{format_bytes(moving)} trained, {format_bytes(moving)} gradients, {format_bytes(2 * moving)} optimizer, "
         f"{format_bytes(3 * moving)} more while one saves, {format_bytes(peak)} activations and logits (logits at most "
         f"{format_bytes(logits)}); this process, with its libraries, {format_bytes(process)}"
     )
-    print(
-        f"time          {seconds:.3g} s a micro-batch with {threads} thread{'s' * (threads > 1)}; the one above "
-        f"takes {gflop:.3g} GFLOP; its data take {data_seconds:.3g} s of one data task"
-    )
+
+
+def print_prediction(run: Run, step: float, later: float) -> None:
+    """How long the run takes, by the seconds of a step in the first epoch and with a teacher cache in later ones."""
+    first = min(run.steps_per_epoch, run.total_steps) if run.cache else run.total_steps
+    whole = first * step + (run.total_steps - first) * later
     of_later = f", {later:.3g} s from the second epoch on" if first < run.total_steps else ""
     print(
         f"prediction    {step:.3g} s a step{of_later}, {format_duration(whole)} for {run.total_steps} steps; starting "
         f"and measuring come on top"
     )
-    if config.cluster.most_workers and step < SHORT_STEP:
+    if run.config.cluster.most_workers and step < SHORT_STEP:
         print("              and what Ray itself does for a step, 0.05 s and more, counts in one so short")
-    print("dry run: all is well; nothing was written")
-    return step
-
-
-def on_cpus(run: Run) -> Run:
-    """The same run without GPUs."""
-    cluster = run.config.cluster.model_copy(update={"use_gpu": False})
-    return replace(run, config=run.config.model_copy(update={"cluster": cluster}))
 
 
 def steps_of(run: Run, model: Any) -> Callable[[Batch], StepResult]:
     """A function that makes a step on one micro-batch."""
     trained = trainable_parameters(model)
     optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
-    objective, most = objective_of(run.config), run.config.micro_batch_tokens
-    return lambda batch: train_step(model, optimizer, gradients, [batch], objective, max_tokens=most)
+    loss, most = loss_of(run.config), run.config.micro_batch_tokens
+    return lambda batch: train_step(model, optimizer, gradients, [batch], loss, max_tokens=most)
 
 
 def counted(step_on: Callable[[Batch], StepResult], batch: Batch) -> tuple[StepResult, float, int]:
@@ -165,7 +173,7 @@ def busy_neighbours(run: Run, batches: Sequence[Batch], count: int) -> Iterator[
 def _keep_stepping(run: Run, rows: Sequence[dict[str, Any]], started: Any, parent: int) -> None:
     """Until it is killed, or the dry run is gone however it ended."""
     torch.set_num_threads(threads_of(run.config.cluster, os.cpu_count() or 1))
-    step_on = steps_of(run, model_of(run))
+    step_on = steps_of(run, build_model(run))
     started.release()
     for row in itertools.cycle(rows):
         if os.getppid() != parent:

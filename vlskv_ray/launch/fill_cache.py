@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from vlskv_ray.cluster.placement import Wait, room_for
 from vlskv_ray.cluster.shares import Cluster, check_gpus
+from vlskv_ray.config import changed
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.data.teacher_cache import TeacherCache
 from vlskv_ray.errors import StoppedRun
-from vlskv_ray.train_loop import model_of
 from vlskv_ray.training.distill import frozen_states
+from vlskv_ray.training.objective import build_model
 from vlskv_ray.training.run import Run
 from vlskv_ray.training.step import autocast
 from vlskv_ray.words import format_duration, short_path
@@ -106,11 +107,9 @@ class CacheWorker:
 
     def __init__(self, run: Run, loader: Loader, caches: SeveralCaches) -> None:
         torch.set_num_threads(run.config.cluster.threads_per_worker or 1)
-        model = run.config.model.model_copy(
-            update={"num_key_value_layers": max(caches.by_layer), "key_value_group_size": None}
-        )
-        run = replace(run, config=run.config.model_copy(update={"model": model}))
-        self.loader, self.caches, self.model = replace(loader, cache=caches), caches, model_of(run)
+        layers = {"model.num_key_value_layers": max(caches.by_layer), "model.key_value_group_size": None}
+        run = replace(run, config=changed(run.config, layers))
+        self.loader, self.caches, self.model = replace(loader, cache=caches), caches, build_model(run)
 
     @torch.no_grad()
     def __call__(self, numbers: list[int]) -> dict[str, Any]:

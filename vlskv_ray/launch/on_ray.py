@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlskv_ray.cluster.node import process_group, travels
-from vlskv_ray.cluster.placement import Wait, stay_in_step, told_in
+from vlskv_ray.cluster.placement import Bundles, Wait, ask_together, told_in
 from vlskv_ray.cluster.preflight import check_nodes
 from vlskv_ray.cluster.shares import Reserved, check_gpus, describe, reserve
 from vlskv_ray.cluster.start import ray_cluster, release_dead_placement_groups
@@ -21,6 +21,7 @@ from vlskv_ray.launch.watch import OnMetrics, watch, with_threads
 from vlskv_ray.storage.checkpoint import newest_step
 from vlskv_ray.storage.run_log import truncate_logs
 from vlskv_ray.train_loop import train_worker
+from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run, Worker
 
 GROUP_TIMEOUT_SECONDS = 30 * 24 * 3600
@@ -29,7 +30,7 @@ RESIZE_CHECK_SECONDS = 30.0
 """Seconds, where the number of workers follows the cluster."""
 
 
-def run_on_ray(run: Run, loader: Loader, on_metrics: OnMetrics = None) -> tuple[dict[str, Any], int | None]:
+def run_on_ray(run: Run, loader: Loader, on_metrics: OnMetrics = None) -> tuple[Outcome, int | None]:
     """A TorchTrainer on the cluster there is, or on this machine."""
     config = run.config
     with ray_cluster(config.cluster.address, quiet=config.output.level != "debug") as cluster:
@@ -43,22 +44,26 @@ def run_on_ray(run: Run, loader: Loader, on_metrics: OnMetrics = None) -> tuple[
         check_nodes(run, loader.sources, reserved, cluster)
         print_info(config, "starting      the workers, which takes Ray a while: up to a minute on two cores")
         try:
-            for failures in range(config.cluster.max_failures + 1):
-                try:
-                    return watch(run, lambda: fit(run, loader, reserved), apart=True, on_metrics=on_metrics)
-                except RunFailed as error:
-                    if lacks := no_room(error.__cause__):
-                        return {"status": "failed", "message": str(lacks)}, None
-                    if not is_lost_controller(error.__cause__) or failures == config.cluster.max_failures:
-                        raise
-                    print_info(
-                        config, "Ray's controller of this run was lost or gave up; it is started again with the workers"
-                    )
-                    release_dead_placement_groups()  # the workers' CPUs, which the next ones need
-                    truncate_logs(run.folder, newest_step(run.checkpoints))
-            raise AssertionError("not reached")
+            return fit_again(run, loader, reserved, on_metrics)
         finally:
             shutil.rmtree(run.folder / "ray", ignore_errors=True)  # Ray's own notes; ours are all that is resumed from
+
+
+def fit_again(run: Run, loader: Loader, reserved: Reserved, on_metrics: OnMetrics) -> tuple[Outcome, int | None]:
+    """Runs the workers, and again where Ray's controller is lost, which Ray does not replace."""
+    failures = 0
+    while True:
+        try:
+            return watch(run, lambda: fit(run, loader, reserved), apart=True, on_metrics=on_metrics)
+        except RunFailed as error:
+            if lacks := no_room(error.__cause__):
+                return Outcome("failed", message=str(lacks)), None
+            if not is_lost_controller(error.__cause__) or failures == run.config.cluster.max_failures:
+                raise
+        failures += 1
+        print_info(run.config, "Ray's controller of this run was lost or gave up; it is started again with the workers")
+        release_dead_placement_groups()  # the workers' CPUs, which the next ones need
+        truncate_logs(run.folder, newest_step(run.checkpoints))
 
 
 def no_room(error: BaseException | None) -> NoRoom | None:
@@ -81,7 +86,7 @@ def is_lost_controller(error: BaseException | None) -> bool:
     return isinstance(error, RayActorError | OutOfMemoryError)
 
 
-def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
+def fit(run: Run, loader: Loader, reserved: Reserved) -> Outcome:
     """Runs the workers; Ray starts all of them again when one dies, and they go on from the newest checkpoint."""
     from ray.data import ExecutionOptions
     from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -96,15 +101,17 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             run.first_step_file,
             cpus_per_task=reserved.cpus_per_task,
             num_tasks=reserved.num_tasks,
-            first_task=asking.first_data_task(),
+            first_task=asking.bundles.first_data_task(),
         )
 
     each = each_worker_takes(config.cluster, reserved)
-    asking = stay_in_step(
-        {"CPU": reserved.cpus_per_task},
-        each["resources_per_worker"],
-        config.cluster.fewest_workers,
-        Wait(config.cluster.wait_seconds, told_in(run.waiting_file)),
+    asking = ask_together(
+        Bundles(
+            {"CPU": reserved.cpus_per_task},
+            each["resources_per_worker"],
+            config.cluster.fewest_workers,
+            Wait(config.cluster.wait_seconds, told_in(run.waiting_file)),
+        )
     )
     travels()
     trainer = TorchTrainer(
@@ -127,7 +134,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> dict[str, Any]:
             logging_config=LoggingConfig(log_level="INFO" if config.output.level == "debug" else "ERROR"),
         ),
     )
-    outcome: dict[str, Any] = trainer.fit().return_value
+    outcome: Outcome = trainer.fit().return_value
     return outcome
 
 
@@ -143,7 +150,7 @@ def each_worker_takes(cluster: ClusterConfig, reserved: Reserved) -> dict[str, A
     return {"use_gpu": cluster.use_gpu, "resources_per_worker": resources}
 
 
-def ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
+def ray_worker(settings: dict[str, Any]) -> Outcome:
     """What Ray runs on each worker: where `train_worker` meets Ray Train."""
     import ray.train
 

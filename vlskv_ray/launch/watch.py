@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vlskv_ray.config import dump_config
+from vlskv_ray.config import changed, dump_config
 from vlskv_ray.errors import RunFailed
 from vlskv_ray.files import write_text
 from vlskv_ray.launch.progress import ProgressLine
+from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run
 
 OnMetrics = Callable[[dict[str, Any]], None] | None
@@ -18,8 +19,8 @@ OnMetrics = Callable[[dict[str, Any]], None] | None
 
 
 def watch(
-    run: Run, work: Callable[[], dict[str, Any]], apart: bool, on_metrics: OnMetrics = None
-) -> tuple[dict[str, Any], int | None]:
+    run: Run, work: Callable[[], Outcome], apart: bool, on_metrics: OnMetrics = None
+) -> tuple[Outcome, int | None]:
     """Runs `work` in a thread while this one shows progress and takes signals.
 
     Args:
@@ -34,13 +35,13 @@ def watch(
     Raises:
         RunFailed: `work` raised; the error is its cause.
     """
-    outcome: dict[str, Any] = {}
+    outcome: list[Outcome] = []
     failure: list[BaseException] = []
     asked: list[int] = []
 
     def target() -> None:
         try:
-            outcome.update(work())
+            outcome.append(work())
         except BaseException as error:  # whatever it is, it is raised again below, in the thread that can report it
             failure.append(error)
 
@@ -79,7 +80,7 @@ def watch(
             progress.update()
             if asked and apart and (len(asked) > 1 or not is_underway()):  # asked twice, or there is nothing to save
                 run.attempt_file.unlink(missing_ok=True)  # it was not the step that ended it
-                return {"status": "interrupted"}, asked[0]
+                return Outcome("interrupted"), asked[0]
     finally:
         progress.close()
         run.stop_file.unlink(missing_ok=True)
@@ -87,7 +88,7 @@ def watch(
             signal.signal(number, handler)
     if failure:
         raise RunFailed("the run failed") from failure[0]
-    return outcome, asked[0] if asked else None
+    return outcome[0], asked[0] if asked else None
 
 
 def measuring(run: Run) -> str:
@@ -100,5 +101,4 @@ def measuring(run: Run) -> str:
 
 def with_threads(run: Run, threads: int) -> Run:
     """The run with its thread count spelled out: it decides the last bits of every number."""
-    cluster = run.config.cluster.model_copy(update={"threads_per_worker": threads})
-    return replace(run, config=run.config.model_copy(update={"cluster": cluster}))
+    return replace(run, config=changed(run.config, {"cluster.threads_per_worker": threads}))

@@ -163,18 +163,18 @@ def parameter_counts(
     key_value_group_size: int | None = None,
     *,
     num_hidden_layers: int | None = None,
-    whole: bool = False,
+    all_weights: bool = False,
 ) -> tuple[int, int]:
     """How many weights stay frozen and how many train, without loading any.
 
     Args:
         files: of the model.
         num_key_value_layers, key_value_group_size: as `build_student` takes them.
-        num_hidden_layers: as `build_whole` takes them.
-        whole: all weights of a plain model train, none are frozen.
+        num_hidden_layers: as `build_plain` takes them.
+        all_weights: all weights of a plain model train, none are frozen.
     """
     config = load_config(files)
-    if whole:
+    if all_weights:
         config = with_layers(config, num_hidden_layers or config.text_config.num_hidden_layers)
     else:
         config = swiftkv_config(config, num_key_value_layers, key_value_group_size)
@@ -185,7 +185,7 @@ def parameter_counts(
         where = f"model.name_or_path: {files.name_or_path}"
         raise ValueError(f"{where}: config.json: no model can be made with it: {one_line(error)}") from error
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    trained = sum(count for name, count in counts.items() if whole or "_swiftkv" in name)
+    trained = sum(count for name, count in counts.items() if all_weights or "_swiftkv" in name)
     return sum(counts.values()) - trained, trained
 
 

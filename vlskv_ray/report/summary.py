@@ -19,6 +19,7 @@ from vlskv_ray.report.figures import (
     savings_note,
     savings_rows,
 )
+from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run
 from vlskv_ray.words import format_duration, short_path
 
@@ -34,27 +35,27 @@ AVERAGED = {
 PACKAGES = ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow", "matplotlib")
 
 
-def write_summary(run: Run, outcome: dict[str, Any], seconds: float, final: dict[str, str]) -> None:
+def write_summary(run: Run, outcome: Outcome, seconds: float, final: dict[str, str]) -> None:
     """Writes summary.json: means of the first and last logged steps, and the seals of the model, by which it is known
     as what this run wrote."""
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    count = max(1, min(5, len(lines) // 2))
+    count, seen = max(1, min(5, len(lines) // 2)), outcome.counts
 
     def mean(key: str, part: list[dict[str, float]]) -> float | None:
         values = [line[key] for line in part if key in line]
         return sum(values) / len(values) if values else None
 
     summary = {
-        "steps": outcome["step"],
-        "training_seconds": round(outcome["seconds"], 1),
+        "steps": outcome.step,
+        "training_seconds": round(seen["seconds"], 1),
         "command_seconds": round(seconds, 1),
         "averaged_steps": count,
         "first": {name: mean(name, lines[:count]) for name in AVERAGED},
         "last": {name: mean(name, lines[-count:]) for name in AVERAGED},
-        "rejected": outcome["rejected"],
-        "notices": outcome["notices"],
-        "empty_steps": outcome["empty_steps"],
-        "data": {name: outcome[name] for name in ("lengths", "images")} | {"samples": outcome["seen"]},
+        "rejected": seen["rejected"],
+        "notices": seen["notices"],
+        "empty_steps": seen["empty_steps"],
+        "data": {name: seen[name] for name in ("lengths", "images")} | {"samples": seen["seen"]},
         "model": run.config.model.name_or_path,
         "revision": run.config.model.revision,
         "versions": {name: version(name) for name in PACKAGES},

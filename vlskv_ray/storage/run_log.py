@@ -45,17 +45,20 @@ class RunLog:
         self.latest_step = step = int(metrics["step"])
         if with_metrics:
             self._line("metrics", metrics)
-            if self.tensorboard:
-                with suppress(OSError):  # what metrics.jsonl will have
-                    for name, value in metrics.items():
-                        if name != "step":
-                            self.tensorboard.add_scalar(name, value, step)
+            self._show(step, metrics)
         for row in rejected:
             self._line("rejected", {"step": step, **row})
         for row in notices:
             self._line("notices", {"step": step, **row})
         if "order" in self.files:
             self._line("order", {"step": step, "micro_batches": ids})
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        """In TensorBoard; where the disk is full, metrics.jsonl will have it."""
+        if self.tensorboard:
+            with suppress(OSError):
+                for name in metrics.keys() - {"step"}:
+                    self.tensorboard.add_scalar(name, metrics[name], step)
 
     def warn(self, text: str) -> None:
         """Tells the driver, which shows it; the same thing only once."""

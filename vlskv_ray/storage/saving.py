@@ -16,7 +16,7 @@ from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import StoppedRun, TakenOver
 from vlskv_ray.files import make_readable
-from vlskv_ray.model.build import find_model, load_processor
+from vlskv_ray.model.build import load_processor
 from vlskv_ray.storage.checkpoint import SavedState, newest_checkpoint, save_checkpoint
 from vlskv_ray.storage.lease import is_owner
 from vlskv_ray.storage.run_log import RunLog
@@ -289,8 +289,7 @@ def export(run: Run, model: Any) -> None:
     final, aside = run.folder / "final", run.folder / ".writing-final"
     shutil.rmtree(aside, ignore_errors=True)
     transformers_logging.disable_progress_bar()
-    files = find_model(run.config.model.name_or_path, run.config.model.revision)
-    processor = load_processor(files, tried=True)
+    processor = load_processor(run.model_files, tried=True)
     try:
         model.save_pretrained(aside)
         fault_point("export_weights", run.total_steps)

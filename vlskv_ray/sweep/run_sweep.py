@@ -15,8 +15,9 @@ from vlskv_ray.cluster.shares import Cluster
 from vlskv_ray.cluster.start import asks_in_vain, ray_cluster, release_dead_placement_groups
 from vlskv_ray.command import DONE, FAILED, print_info
 from vlskv_ray.config import Config
+from vlskv_ray.launch.caches import check_cache, teacher_cache_of
 from vlskv_ray.launch.fill_cache import SeveralCaches, fill_ahead, samples_of
-from vlskv_ray.launch.prepare import check_cache, prepare, teacher_cache_of
+from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.sweep.frontier import train_command, write_frontier
 from vlskv_ray.sweep.on_tune import QUIET, concurrent_trials, run_trials, trial_takes
 from vlskv_ray.sweep.sweep import Sweep, accuracy_of, check_model, is_over, known_trials, refuse_other_options

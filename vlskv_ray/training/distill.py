@@ -1,4 +1,4 @@
-"""The objective: one pass for teacher and student, and its loss terms as sums and counts.
+"""Distillation: one pass for teacher and student, and its loss terms as sums and counts.
 
 The vision tower, the projector and the layers below N are frozen and shared, so they run once. Above N the student
 takes keys and values from the input of layer N only, so its queries, MLPs and logits are needed just at supervised
@@ -24,7 +24,7 @@ ELEMENTS_IN_CACHE = 2**18
 
 
 @dataclass(frozen=True)
-class Objective:
+class DistillationLoss:
     """What the loss of a supervised position is made of."""
 
     temperature: float = 2.0
@@ -210,7 +210,7 @@ def rows_per_chunk(vocab_size: int, logits_memory_mib: int) -> int:
     return max(1, logits_memory_mib * 2**20 // (2 * 4 * vocab_size))
 
 
-def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[Tensor | None, LossSums]:
+def distillation_loss(model: Any, batch: Batch, options: DistillationLoss) -> tuple[Tensor | None, LossSums]:
     """The loss of a micro-batch as a sum, to be divided by the number of supervised tokens of the global batch.
 
     loss = sum over samples of weight(modality) x sum over their supervised positions of
@@ -231,8 +231,8 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
         return None, sums
     if batch.trunk is None:
         states = shared_pass(model, batch)
-        if objective.cache is not None:
-            objective.cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
+        if options.cache is not None:
+            options.cache.put_batch(batch, states.trunk, states.teacher, states.teacher_input)
     else:
         states = cached_pass(model, batch)
         sums.cached = sums.samples
@@ -242,15 +242,15 @@ def distillation_loss(model: Any, batch: Batch, objective: Objective) -> tuple[T
         states.teacher,
         head,
         batch.labels[:, 1:][keep[:, :-1]],
-        objective.temperature,
-        rows_per_chunk(head.weight.shape[0], objective.logits_memory_mib),
+        options.temperature,
+        rows_per_chunk(head.weight.shape[0], options.logits_memory_mib),
     )
     vision = batch.has_image[keep.nonzero()[:, 0]]  # bool[n], in the order of the kept rows
-    weights = kl.new_tensor([objective.text_loss_weight, objective.vision_loss_weight])[vision.long()]
-    per_token = objective.temperature * objective.temperature * kl
-    if objective.hidden_loss_weight:
+    weights = kl.new_tensor([options.text_loss_weight, options.vision_loss_weight])[vision.long()]
+    per_token = options.temperature * options.temperature * kl
+    if options.hidden_loss_weight:
         hidden = (states.student_input.to(kl.dtype) - states.teacher_input.to(kl.dtype)).square().mean(-1)
-        per_token = per_token + objective.hidden_loss_weight * hidden
+        per_token = per_token + options.hidden_loss_weight * hidden
         sums.hidden = hidden.detach().double().sum().item()
     loss = (weights * per_token).double().sum()
 

@@ -1,5 +1,6 @@
 """A run as its workers know it, what may end it, and how they tell each other things."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from vlskv_ray.config import Config
 from vlskv_ray.data.plan import Tokens
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.teacher_cache import TeacherCache
+from vlskv_ray.model.build import ModelFiles, find_model
 
 WAITING = Path("ray", "waiting")
 """In the folder of a run: lines on what is waited for before its workers can start."""
@@ -39,6 +41,15 @@ class Run:
     """Where the frozen states of samples are kept; None: nowhere."""
     held_out: HeldOut | None = None
     """What answers are measured on; None: nothing was given."""
+
+    @functools.cached_property
+    def model_files(self) -> ModelFiles:
+        """Where this process has the model: each machine has its own copy of a hub model."""
+        return find_model(self.config.model.name_or_path, self.config.model.revision)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to other processes: not where the model is here."""
+        return {name: value for name, value in self.__dict__.items() if name != "model_files"}
 
     @property
     def checkpoints(self) -> Path:

@@ -18,14 +18,11 @@ from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, parts
 from vlskv_ray.data.teacher_cache import TeacherCache
 from vlskv_ray.errors import StoppedRun
-from vlskv_ray.training.distill import LossSums, Objective
+from vlskv_ray.training.distill import LossSums
 from vlskv_ray.training.faults import fault_point
+from vlskv_ray.training.objective import Loss, objective_of
 from vlskv_ray.training.run import gather_objects, this_rank
-from vlskv_ray.training.sft import cross_entropy_loss
 from vlskv_ray.words import printable
-
-Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
-"""Of model and micro-batch: the loss as a sum with a graph, and all sums; see `distillation_loss`."""
 
 
 class GradientBuffer:
@@ -53,7 +50,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     gradients: GradientBuffer,
     micro_batches: Sequence[Batch],
-    objective: Loss,
+    loss_of_part: Loss,
     *,
     max_grad_norm: float | None = None,
     max_tokens: int | None = None,
@@ -66,7 +63,7 @@ def train_step(
     Args:
         model, optimizer, gradients: as they were built.
         micro_batches: this worker's.
-        objective: gives their loss.
+        loss_of_part: gives the loss of a micro-batch, or of a part of one.
         max_grad_norm: clip the gradient to this.
         max_tokens: of one forward pass.
         in_plan_order: add up the gradients of all micro-batches in the order of the plan, whoever has them, so that
@@ -84,7 +81,7 @@ def train_step(
         of_batch = LossSums()
         for part in parts(batch, max_tokens):
             with autocast(model):
-                loss, of_part = objective(model, part.to(gradients.flat.device))
+                loss, of_part = loss_of_part(model, part.to(gradients.flat.device))
             if loss is not None:
                 loss.backward()
             of_batch += of_part
@@ -167,21 +164,13 @@ def stop_if_ruined(trained: dict[str, torch.nn.Parameter], step: int) -> None:
         )
 
 
-def objective_of(config: Config, cache: TeacherCache | None = None) -> Loss:
-    objective: Loss = cross_entropy_loss
-    if config.objective == "distill":
-        objective = Objective(
-            temperature=config.temperature,
-            vision_loss_weight=config.vision_loss_weight,
-            text_loss_weight=config.text_loss_weight,
-            hidden_loss_weight=config.hidden_loss_weight,
-            logits_memory_mib=config.model.logits_memory_mib,
-            cache=cache,
-        )
-    return recomputing(objective) if config.model.gradient_checkpointing else objective
+def loss_of(config: Config, cache: TeacherCache | None = None) -> Loss:
+    """The loss of a run's objective."""
+    loss = objective_of(config).loss(config, cache)
+    return recompute(loss) if config.model.gradient_checkpointing else loss
 
 
-def recomputing(objective: Loss) -> Loss:
+def recompute(loss: Loss) -> Loss:
     """The same loss and gradient by less memory: backward makes again what layers that train have made inside.
 
     transformers does so in training mode only. Here the layers are in it, for the time of a forward, and none of their
@@ -190,18 +179,18 @@ def recomputing(objective: Loss) -> Loss:
     """
     checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # none are drawn
 
-    def loss_of(model: Any, batch: Batch) -> tuple[Tensor | None, LossSums]:
+    def recomputed(model: Any, batch: Batch) -> tuple[Tensor | None, LossSums]:
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         for layer in layers:
             layer.gradient_checkpointing = layer.training = True
             layer._gradient_checkpointing_func = checkpointed
         try:
-            return objective(model, batch)
+            return loss(model, batch)
         finally:
             for layer in layers:
                 layer.gradient_checkpointing = layer.training = False
 
-    return loss_of
+    return recomputed
 
 
 def build_optimizer(config: Config, trained: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:

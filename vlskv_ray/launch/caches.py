@@ -1,0 +1,56 @@
+"""Where a run keeps its teacher cache, and whether there is room for it."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from vlskv_ray.command import print_info
+from vlskv_ray.data.collate import IGNORE_INDEX
+from vlskv_ray.data.pipeline import Loader
+from vlskv_ray.data.teacher_cache import IN_MEMORY, TeacherCache
+from vlskv_ray.launch.lengths import some_samples
+from vlskv_ray.model.build import (
+    load_config,
+)
+from vlskv_ray.training.run import Run
+from vlskv_ray.words import format_bytes, short_path
+
+
+def teacher_cache_of(run: Run, num_key_value_layers: int) -> TeacherCache:
+    """The teacher cache of a run with that N, named by all that the states of a sample depend on."""
+    options, data = run.config.model, run.config.data
+    files = run.model_files
+    stats = [path.stat() for path in sorted(files.folder.glob("*.safetensors"))] if files.folder else []
+    depends_on = {
+        "model": run.fingerprints["model"],
+        "written": [stat.st_mtime_ns for stat in stats],  # the fingerprint does not look at all of a large file
+        "num_key_value_layers": num_key_value_layers,
+        "dtype": options.dtype,
+        "limits": [data.max_length, data.max_images_per_sample],
+        "transformers": version("transformers"),
+    }
+    if options.teacher_cache == "memory":
+        return TeacherCache(IN_MEMORY, depends_on, temporary=True)
+    return TeacherCache(Path(options.teacher_cache_dir or f"{run.config.output.dir}/.teacher-cache"), depends_on)
+
+
+def check_cache(run: Run, loader: Loader) -> None:
+    """Says what a run's teacher cache will take. ValueError where it does not fit.
+
+    The size is estimated from a few samples; as many as are there already count as this run's.
+    """
+    assert run.cache is not None
+    text = load_config(run.model_files).text_config
+    rows = len(loader.plan.lengths)
+    tried = some_samples(loader)
+    lengths = [len(sample.input_ids) + 2 * int((sample.labels != IGNORE_INDEX).sum()) for sample, _ in tried] or [0]
+    states = float(np.mean(lengths)) * text.hidden_size * (2 if run.config.model.dtype == "bfloat16" else 4)
+    there, seen = run.cache.count(), run.total_steps * run.micro_batches_per_step * run.config.micro_batch_size
+    wanted = max(0, min(rows, seen) - there) * states
+    print_info(
+        run.config,
+        f"teacher cache {there} samples are in {short_path(run.cache.folder)}; up to {format_bytes(wanted)} more "
+        f"will be written",
+    )
+    run.cache.check_room(wanted)

@@ -1,0 +1,79 @@
+"""What a run must have in common with the checkpoint that it goes on from."""
+
+import math
+
+from pydantic import ValidationError
+
+from vlskv_ray.config import Config, changed_keys
+from vlskv_ray.storage.checkpoint import SavedState
+from vlskv_ray.training.run import Run
+
+FIXED = {"objective", "micro_batch_size", "gradient_accumulation_steps"} | {
+    f"model.{name}" for name in ("num_key_value_layers", "key_value_group_size", "num_hidden_layers")
+}
+"""What a checkpoint cannot go on with another value of: it decides which weights train, and what a step is."""
+
+
+REMEDY = "use --resume never to start anew, or another output.name"
+
+
+def check_resumable(config: Config, saved: SavedState | None) -> int:
+    """Micro-batches of a step, all workers together: fixed when a run starts, however many workers it goes on with.
+
+    Raises:
+        ValueError: it would not be the same run, or the workers cannot share its micro-batches.
+    """
+    fewest, most = max(config.cluster.fewest_workers, 1), max(config.cluster.most_workers, 1)
+    count: int = config.gradient_accumulation_steps * most
+    if saved:
+        try:
+            before = Config.model_validate(saved.state["config"])
+        except (ValidationError, RecursionError):
+            raise ValueError(f"{saved.path}: cannot go on from here: written by another version; {REMEDY}") from None
+        changed = changed_keys(before, config)
+        if before.cluster.num_workers != config.cluster.num_workers:  # then another accumulation makes up for it
+            changed.pop("gradient_accumulation_steps", None)
+        refuse_changes(config, saved, {key: f"{key} was {was} and is {now}" for key, (was, now) in changed.items()})
+        count = saved.state["micro_batches_per_step"]
+    uneven = next((workers for workers in range(fewest, most + 1) if count % workers), None)
+    if uneven:
+        of_a_step = f"{uneven} workers cannot share the {count} micro-batches of a step equally"
+        if saved:
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            remedy = f"which were fixed when this run started; wanted one of {fitting}"
+        else:
+            all_of_them = math.lcm(*range(fewest, min(most, 64) + 1))
+            remedy = f"gradient_accumulation_steps={all_of_them // math.gcd(all_of_them, most)} would let all of them"
+        raise ValueError(f"cluster.num_workers: {of_a_step}, {remedy}")
+    return count
+
+
+def refuse_changes(config: Config, saved: SavedState, changed: dict[str, str]) -> None:
+    """ValueError for what is not as it was at this checkpoint and not in `checkpoint.allow_changed`, by its name."""
+    allowed = set(config.checkpoint.allow_changed) - FIXED
+    refused = {name: text for name, text in changed.items() if name not in allowed}
+    if refused:
+        possible = [] if refused.keys() & FIXED else list(refused)
+        raise ValueError(
+            f"{saved.path}: cannot go on from here: {', '.join(refused.values())}; {REMEDY}"
+            + (f", or allow it with checkpoint.allow_changed=[{','.join(possible)}]" if possible else "")
+        )
+
+
+def check_unchanged(run: Run, saved: SavedState) -> None:
+    """ValueError where what decides the bits of a result beside the config is not as it was at this checkpoint."""
+    config, before = run.config, saved.state["fingerprints"]
+    changed = {
+        what: f"the {what} changed since" + (f", {before.get(what)} to {now}" if what == "versions" else "")
+        for what, now in run.fingerprints.items()
+        if before.get(what) != now
+    }
+    threads = (saved.state["threads"], config.cluster.threads_per_worker)
+    if threads[0] != threads[1]:
+        changed["threads"] = f"cluster.threads_per_worker was {threads[0]} and is {threads[1]}"
+    if saved.state.get("use_gpu", False) != config.cluster.use_gpu:  # not there: of an earlier version, on CPUs
+        was, now = ("CPUs", "GPUs") if config.cluster.use_gpu else ("GPUs", "CPUs")
+        changed["device"] = f"the run was on {was} and is on {now} (cluster.use_gpu)"
+    refuse_changes(config, saved, changed)
+    if saved.step > run.total_steps:
+        raise ValueError(f"{saved.path}: is beyond the {run.total_steps} steps that the run would have; {REMEDY}")

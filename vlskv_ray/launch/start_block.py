@@ -1,0 +1,34 @@
+"""What is about to happen, for the reader of a log."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import vlskv_ray
+from vlskv_ray.data.plan import Plan
+from vlskv_ray.training.objective import objective_of
+from vlskv_ray.training.run import Run
+from vlskv_ray.words import short_path
+
+
+def start_block(run: Run, plan: Plan, text: Any) -> str:
+    """What is about to happen, for the reader of a log."""
+    config, workers = run.config, max(run.config.cluster.most_workers, 1)
+    versions = "  ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers"))
+    accumulation = run.micro_batches_per_step // workers
+    model = config.model
+    revision = f" at {model.revision}" if model.revision else ""
+    rows = " + ".join(str(table.rows) for table in plan.tables)
+    held_out = f", {len(run.held_out.rows())} held out to measure on" if run.held_out else ""
+    what = "all weights train on the answers"
+    if objective_of(config).has_student:
+        what = f"SwiftKV from layer {text.num_key_value_layers} in groups of {text.key_value_group_size}"
+    return (
+        f"vlskv_ray {vlskv_ray.__version__}  {versions}  python {platform.python_version()}\n"
+        f"model         {model.name_or_path}{revision}: {text.num_hidden_layers} text layers, {what}, "
+        f"weights {model.dtype}\n"
+        f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows{held_out}\n"
+        f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
+        f"{accumulation} accumulation x {workers} worker{'s' * (workers > 1)}\n"
+        f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {short_path(run.folder)}"
+    )

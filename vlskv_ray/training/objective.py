@@ -1,0 +1,165 @@
+"""What a run can have for its `objective`: an entry of `OBJECTIVES` holds all in which one differs from another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from vlskv_ray.config import Config
+from vlskv_ray.data.collate import Batch
+from vlskv_ray.data.teacher_cache import TeacherCache
+from vlskv_ray.model.build import (
+    ModelFiles,
+    build_plain,
+    build_student,
+    check_growth,
+    device_of,
+    refuse_student,
+    swiftkv_config,
+    with_layers,
+)
+from vlskv_ray.training.distill import DistillationLoss, LossSums
+from vlskv_ray.training.run import Run
+from vlskv_ray.training.sft import cross_entropy_loss
+
+Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
+"""Of model and micro-batch: the loss as a sum with a graph, and all sums; see `distillation_loss`."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run trains, by which loss, and what is measured and said of it."""
+
+    name: str
+    """Its value in the config."""
+    title: str
+    """What the run does, for a reader."""
+    has_student: bool
+    """A student trains, whose teacher is the same model with SwiftKV off; else all weights of a plain model do."""
+    configure: Callable[[PreTrainedConfig, ModelFiles, Config], PreTrainedConfig]
+    """The model that trains, from the teacher's config. ValueError where the model cannot be had."""
+    build: Callable[[ModelFiles, Config], Any]
+    """The model itself, on the CPU."""
+    loss: Callable[[Config, TeacherCache | None], Loss]
+    sides: tuple[str, ...]
+    """Whose answers to held-out questions are compared, the one that trains last."""
+    metrics: Callable[[LossSums, Config], dict[str, float]]
+    """The means of a step by their names in metrics.jsonl; those of which the step has none are left out."""
+    prefix: str
+    """Of the metrics of samples with and without images: `PREFIX_vision`, `PREFIX_text`."""
+    agreement: str
+    """The metric of how many tokens the model gets right."""
+
+    @property
+    def trained_side(self) -> str:
+        return self.sides[-1]
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective that a run's config names."""
+    return OBJECTIVES[config.objective]
+
+
+def build_model(run: Run) -> Any:
+    """The model that a run trains, on the device it is used on: all else goes by where the model is."""
+    device = device_of("cuda" if run.config.cluster.use_gpu else "cpu")
+    return objective_of(run.config).build(run.model_files, run.config).to(device)
+
+
+# ------------------------------------------------------------------------------------------------------- distillation
+def configure_student(config: PreTrainedConfig, files: ModelFiles, run: Config) -> PreTrainedConfig:
+    return swiftkv_config(config, run.model.num_key_value_layers, run.model.key_value_group_size)
+
+
+def build_the_student(files: ModelFiles, run: Config) -> Any:
+    options = run.model
+    return build_student(
+        files,
+        options.num_key_value_layers,
+        options.key_value_group_size,
+        attn_implementation=options.attn_implementation,
+        dtype=getattr(torch, options.dtype),
+    )
+
+
+def distillation_loss_of(run: Config, cache: TeacherCache | None) -> Loss:
+    return DistillationLoss(
+        temperature=run.temperature,
+        vision_loss_weight=run.vision_loss_weight,
+        text_loss_weight=run.text_loss_weight,
+        hidden_loss_weight=run.hidden_loss_weight,
+        logits_memory_mib=run.model.logits_memory_mib,
+        cache=cache,
+    )
+
+
+def distillation_metrics(sums: LossSums, run: Config) -> dict[str, float]:
+    count, metrics = sums.supervised_tokens, {}
+    if count:
+        metrics = {"loss": sums.loss / count, "top1_agreement": sums.top1 / count}
+        metrics |= {"teacher_ce": sums.teacher_ce / count, "student_ce": sums.student_ce / count}
+        metrics |= {"hidden_loss": sums.hidden / count} if run.hidden_loss_weight else {}
+    if sums.tokens_vision:
+        metrics["kl_vision"] = sums.kl_vision / sums.tokens_vision
+    if sums.tokens_text:
+        metrics["kl_text"] = sums.kl_text / sums.tokens_text
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------- fine-tuning
+def configure_plain(config: PreTrainedConfig, files: ModelFiles, run: Config) -> PreTrainedConfig:
+    refuse_student(files, config)
+    has, wanted = config.text_config.num_hidden_layers, run.model.num_hidden_layers
+    check_growth(files, has, wanted)
+    return with_layers(config, wanted or has)
+
+
+def build_the_plain(files: ModelFiles, run: Config) -> Any:
+    options = run.model
+    return build_plain(files, options.num_hidden_layers, attn_implementation=options.attn_implementation, seed=run.seed)
+
+
+def fine_tuning_metrics(sums: LossSums, run: Config) -> dict[str, float]:
+    count, metrics = sums.supervised_tokens, {}
+    if count:
+        metrics = {"loss": sums.loss / count, "token_accuracy": sums.top1 / count}
+    if sums.tokens_vision:
+        metrics["ce_vision"] = sums.ce_vision / sums.tokens_vision
+    if sums.tokens_text:
+        metrics["ce_text"] = sums.ce_text / sums.tokens_text
+    return metrics
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            name="distill",
+            title="distillation of the model from itself",
+            has_student=True,
+            configure=configure_student,
+            build=build_the_student,
+            loss=distillation_loss_of,
+            sides=("teacher", "student_before", "student"),
+            metrics=distillation_metrics,
+            prefix="kl",
+            agreement="top1_agreement",
+        ),
+        Objective(
+            name="sft",
+            title="supervised fine-tuning",
+            has_student=False,
+            configure=configure_plain,
+            build=build_the_plain,
+            loss=lambda run, cache: cross_entropy_loss,
+            sides=("sft_model",),
+            metrics=fine_tuning_metrics,
+            prefix="ce",
+            agreement="token_accuracy",
+        ),
+    )
+}
+"""By their names in the config. A further objective is one more entry, and its name in `Config.objective`."""

@@ -13,14 +13,22 @@ from waiting import HANG_SECONDS
 
 from vlskv_ray import doctor
 from vlskv_ray.doctor import main
-from vlskv_ray.launch.diagnosis import dashboard, machine, memory, node_line, of_bfloat16, of_cpus, quota
+from vlskv_ray.launch.diagnosis import (
+    examine_dashboard,
+    examine_machine,
+    judge_bfloat16,
+    judge_cpus,
+    memory,
+    node_line,
+    quota,
+)
 
 GIB = 2**30
 
 
 def test_cpus_that_a_container_may_not_use_are_warned_of(tmp_path: Path) -> None:
-    assert of_cpus(8, 8, math.inf).mark == "ok"
-    limited = of_cpus(8, 4, 2.5)
+    assert judge_cpus(8, 8, math.inf).mark == "ok"
+    limited = judge_cpus(8, 4, 2.5)
     assert limited.mark == "warning" and limited.text.startswith("8, of which 2.5 can be used; Ray counts all 8;")
     file = tmp_path / "cpu.max"
     assert quota(file) == math.inf
@@ -34,13 +42,15 @@ def test_cpus_that_a_container_may_not_use_are_warned_of(tmp_path: Path) -> None
     [("amx_bf16 avx512_bf16", "AMX"), ("avx512_bf16", "AVX-512"), ("asimd bf16", "ARM"), ("avx512f", "no units")],
 )
 def test_units_for_bfloat16(flags: str, text: str) -> None:
-    assert of_bfloat16(f"flags\t\t: fpu {flags} sse\n").text.startswith(text)
+    assert judge_bfloat16(f"flags\t\t: fpu {flags} sse\n").text.startswith(text)
 
 
 def test_a_machine_with_little_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 1024))
-    warned = {finding.what: finding.text for finding in machine(tmp_path / "a" / "b") if finding.mark == "warning"}
+    warned = {
+        finding.what: finding.text for finding in examine_machine(tmp_path / "a" / "b") if finding.mark == "warning"
+    }
     assert "give a container more" in warned["/dev/shm"] and "set output.dir" in warned["disk"]
     assert warned["open files"].startswith("at most 1,024; ") and "ulimit -n" in warned["open files"]
     assert not (tmp_path / "a").exists()
@@ -72,7 +82,7 @@ def test_a_dashboard_that_others_reach_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, url: str | None, mark: str
 ) -> None:
     monkeypatch.setattr("ray._private.worker.get_dashboard_url", lambda: url)
-    assert [finding.mark for finding in dashboard(joined=True)] == [mark]
+    assert [finding.mark for finding in examine_dashboard(joined=True)] == [mark]
 
 
 def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from test_preflight import command, head_node, last_step, small_run, wait_for
 from waiting import HANG_SECONDS
 
 from vlskv_ray.cluster import placement
-from vlskv_ray.cluster.placement import Wait, shortage, told_in
+from vlskv_ray.cluster.placement import Wait, shortage, write_waits_to
 from vlskv_ray.errors import NoRoom
 
 WORKERS = [{"CPU": 0.5}, {"CPU": 0.5}, {"CPU": 0.25}]
@@ -59,7 +59,7 @@ def test_a_wait_is_told_of_after_a_moment_then_every_minute_and_ends(monkeypatch
 
 
 def test_lines_for_who_looks_later(tmp_path: Path) -> None:
-    tell = told_in(tmp_path / "ray" / "waiting")
+    tell = write_waits_to(tmp_path / "ray" / "waiting")
     tell("a")
     tell("b")
     assert (tmp_path / "ray" / "waiting").read_text() == "a\nb\n"

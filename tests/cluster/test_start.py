@@ -17,9 +17,9 @@ import torch
 from waiting import HANG_SECONDS
 
 from vlskv_ray.cluster.shares import Cluster, Reserved, check_gpus, describe, reserve
-from vlskv_ray.cluster.start import has_token, left_by_ray_start, short_folder
+from vlskv_ray.cluster.start import address_of_ray_start, has_token, short_folder
 from vlskv_ray.config import ClusterConfig, Config, DataConfig, SourceConfig
-from vlskv_ray.launch.on_ray import backend_of, each_worker_takes
+from vlskv_ray.launch.on_ray import backend_of, share_of_worker
 from vlskv_ray.launch.progress import ProgressLine
 from vlskv_ray.words import format_duration
 
@@ -75,7 +75,7 @@ def test_what_ray_is_asked_for() -> None:
 
     for use_gpu, resources in ((False, {"CPU": 2.5}), (True, {"CPU": 2.5, "GPU": 1})):
         cluster = ClusterConfig(num_workers=3, use_gpu=use_gpu)
-        asked = ScalingConfig(num_workers=3, **each_worker_takes(cluster, Reserved(2.5, 1, 1, 1)))
+        asked = ScalingConfig(num_workers=3, **share_of_worker(cluster, Reserved(2.5, 1, 1, 1)))
         assert asked.use_gpu == use_gpu and asked.resources_per_worker == resources
         assert asked.total_resources == {name: 3 * count for name, count in resources.items()}
         backends = TorchConfig(backend=backend_of(cluster)).backend
@@ -257,17 +257,17 @@ def test_who_has_no_token_joins_clusters_that_want_none(tmp_path: Path) -> None:
 def test_the_address_that_another_user_has_left_is_not_joined(tmp_path: Path) -> None:
     """Who can write where `ray start` does could have anybody's run, and token, come to a cluster of theirs."""
     file = tmp_path / "ray_current_cluster"
-    assert left_by_ray_start(file) is None
+    assert address_of_ray_start(file) is None
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         file.write_text(f"{address}\n")
-        assert left_by_ray_start(file) == address
+        assert address_of_ray_start(file) == address
         os.chown(file, 54321, 54321)
-        assert left_by_ray_start(file) is None
+        assert address_of_ray_start(file) is None
     os.chown(file, 0, 0)
-    assert left_by_ray_start(file) is None
+    assert address_of_ray_start(file) is None
 
 
 def test_paths_of_sockets_fit(

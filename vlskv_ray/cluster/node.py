@@ -1,8 +1,8 @@
 """What runs on the nodes of a cluster before and while workers are started: a node's account of itself, its copy of the
 model, one all-reduce with the others, and the network interface that gloo is to use.
 
-These functions travel to the nodes by value (`travels`), and import only what every process of Ray has at hand, so that
-asking a node neither costs it an import of torch nor fails where this package is missing.
+These functions travel to the nodes by value (`send_by_value`), and import only what every process of Ray has at hand,
+so that asking a node neither costs it an import of torch nor fails where this package is missing.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ REDUCE_SECONDS = 60
 """For all nodes to import torch and reach each other."""
 
 
-def travels() -> None:
+def send_by_value() -> None:
     """Has Ray send the functions of this module as they are here, not as a name to import."""
     import ray.cloudpickle
 

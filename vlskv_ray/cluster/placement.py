@@ -93,7 +93,7 @@ def room_for(bundles: list[Resources], what: str, wait: Wait) -> Iterator[Any]:
         remove_placement_group(group)
 
 
-def told_in(file: Path) -> Callable[[str], None]:
+def write_waits_to(file: Path) -> Callable[[str], None]:
     """Tells by adding lines to a file, for a process that nobody listens to."""
 
     def tell(text: str) -> None:

@@ -102,7 +102,7 @@ def examine(need: Need, cluster: Cluster, patience: int = 2) -> tuple[list[Repor
         for one in ray.nodes()
         if one["Alive"] and one["Resources"].get("CPU")
     ]
-    node.travels()
+    node.send_by_value()
     with nonce_in(need.shared) as (shared, nonce):
         what = (shared, nonce, need.files)
         if cluster.joined:

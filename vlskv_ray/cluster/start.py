@@ -60,7 +60,7 @@ def ray_cluster(address: str | None, quiet: bool = True) -> Iterator[Cluster]:
     }
     asked_for = address or os.environ.get("RAY_ADDRESS")
     # "auto" would join any Ray of this machine, that of another run too, and end with it
-    wanted = asked_for or left_by_ray_start(Path(get_ray_address_file(None))) or "local"
+    wanted = asked_for or address_of_ray_start(Path(get_ray_address_file(None))) or "local"
     joined = wanted != "local" and _join(wanted, options, must=bool(asked_for))
     short = None if joined else short_folder(Path(get_default_system_temp_dir()))
     if not joined:
@@ -110,7 +110,7 @@ def has_token() -> bool:
     return bool(named) or os.path.exists(os.path.expanduser(TOKEN))
 
 
-def left_by_ray_start(file: Path) -> str | None:
+def address_of_ray_start(file: Path) -> str | None:
     """The address that `ray start` wrote, unless its cluster is gone, for which Ray would wait minutes, or the file is
     another user's, whose cluster would be shown this user's token."""
     try:
@@ -165,7 +165,7 @@ def release_dead_placement_groups() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
-def asks_in_vain() -> bool:
+def has_unmet_requests() -> bool:
     """Whether something that this job has asked Ray to reserve is not there yet."""
     return any(state == "PENDING" for _, state in _groups_of_this_job())
 

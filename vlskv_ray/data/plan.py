@@ -1,9 +1,9 @@
 """The plan: which samples make up which micro-batch of which step, as a pure function of sources, seed and epoch.
 
 A global step is a fixed list of `micro_batches_per_step` micro-batches, dealt to the workers in turn. What a plan is
-made of is fixed when a run starts, so a resume is a slice of it, and another worker count deals the same cards
-differently. No epoch is ever laid out: the order of samples is a permutation whose every place can be computed by
-itself, so that any step of any epoch takes the same short time, whatever the number of samples.
+made of is fixed when a run starts, so a resume is a slice of it, and another number of workers shares out the same
+micro-batches differently. No epoch is ever laid out: the order of samples is a permutation whose every place can be
+computed by itself, so that any step of any epoch takes the same short time, whatever the number of samples.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ ROWS_IN_MEMORY = 2**22
 """Of more rows the lengths are better kept in a file, see `Plan.with_lengths_in`."""
 
 
-TURNS = 4
-"""Of the network that shuffles, two of its usual rounds each: with three, neighbours in a small table do not part."""
+ROUNDS = 4
+"""Of the Feistel network, each on both halves: with three, neighbours in a small table do not part."""
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-TURN_KEYS = np.arange(2 * TURNS, dtype=np.uint64) * GOLDEN
+ROUND_KEYS = np.arange(2 * ROUNDS, dtype=np.uint64) * GOLDEN
 
 
 # ------------------------------------------------------------------------------------------------- the order of samples
@@ -63,22 +63,22 @@ def permuted(places: NDArray[np.int64], size: int | NDArray[np.int64], key: NDAr
     key = np.broadcast_to(key, places.shape)
     columns: NDArray[np.uint64] = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.uint64)
     rows: NDArray[np.uint64] = (sizes + columns - np.uint64(1)) // columns
-    found = _turned(places.astype(np.uint64), rows, columns, key)
+    found = _permuted_once(places.astype(np.uint64), rows, columns, key)
     while len(beyond := np.flatnonzero(found >= sizes)):  # few: rows x columns is hardly more than `size`
-        found[beyond] = _turned(found[beyond], rows[beyond], columns[beyond], key[beyond])
+        found[beyond] = _permuted_once(found[beyond], rows[beyond], columns[beyond], key[beyond])
     numbers: NDArray[np.int64] = found.astype(np.int64)
     return numbers
 
 
-def _turned(
+def _permuted_once(
     x: NDArray[np.uint64], rows: NDArray[np.uint64], columns: NDArray[np.uint64], key: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
     """One pass through the network, a permutation of range(rows * columns)."""
     left = x // columns
     right = x - left * columns
-    for turn in range(TURNS):
-        left = _moved(left, rows, right + key + TURN_KEYS[2 * turn])
-        right = _moved(right, columns, left + key + TURN_KEYS[2 * turn + 1])
+    for i in range(ROUNDS):
+        left = _moved(left, rows, right + key + ROUND_KEYS[2 * i])
+        right = _moved(right, columns, left + key + ROUND_KEYS[2 * i + 1])
     return left * columns + right
 
 
@@ -141,9 +141,9 @@ def first_of_mixture(tables: Sequence[Table], num_samples: int) -> list[Table]:
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
-def _back_and_forth(cards: NDArray[np.int64], hands: int) -> NDArray[np.int64]:
-    """int64[hands, cards of a hand]: dealt in turn, every second round in the other direction."""
-    rounds = cards.reshape(-1, hands)
+def _back_and_forth(samples: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
+    """int64[groups, samples of a group]: dealt in turn, every second round in the other direction."""
+    rounds = samples.reshape(-1, groups)
     rounds[1::2] = rounds[1::2, ::-1].copy()
     return rounds.T
 
@@ -216,7 +216,7 @@ class Plan:
         """Tells whether two plans deal the same samples the same way."""
         digest = hashlib.sha256()
         about: list[Any] = [self.seed, self.micro_batch_size, self.micro_batches_per_step, self.group_by_length]
-        about += [self.shares_per_step, WINDOW_STEPS, WINDOW_SAMPLES, TURNS]
+        about += [self.shares_per_step, WINDOW_STEPS, WINDOW_SAMPLES, ROUNDS]
         about += [(table.rows, table.weight) for table in self.tables]
         digest.update(json.dumps(about).encode())
         digest.update(np.ascontiguousarray(self.lengths).data)

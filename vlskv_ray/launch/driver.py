@@ -80,9 +80,9 @@ def train(
             outcome, asked_by = start(run, loader, on_metrics)
         except RunFailed as error:
             assert error.__cause__ is not None
-            return told_of_failure(folder, error.__cause__)
+            return report_failure(folder, error.__cause__)
         if outcome.status != "done":
-            return told_of_end(run, loader, outcome, asked_by)
+            return report_end(run, loader, outcome, asked_by)
         finish(run, outcome, time.monotonic() - began)
         return DONE
 
@@ -121,24 +121,24 @@ def is_completed(run: Run) -> bool:
     return False
 
 
-def told_of_failure(folder: Path, cause: BaseException) -> int:
+def report_failure(folder: Path, cause: BaseException) -> int:
     """Says what ended a run and keeps all of it in error.log; returns the exit status."""
     with suppress(OSError):  # a full disk may be what it is about
         write_text(folder / "error.log", "".join(traceback.format_exception(cause)))
     reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
     if "OutOfMemory" in reason and "CUDA" not in reason:  # of a GPU, torch says itself what was full
         reason = "the memory of a machine was full, whoever filled it, and Ray ended processes of this run"
-    print_error(f"error: {reason}; all of it is in {short_path(folder / 'error.log')}{advice(cause)}")
+    print_error(f"error: {reason}; all of it is in {short_path(folder / 'error.log')}{memory_advice(cause)}")
     return FAILED
 
 
-def told_of_end(run: Run, loader: Loader, outcome: Outcome, asked_by: int | None) -> int:
+def report_end(run: Run, loader: Loader, outcome: Outcome, asked_by: int | None) -> int:
     """Says why a run ended before it was done; returns the exit status. ValueError where its model was refused."""
     match outcome.status:
         case "refused":
             raise ValueError(outcome.message)
         case "poisoned":
-            ids = printable(", ".join(samples_of(loader, outcome.step)))
+            ids = printable(", ".join(ids_of_step(loader, outcome.step)))
             print_error(
                 f"error: step {outcome.step + 1} was begun {DEATHS} times and its workers ended in it each time: by "
                 f"one of its samples, or from outside, as by a machine that has no memory left or by a person. Its "
@@ -155,13 +155,13 @@ def told_of_end(run: Run, loader: Loader, outcome: Outcome, asked_by: int | None
     return 128 + (asked_by or signal.SIGINT)
 
 
-def samples_of(loader: Loader, step: int) -> list[str]:
+def ids_of_step(loader: Loader, step: int) -> list[str]:
     """The ids of a step's samples."""
     places = [loader.plan.locate(number) for row in loader.plan.rows(step, step + 1) for number in row["samples"]]
     return [loader.sources[table].uid(row) for table, row in places]
 
 
-def advice(error: BaseException) -> str:
+def memory_advice(error: BaseException) -> str:
     """What to change where the memory was not enough, as far as an error tells."""
     text = str(error)
     if "OutOfMemory" in text or "low on memory" in text:

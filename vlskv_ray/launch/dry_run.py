@@ -58,7 +58,7 @@ def dry_run(run: Run, loader: Loader) -> float:
     model = build_model(run)
     largest = max(batches, key=lambda batch: int(batch.attention_mask.sum()))
     step_on = steps_of(run, model)
-    result, gflop, peak = counted(step_on, largest)
+    result, gflop, peak = count_step(step_on, largest)
     timed = batches[:TIMED_MICRO_BATCHES]
     neighbours = min(config.cluster.most_workers or 1, cpus // threads) - 1 if here else 0
     neighbours = 0 if run.config.cluster.use_gpu else neighbours  # each has a GPU of its own
@@ -124,7 +124,7 @@ def steps_of(run: Run, model: Any) -> Callable[[Batch], StepResult]:
     return lambda batch: train_step(model, optimizer, gradients, [batch], loss, max_tokens=most)
 
 
-def counted(step_on: Callable[[Batch], StepResult], batch: Batch) -> tuple[StepResult, float, int]:
+def count_step(step_on: Callable[[Batch], StepResult], batch: Batch) -> tuple[StepResult, float, int]:
     """The result of a first step, its operations in GFLOP, and the most bytes that a second one held at once: the first
     makes the optimizer's moments, which are counted apart."""
     with flop_counter() as counter:
@@ -212,7 +212,7 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
     rejected: list[dict[str, Any]] = []
     notices: list[dict[str, str]] = []
     found = []
-    for batch in spread(run, loader):
+    for batch in describe_spread(run, loader):
         made, seen = made + 1, seen + len(batch.sample_ids) + len(batch.rejected)
         rejected += batch.rejected
         notices += batch.notices
@@ -244,7 +244,7 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
     return found, seconds
 
 
-def spread(run: Run, loader: Loader) -> Iterator[Batch]:
+def describe_spread(run: Run, loader: Loader) -> Iterator[Batch]:
     """The first micro-batch of steps all over an epoch, then those of the steps between, then the second ones, ..."""
     steps = min(run.steps_per_epoch, run.total_steps)
     stride = max(1, steps // max(TIMED_MICRO_BATCHES, TRIED_SAMPLES // run.config.micro_batch_size))

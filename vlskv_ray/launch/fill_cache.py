@@ -63,7 +63,7 @@ def fill_ahead(
 
     tell = functools.partial(print, flush=True) if not quiet else lambda text: None
     check_gpus(run.config.cluster, cluster.gpus)
-    wanted = samples_of(run, loader)
+    wanted = samples_seen(run, loader)
     made = done = 0
     left_out: Counter[str] = Counter()
     at_most = int(cluster.gpus) if run.config.cluster.use_gpu else len(wanted)
@@ -72,7 +72,7 @@ def fill_ahead(
     wait = Wait(run.config.cluster.wait_seconds, tell)
     tell(f"filling       {len(wanted)} samples, {workers} process{'es' * (workers > 1)}")
     began = told = time.monotonic()
-    for result in results(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers, wait=wait):
+    for result in results_of_workers(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers, wait=wait):
         done, made = done + result["samples"], made + result["made"]
         left_out.update(result["left_out"])
         if message := refused_message(result["refused"], run.config.data.on_refused):
@@ -92,7 +92,7 @@ def fill_ahead(
     )
 
 
-def samples_of(run: Run, loader: Loader) -> NDArray[np.int64]:
+def samples_seen(run: Run, loader: Loader) -> NDArray[np.int64]:
     """The samples that a run sees, each once."""
     seen = np.zeros(len(loader.plan.lengths) + 1, dtype=bool)  # the last one stands for NO_SAMPLE
     for step in range(run.total_steps):
@@ -131,7 +131,7 @@ class CacheWorker:
         }
 
 
-def results(
+def results_of_workers(
     run: Run, loader: Loader, caches: SeveralCaches, samples: NDArray[np.int64], workers: int, cpus: float, wait: Wait
 ) -> Iterator[dict[str, Any]]:
     """What the workers say of a few samples after another, as they are done."""

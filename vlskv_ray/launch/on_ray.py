@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from vlskv_ray.cluster.node import process_group, travels
-from vlskv_ray.cluster.placement import Bundles, Wait, ask_together, told_in
+from vlskv_ray.cluster.node import process_group, send_by_value
+from vlskv_ray.cluster.placement import Bundles, Wait, ask_together, write_waits_to
 from vlskv_ray.cluster.preflight import check_nodes
 from vlskv_ray.cluster.shares import Reserved, check_gpus, describe, reserve
 from vlskv_ray.cluster.start import ray_cluster, release_dead_placement_groups
@@ -56,7 +56,7 @@ def fit_again(run: Run, loader: Loader, reserved: Reserved, on_metrics: OnMetric
         try:
             return watch(run, lambda: fit(run, loader, reserved), apart=True, on_metrics=on_metrics)
         except RunFailed as error:
-            if lacks := no_room(error.__cause__):
+            if lacks := missing_room(error.__cause__):
                 return Outcome("failed", message=str(lacks)), None
             if not is_lost_controller(error.__cause__) or failures == run.config.cluster.max_failures:
                 raise
@@ -66,7 +66,7 @@ def fit_again(run: Run, loader: Loader, reserved: Reserved, on_metrics: OnMetric
         truncate_logs(run.folder, newest_step(run.checkpoints))
 
 
-def no_room(error: BaseException | None) -> NoRoom | None:
+def missing_room(error: BaseException | None) -> NoRoom | None:
     """What says that the cluster had no room for the workers in time, if that is what ended a run."""
     from ray.train import ControllerError
 
@@ -104,16 +104,16 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> Outcome:
             first_task=asking.bundles.first_data_task(),
         )
 
-    each = each_worker_takes(config.cluster, reserved)
+    each = share_of_worker(config.cluster, reserved)
     asking = ask_together(
         Bundles(
             {"CPU": reserved.cpus_per_task},
             each["resources_per_worker"],
             config.cluster.fewest_workers,
-            Wait(config.cluster.wait_seconds, told_in(run.waiting_file)),
+            Wait(config.cluster.wait_seconds, write_waits_to(run.waiting_file)),
         )
     )
-    travels()
+    send_by_value()
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"run": run},
@@ -144,7 +144,7 @@ def backend_of(cluster: ClusterConfig) -> str:
     return "cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo"
 
 
-def each_worker_takes(cluster: ClusterConfig, reserved: Reserved) -> dict[str, Any]:
+def share_of_worker(cluster: ClusterConfig, reserved: Reserved) -> dict[str, Any]:
     """What Ray's ScalingConfig is told of each worker's share of the cluster."""
     resources = {"CPU": reserved.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     return {"use_gpu": cluster.use_gpu, "resources_per_worker": resources}

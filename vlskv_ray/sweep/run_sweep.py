@@ -12,11 +12,11 @@ from typing import Any
 
 from vlskv_ray.cluster.placement import Wait, room_for
 from vlskv_ray.cluster.shares import Cluster
-from vlskv_ray.cluster.start import asks_in_vain, ray_cluster, release_dead_placement_groups
+from vlskv_ray.cluster.start import has_unmet_requests, ray_cluster, release_dead_placement_groups
 from vlskv_ray.command import DONE, FAILED, print_info
 from vlskv_ray.config import Config
 from vlskv_ray.launch.caches import check_cache, teacher_cache_of
-from vlskv_ray.launch.fill_cache import SeveralCaches, fill_ahead, samples_of
+from vlskv_ray.launch.fill_cache import SeveralCaches, fill_ahead, samples_seen
 from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.sweep.frontier import train_command, write_frontier
 from vlskv_ray.sweep.on_tune import QUIET, concurrent_trials, run_trials, trial_takes
@@ -98,7 +98,7 @@ def fill_caches(
         for cache in caches.values():
             held.enter_context(cache.in_use())  # one in memory would go with the first trial that ends
             check_cache(replace(run, cache=cache), loader)
-        seen = len(samples_of(run, loader))
+        seen = len(samples_seen(run, loader))
         if all(cache.count() >= seen for cache in caches.values()):
             print_info(config, f"teacher cache {plural(seen, 'sample')} are there")
         else:
@@ -114,7 +114,7 @@ class Starved:
 
     def look(self, table: SweepTable) -> None:
         runs = any(row.began is not None and row.outcome is None for row in table.rows.values())
-        if runs or not asks_in_vain():
+        if runs or not has_unmet_requests():
             self.wait.ends()
             return
         tell_at = self.wait.tell_at

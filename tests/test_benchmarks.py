@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 
-from benchmarks import memory, step, trl_step, workloads
+from benchmarks import memory, same_numbers, step, trl_step, workloads
 from benchmarks.arithmetic import lengths_of, step_flops, tower_flops
 from vlskv_ray.data.collate import Batch, supervised_positions
 from vlskv_ray.training.counting import flop_counter
@@ -80,3 +80,20 @@ def test_workloads_are_what_they_are_said_to_be() -> None:
     with flop_counter() as all_of_it:
         model.base_model(**batch.model_inputs(), use_cache=False)
     assert 0.05 <= tower.get_total_flops() / all_of_it.get_total_flops() <= 0.08
+
+
+def test_numbers_that_differ_are_found_and_times_are_no_such(tmp_path: Path) -> None:
+    def run(name: str, seconds: float, loss: float = 1.0, weight: bytes = b"abc", kl: float = 0.5) -> Path:
+        (tmp_path / name / "final").mkdir(parents=True)
+        metrics = {"step": 1, "loss": loss, "step_seconds": seconds, "tokens_per_second": 1 / seconds}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+        (tmp_path / name / "final" / "model.safetensors").write_bytes(weight)
+        evaluation = {"student": {"kl_mean": kl}, "savings": {"prefill_time_ratio": seconds, "parameters": 7}}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(evaluation))
+        return tmp_path / name
+
+    first = run("first", seconds=1.0)
+    assert same_numbers.differences(first, run("later", seconds=2.0)) == []
+    for changed in ({"loss": 1.0000001}, {"weight": b"abd"}, {"kl": 0.6}):
+        name = "-".join(changed)
+        assert len(same_numbers.differences(first, run(name, seconds=1.0, **changed))) == 1, changed

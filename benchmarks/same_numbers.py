@@ -2,8 +2,9 @@
 
     python -m benchmarks.same_numbers COMMIT [--config FILE] [section.key=value ...]
 
-Both runs are made anew, one after the other. Equal must be: every line of metrics.jsonl but for times, every byte of the
-final weights, and evaluation.json but for the prefill times in it. Exit status 0 if they are, else 1 and what differs.
+Both runs are made anew, one after the other. Equal must be: every line of metrics.jsonl but for times, every byte of
+the final weights, and evaluation.json but for the prefill times in it. Exit status 0 if they are, else 1 and what
+differs.
 """
 
 import argparse

@@ -78,7 +78,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
         worker: this one.
         batches_from: this worker's micro-batches from a step on, in the order of the plan.
     """
-    torch.set_num_threads(run.config.cluster.threads_per_worker or 1)
+    torch.set_num_threads(run.config.cluster.threads_per_worker or 1)  # Ray sets 1; the number decides the last bits
     with run.cache.in_use() if run.cache is not None else nullcontext():
         attempts = Attempts(run.attempt_file) if worker.rank == 0 else None
         poisoned = gather_objects(attempts.poisoned(run.total_steps) if attempts else None)[0]
@@ -180,7 +180,7 @@ def train(training: Training, batches: Iterator[Batch]) -> None:
         write_log(training, result, data_wait, seconds, measured)
         is_epoch = training.step % run.steps_per_epoch == 0
         counts.check(data.max_rejected_fraction, data.on_refused, whole_epoch=is_epoch)
-        stopped = result.stop
+        stopped = result.stop  # one worker was asked, and all have heard of it with the sums of this step
         newly_warned = worker.is_warned() and not warned
         warned |= newly_warned
         if stopped or newly_warned or save_is_due(run, training.step, measured):

@@ -83,7 +83,7 @@ def room_for(bundles: list[Resources], what: str, wait: Wait) -> Iterator[Any]:
     """A placement group of these bundles, of the Ray that this process is connected to; NoRoom as `Wait` says."""
     from ray.util import placement_group, remove_placement_group
 
-    group = placement_group(bundles, strategy="SPREAD")
+    group = placement_group(bundles, strategy="SPREAD")  # over the nodes, as far as they have room
     try:
         while not group.wait(SLICE):
             wait.goes_on(bundles, what)
@@ -118,6 +118,7 @@ class Bundles:
         from ray.util import placement_group
 
         self.num_workers = num_workers
+        # the data task's bundle comes last: Ray Train puts worker i into bundle i
         self.group = placement_group(self.of(num_workers), strategy=strategy)
         return self.group
 

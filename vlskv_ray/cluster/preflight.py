@@ -111,10 +111,11 @@ def examine(need: Need, cluster: Cluster, patience: int = 2) -> tuple[list[Repor
             reports = [nodes[0] | node.account(*what)]  # this machine, which is known without a task
     found = findings_of(reports, need, here=node.versions())
     if patience and any(finding.mark == "problem" and finding.what == "memory" for finding in found):
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(SETTLE_SECONDS)  # Ray and the system give memory back some seconds after a process has ended
         return examine(need, cluster, patience - 1)
     if not cluster.joined:
         return reports, found
+    # what takes long or downloads much comes last, and only where nothing is wrong so far
     if need.hub_model and not problems_of(found):
         found.append(of_hub_model(ask(nodes, node.fetch_model, [need.hub_model] * len(nodes), None), need))
     if len(nodes) > 1 and not problems_of(found):
@@ -132,6 +133,7 @@ def ask(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # no CPUs: a node whose CPUs others hold must answer too; no retries: a second try would only wait once more
     remote = ray.remote(num_cpus=0, max_retries=0)(function)
     pinned = [NodeAffinitySchedulingStrategy(one["id"], soft=False) for one in nodes]
     asked = [
@@ -160,7 +162,7 @@ def answer_of(reference: Any, waited: float | None) -> Report:
 @contextmanager
 def nonce_in(folders: dict[str, Path]) -> Iterator[tuple[dict[str, str], str]]:
     """A file in each folder that holds what nobody else can know, and what that is."""
-    nonce = secrets.token_hex(8)
+    nonce = secrets.token_hex(8)  # a folder of the same name on a node of its own would hold another, or none
     files = {key: folder / f".preflight-{nonce}" for key, folder in folders.items()}
     try:
         for key, file in files.items():

@@ -60,6 +60,7 @@ def reserve(cluster: ClusterConfig, data: DataConfig, cpus: float, largest_node:
             raise ValueError(
                 f"{key}: {share:g}, but no machine of the cluster has more than {largest_node:g}; lower it"
             )
+    # the small number is for shares that were rounded down to four digits
     tasks = data.num_proc or max(1, int((cpus - workers * per_worker + 1e-6) / per_task))
     return Reserved(per_worker, per_task, tasks, threads_of(cluster, cpus))
 

@@ -44,6 +44,7 @@ def check_cache(run: Run, loader: Loader) -> None:
     text = load_config(run.model_files).text_config
     rows = len(loader.plan.lengths)
     tried = some_samples(loader)
+    # the trunk of every token, and of supervised ones what enters and leaves the teacher's last layer
     lengths = [len(sample.input_ids) + 2 * int((sample.labels != IGNORE_INDEX).sum()) for sample, _ in tried] or [0]
     states = float(np.mean(lengths)) * text.hidden_size * (2 if run.config.model.dtype == "bfloat16" else 4)
     there, seen = run.cache.count(), run.total_steps * run.micro_batches_per_step * run.config.micro_batch_size

@@ -58,7 +58,7 @@ def train(
     folder = run_folder(config)
     if resume == "never" and folder.exists():
         print_info(config, f"moved the older run to {short_path(move_aside(folder))}")
-    with own_run_folder(folder) as owner:
+    with own_run_folder(folder) as owner:  # first of all: what is looked at from here on is this command's alone
         saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print_error(f"warning: {text}"))
         if saved is None and resume == "must":
             raise ValueError(f"{folder}: --resume must was given, but there is no checkpoint to go on from")
@@ -71,6 +71,7 @@ def train(
             return DONE
         if run.cache is not None:
             check_cache(run, loader)
+        # only now, when nothing can be refused any more: a command that ends in an error leaves all as it was
         remove_unfinished(run.checkpoints, saved.step if saved else 0)
         truncate_logs(run.folder, saved.step if saved else 0)
         if saved:

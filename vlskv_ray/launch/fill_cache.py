@@ -94,6 +94,7 @@ def fill_ahead(
 
 def samples_seen(run: Run, loader: Loader) -> NDArray[np.int64]:
     """The samples that a run sees, each once."""
+    # steps, not epochs: a run of few steps sees few of its samples
     seen = np.zeros(len(loader.plan.lengths) + 1, dtype=bool)  # the last one stands for NO_SAMPLE
     for step in range(run.total_steps):
         seen[loader.plan.micro_batches(step)] = True

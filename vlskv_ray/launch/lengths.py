@@ -37,6 +37,7 @@ def lengths_of(sources: Sequence[Source], tables: Sequence[Table], tokens: Token
 def some_samples(loader: Loader) -> list[tuple[Encoded, tuple[int, int]]]:
     """Samples from all over the data that can be used, and the table and row of each."""
     rows = len(loader.plan.lengths)
+    # from all over: files are often sorted, by length too
     numbers = np.linspace(0, rows - 1, min(rows, SAMPLES_TRIED), dtype=np.int64).tolist()
     loader = replace(loader, cache=None)
     return [(sample, loader.plan.locate(number)) for number in numbers for sample in loader.samples([number])[0]]

@@ -63,6 +63,7 @@ def prepare(
         config = changed(config, {"cluster.threads_per_worker": saved.state["threads"]})
     files = find_model(config.model.name_or_path, config.model.revision)
     config, text_config = resolve_model(config, files, saved)
+    # before any data are opened: with a template that cannot be used no row could be either
     notices = check_processor(files, load_processor(files))
     config = changed(config, {"data.max_length": max_length_of(config, text_config)})
     loader, tokens = lay_out(config, saved, num_samples)
@@ -142,6 +143,7 @@ def lay_out(config: Config, saved: SavedState | None, num_samples: int | None) -
         )
         return Loader(sources, plan, model.name_or_path, model.revision, limits)
 
+    # a first plan, for which lengths do not matter, finds the samples by which the lengths of all are estimated
     unknown = np.broadcast_to(np.uint16(0), sum(table.rows for table in tables))
     tokens = Tokens(**saved.state["tokens"]) if saved else tokens_of(loader_of(unknown))
     return loader_of(lengths_of(sources, tables, tokens)), tokens

@@ -35,6 +35,7 @@ def check_resumable(config: Config, saved: SavedState | None) -> int:
             changed.pop("gradient_accumulation_steps", None)
         refuse_changes(config, saved, {key: f"{key} was {was} and is {now}" for key, (was, now) in changed.items()})
         count = saved.state["micro_batches_per_step"]
+    # every worker takes equally many micro-batches, so that all take part in each reduction equally often
     uneven = next((workers for workers in range(fewest, most + 1) if count % workers), None)
     if uneven:
         of_a_step = f"{uneven} workers cannot share the {count} micro-batches of a step equally"

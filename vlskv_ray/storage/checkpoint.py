@@ -123,7 +123,7 @@ def save_checkpoint(
     fault_point("save_written", step)
     if target.exists():  # left by a killed run, or damaged: had it been good, the run would have gone on from it
         shutil.rmtree(target)
-    aside.rename(target)
+    aside.rename(target)  # whole or not at all, on one file system
     flush(root)
     fault_point("save_renamed", step)
     write_text(target / "COMMIT", _sha256(target / "manifest.json"))

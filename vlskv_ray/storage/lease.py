@@ -47,6 +47,7 @@ def own_run_folder(folder: Path) -> Iterator[str]:
         ended = threading.Event()
         try:
             _write(folder, owner, 0)
+            # a daemon: it must not keep a command alive that wants to end
             beating = threading.Thread(target=_beat, args=(folder, owner, ended), daemon=True)
             beating.start()
             yield owner

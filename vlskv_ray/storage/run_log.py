@@ -86,7 +86,7 @@ class RunLog:
 
 
 def _opened(folder: Path, name: str) -> io.FileIO:
-    return open(folder / f"{name}.jsonl", "ab", buffering=0)
+    return open(folder / f"{name}.jsonl", "ab", buffering=0)  # unbuffered: a kill loses no line, and cuts one at most
 
 
 def truncate_logs(folder: Path, step: int) -> None:

@@ -194,7 +194,7 @@ class Saver:
         measured: dict[str, float],
     ) -> None:
         """Begins to write; tells first what became of the one before."""
-        self.wait()
+        self.wait()  # one at a time: two copies of weights and moments would be held otherwise
         moments = {
             f"{name}.{key}": value.to("cpu", copy=True)
             for name, parameter in trained.items()
@@ -287,7 +287,7 @@ def export(run: Run, model: Any) -> None:
         OSError: the storage did not take it; nothing of it is left, and what was there before is.
     """
     final, aside = run.folder / "final", run.folder / ".writing-final"
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while it wrote
     transformers_logging.disable_progress_bar()
     processor = load_processor(run.model_files, tried=True)
     try:

@@ -100,6 +100,7 @@ def shared_pass(model: Any, batch: Batch) -> States:
     teacher = model.base_model(**batch.model_inputs(), use_cache=False, swiftkv=swiftkv).last_hidden_state
     assert swiftkv.student is not None and swiftkv.trunk is not None
     assert swiftkv.student_input is not None and swiftkv.teacher_input is not None
+    # SwiftKVPass packs the samples of a batch into one row
     states = (swiftkv.student, teacher, swiftkv.student_input, swiftkv.teacher_input, swiftkv.trunk)
     return States(*(x[0] for x in states))
 
@@ -227,7 +228,7 @@ def distillation_loss(model: Any, batch: Batch, options: DistillationLoss) -> tu
         notices=len(batch.notices),
     )
     keep = supervised_positions(batch.labels)
-    if not keep.any():
+    if not keep.any():  # every row of it was left out: its workers still need its counts
         return None, sums
     if batch.trunk is None:
         states = shared_pass(model, batch)
@@ -252,7 +253,7 @@ def distillation_loss(model: Any, batch: Batch, options: DistillationLoss) -> tu
         hidden = (states.student_input.to(kl.dtype) - states.teacher_input.to(kl.dtype)).square().mean(-1)
         per_token = per_token + options.hidden_loss_weight * hidden
         sums.hidden = hidden.detach().double().sum().item()
-    loss = (weights * per_token).double().sum()
+    loss = (weights * per_token).double().sum()  # float32 would lose digits over many tokens
 
     kl = kl.detach().double()
     sums.loss = loss.item()

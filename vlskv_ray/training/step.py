@@ -74,7 +74,7 @@ def train_step(
     Raises:
         StoppedRun: loss or gradient is not finite; on every worker, before the update.
     """
-    gradients.flat.zero_()
+    gradients.flat.zero_()  # in place: the parameters' gradients are views of it
     total = torch.zeros_like(gradients.flat) if in_plan_order else gradients.flat
     of_micro_batches = []
     for batch in micro_batches:  # 1. forward and backward on sums, one micro-batch at a time
@@ -98,6 +98,7 @@ def train_step(
     sums, stop = sums_of_all_workers(of_micro_batches, asked_to_stop)  # 2. every worker holds the same numbers
     if sums.supervised_tokens:  # 3. divided once, by the global count
         gradients.flat /= sums.supervised_tokens
+    # in float64: it is a sum of millions of squares, and decides whether the gradient is clipped
     grad_norm = torch.linalg.vector_norm(gradients.flat, dtype=torch.float64).item()
     stop_if_not_finite(sums, grad_norm, micro_batches)  # 4. on every worker at once, before the update
     if max_grad_norm is not None and grad_norm > max_grad_norm:
@@ -205,7 +206,7 @@ def build_optimizer(config: Config, trained: dict[str, torch.nn.Parameter]) -> t
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,
-        fused=True,
+        fused=True,  # 5 to 6 times as fast on CPUs as the default
     )
 
 

@@ -47,6 +47,7 @@ class Watchdog:
         self.heard_at = time.monotonic()
         if self.file and self.seconds and self.slowest:
             limit = max(self.seconds, TIMES_AS_LONG * self.slowest)
+            # by a thread of its own in C: it works where Python itself hangs in a library
             faulthandler.dump_traceback_later(limit, exit=True, file=self.file)
 
     def done(self) -> None:

@@ -34,17 +34,18 @@ teacher: .venv/installed
 		$(BIN)/python -m vlskv_ray.train --config configs/shapes-$$run.yaml || exit; done
 
 # The figures in README.md and docs/: about 15 minutes on 2 cores; runs that are finished are not made again. Those of
-# the teacher are left as they are unless `make teacher` has run.
+# the teacher are left as they are unless `make teacher` has run; those of speed are the stored ones.
 figures: .venv/installed
 	$(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml
-	$(BIN)/python -m vlskv_ray.compare runs/quickstart --result --into README.md --block quickstart
+	$(BIN)/python -m vlskv_ray.compare runs/quickstart --summary --into README.md --block quickstart
+	$(BIN)/python -m vlskv_ray.compare runs/quickstart --result --into docs/results.md --block quickstart
+	$(BIN)/python -m benchmarks.step --from benchmarks/step.json --model mid --micro-batch 1 --into README.md
 	$(BIN)/python -m vlskv_ray.tune --config configs/sweep-shapes.yaml
 	$(BIN)/python -m vlskv_ray.tune --config configs/sweep-shapes.yaml \
 		'tune.space={model.num_key_value_layers: [1, 2, 3, 4, 5, 6, 7], model.key_value_group_size: [1, 2]}'
 	$(BIN)/python -m vlskv_ray.compare runs/sweep-shapes/trials/* --into docs/sweeps.md
 	$(BIN)/python -m vlskv_ray.probe --config configs/sweep-shapes.yaml --against runs/sweep-shapes --into docs/sweeps.md
 	[ ! -f runs/shapes-teacher/summary.json ] || { \
-		$(BIN)/python -m vlskv_ray.compare runs/shapes-teacher --result --into README.md --block teacher; \
 		for run in lessons questions practice teacher; do $(BIN)/python -m vlskv_ray.compare runs/shapes-$$run --result \
 			--into docs/teacher.md --block $$run || exit; done; }
 

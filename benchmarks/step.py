@@ -38,6 +38,7 @@ from vlskv_ray.data.collate import Batch, collate, supervised_positions
 from vlskv_ray.data.teacher_cache import TeacherCache
 from vlskv_ray.evaluation.evaluator import toggled
 from vlskv_ray.model import presets
+from vlskv_ray.report.markdown import markdown_table, write_block
 from vlskv_ray.training.counting import flop_counter, peak_bytes
 from vlskv_ray.training.distill import DistillationLoss, distillation_loss
 from vlskv_ray.training.step import GradientBuffer, train_step
@@ -153,6 +154,7 @@ def _measure(model: Any, batch: Batch, repeats: int, cache: TeacherCache, trl_tr
     reference, ours, forward, floor = (sides[name] for name in ("reference", "ours", "forward", "floor"))
     seconds = {name: median(side.seconds) for name, side in sides.items()}
     figures = {
+        "micro_batch_size": len(batch.labels),
         "tokens": batch.attention_mask.sum(1).tolist(),
         "supervised_tokens": int(supervised_positions(batch.labels).sum()),
         "seconds": seconds,
@@ -225,6 +227,20 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+SPEED_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+    ("samples a second", lambda cell: cell["micro_batch_size"] / cell["seconds"]["ours"]),
+    ("times as fast as the recipe as published", lambda cell: cell["reference_over_ours"]),
+    ("the same, every epoch after the first, from a teacher cache", lambda cell: cell["cached_epoch_speedup"]),
+    ("memory of a step, the recipe's being 1", lambda cell: cell["memory_ours_over_reference"]),
+)
+
+
+def speed_table(cells: dict[str, dict[str, Any]]) -> str:
+    """Markdown: what a reader wants to know first, a column for each cell."""
+    rows = [(label, [f"{figure(cell):.2f}" for cell in cells.values()]) for label, figure in SPEED_ROWS]
+    return markdown_table(list(cells), rows, corner="model, workload, samples a step")
+
+
 def worst_of(cells: dict[str, dict[str, Any]], workload: str) -> dict[str, float]:
     """The figures of a workload on the mid-size model (or what was measured), the worse of its micro-batches each."""
     of_workload = {name: cell for name, cell in cells.items() if name.split(", ")[1] == workload}
@@ -248,12 +264,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
+    parser.add_argument("--from", type=Path, metavar="FILE", dest="stored", help="show what --json wrote, run nothing")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="put the short table into this page")
     options = parser.parse_args(arguments)
+    figures = json.loads(options.stored.read_text()) if options.stored else measure_all(options)
+    cells, about = cells_asked_for(figures["cells"], options), figures["about"]
+    print(table(cells))
+    where = "{date}, {processor}, {threads} threads, torch {torch}".format(**about)
+    print(f"\n{where}, peak {about['peak_gflop_per_second']:.0f} GFLOP/s (float32 matrix product)")
+    if options.into:
+        write_block(options.into, "speed", f"{speed_table(cells)}\n\n{where}.")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of every cell that the options name, as `--json` writes them."""
     torch.set_num_threads(options.threads)
     if not trl_step.available():
         print(f"skipped: TRL {trl_step.VERSION} is not installed here. For its row, run this in an environment made by")
         print(f"    {trl_step.SET_UP}")
-
     peak = peak_gflop_per_second()
     cells: dict[str, dict[str, Any]] = {}
     for model_name in options.model:
@@ -267,20 +298,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for size in options.micro_batch:
                 name = f"{model_name}, {workload}, {size}"
                 print(f"{name} ...", file=sys.stderr, flush=True)
-                cell = measure(model, micro_batch(model.config, workload, size), options.repeats, trl_trainer)
+                cells[name] = measure(model, micro_batch(model.config, workload, size), options.repeats, trl_trainer)
                 peak = max(peak, peak_gflop_per_second(repeats=3))
-                cells[name] = cell
     for cell in cells.values():
         cell["ours_of_peak"] = cell["gflop_per_second"]["ours"] / peak
-    print(table(cells))
-    processor = platform.processor() or platform.machine()
-    print(f"\n{date.today()}, {processor}, {options.threads} threads, torch {torch.__version__}, ", end="")
-    print(f"peak {peak:.0f} GFLOP/s (float32 matrix product)")
-    if options.json:
-        figures: dict[str, Any] = {workload: worst_of(cells, workload) for workload in options.workload}
-        about = {"threads": options.threads, "torch": torch.__version__, "peak_gflop_per_second": peak}
-        options.json.write_text(json.dumps(figures | {"cells": cells, "about": about}, indent=2) + "\n")
-    return 0
+    about = {
+        "date": str(date.today()),
+        "processor": platform.processor() or platform.machine(),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "peak_gflop_per_second": peak,
+    }
+    return {workload: worst_of(cells, workload) for workload in options.workload} | {"cells": cells, "about": about}
+
+
+def cells_asked_for(cells: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    names = [f"{m}, {w}, {size}" for m in options.model for w in options.workload for size in options.micro_batch]
+    return {name: cells[name] for name in names if name in cells}
 
 
 if __name__ == "__main__":

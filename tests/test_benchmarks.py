@@ -38,13 +38,19 @@ def test_the_command_writes_its_table(
 ) -> None:
     monkeypatch.setitem(workloads.CONFIGS, "mid", tiny_config)
     options = ["--model", "mid", "--micro-batch", "1", "2", "--repeats", "1", "--threads", "1"]
-    assert step.main([*options, "--json", str(tmp_path / "step.json")]) == 0
-    printed = capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("<!-- speed: begin -->\n<!-- speed: end -->\n")
+    assert step.main([*options, "--json", str(tmp_path / "step.json"), "--into", str(page)]) == 0
+    printed, written = capsys.readouterr().out, page.read_text()
+    assert "| samples a second |" in written and written.count("visual\\_qa") == 2
     figures = json.loads((tmp_path / "step.json").read_text())
     wanted = {"reference_over_ours", "ours_over_teacher_forward", "memory_ours_over_reference", "cached_epoch_speedup"}
     for workload in workloads.WORKLOADS:
         assert wanted <= figures[workload].keys()
         assert printed.count(f"| mid, {workload}, ") == 2
+    page.write_text("<!-- speed: begin -->\n<!-- speed: end -->\n")
+    assert step.main([*options, "--from", str(tmp_path / "step.json"), "--into", str(page)]) == 0
+    assert capsys.readouterr().out in printed and page.read_text() == written  # shown again, not measured again
     if not trl_step.available():
         assert trl_step.SET_UP in printed and "trl_over_ours" not in figures["visual_qa"]
 

@@ -78,7 +78,7 @@ def test_a_page_stays_the_kind_of_file_it_is(run: Path, tmp_path: Path) -> None:
     ("file", "content"),
     [("evaluation.json", '{"teacher": {}, "savings": 3, "student": {"by_kind": 3}}'), ("summary.json", '{"a": 1}')],
 )
-@pytest.mark.parametrize("flags", [[], ["--result"]])
+@pytest.mark.parametrize("flags", [[], ["--result"], ["--summary"]])
 def test_files_that_no_run_wrote(
     run: Path, file: str, content: str, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +98,24 @@ def test_the_closing_table_of_a_run(run: Path, capsys: pytest.CaptureFixture[str
         assert figure in text, figure
 
 
+def test_the_summary_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six rows, the student beside its teacher, and what they were measured on."""
+    assert compare.main([str(run), "--summary"]) == 0
+    head, _, *rows, space, note = capsys.readouterr().out.strip().splitlines()
+    cells = {label: rest for label, *rest in ([cell.strip() for cell in row.split("|")[1:-1]] for row in [head, *rows])}
+    assert cells == {
+        "": ["teacher", "student before", "student after"],
+        "accuracy": ["94.0%", "31.0%", "92.0%"],
+        "accuracy kept": ["", "", "97.9%"],
+        "KL per token, mean": ["0", "1.913", "0.01234"],
+        "top-1 agreement": ["100.0%", "62.2%", "98.1%"],
+        "prefill time": ["470 ms", "", "260 ms (0.55 of the teacher's)"],
+        "prefill operations": ["19 GFLOP", "", "10.1 GFLOP (0.53 of the teacher's)"],
+    }
+    assert not space and note.startswith("100 questions (70 with images, 30 text only) of 100 held-out samples from")
+    assert note.endswith("left out: 2 too\\_long. Prefill of a prompt of 2,048 tokens, with threads: 2.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -107,6 +125,7 @@ def test_the_closing_table_of_a_run(run: Path, capsys: pytest.CaptureFixture[str
         (["{run}", "--into", "{page}", "--block", "x"], "has no place for it; wanted the lines <!-- x: begin --> and"),
         (["{run}", "--into", "{page}", "--block", "y"], "has no place for it; wanted the lines <!-- y: begin --> and"),
         (["{sft}"], "distils nothing, so it has no student to compare"),
+        (["{sft}", "--summary"], "distils nothing, so it has no student to compare"),
     ],
 )
 def test_wrong_input(

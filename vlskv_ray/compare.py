@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlskv_ray.command import DONE, exit_status
-from vlskv_ray.report.comparison import comparison, finished, results
+from vlskv_ray.report.comparison import comparison, finished, results, summaries
 from vlskv_ray.report.markdown import write_block
 
 
@@ -24,7 +24,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
-    parser.add_argument("--result", action="store_true", help="what each run said at its end instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--result", action="store_true", help="what each run said at its end instead")
+    instead.add_argument("--summary", action="store_true", help="six rows of each run's result instead")
     parser.add_argument("--into", metavar="FILE", help="write it into this page instead of printing it")
     parser.add_argument(
         "--block",
@@ -38,7 +40,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def compare(options: argparse.Namespace) -> int:
     """Shows or writes what was asked for. ValueError for what the user can mend."""
     runs = [finished(Path(folder)) for folder in options.runs]
-    text = results(runs) if options.result else comparison(runs)
+    show = results if options.result else summaries if options.summary else comparison
+    text = show(runs)
     if options.into:
         write_block(Path(options.into), options.block, text)
     else:

@@ -6,18 +6,23 @@ from typing import Any
 
 from vlskv_ray.report.figures import (
     DASH,
+    MEASURES,
+    SIDES,
     RunFiles,
     as_written,
     at,
     decimal,
+    held_out,
     is_number,
     kept,
     percent,
     read_run,
+    savings_note,
+    savings_rows,
     seconds,
     whole,
 )
-from vlskv_ray.report.markdown import markdown_table
+from vlskv_ray.report.markdown import escape_markdown, markdown_table
 from vlskv_ray.report.summary import closing_lines
 
 COLUMNS = (
@@ -37,15 +42,38 @@ def finished(folder: Path) -> RunFiles:
 
 def comparison(runs: Sequence[RunFiles]) -> str:
     """A Markdown table, a line for each run. ValueError for one that distils nothing."""
-    for run in runs:
-        if run.is_sft:
-            raise ValueError(f"{run.folder}: distils nothing, so it has no student to compare; --result shows a run")
-    return markdown_table(COLUMNS, [(run.name, _of(run, row)) for run in runs], corner="run")
+    return markdown_table(COLUMNS, [(run.name, _of(_with_student(run), row)) for run in runs], corner="run")
 
 
 def results(runs: Sequence[RunFiles]) -> str:
     """What each run said at its end, as Markdown."""
     return "\n\n".join("```text\n" + "\n".join(_of(run, closing_lines)) + "\n```" for run in runs)
+
+
+def summaries(runs: Sequence[RunFiles]) -> str:
+    """Six rows of each run's result, as Markdown. ValueError for one that distils nothing."""
+    return "\n\n".join("\n".join(_of(_with_student(run), _summary_lines)) for run in runs)
+
+
+def _summary_lines(run: RunFiles) -> list[str]:
+    evaluation, who = run.evaluation, ("teacher", "student_before", "student")
+    rows = [
+        (label, [form(at(evaluation, side, key)) for side in who])
+        for key, label, form in MEASURES
+        if key in ("accuracy", "kl_mean", "top1_agreement")
+    ]
+    rows.insert(1, ("accuracy kept", ["", "", kept(evaluation, "accuracy")]))
+    for label, (its, mine, share) in savings_rows(evaluation)[:2]:  # prefill: time and operations
+        rows.append((label, [its, "", f"{mine} ({share} of the teacher's)"]))
+    table = markdown_table([SIDES[side] for side in who], rows)
+    return [table, "", escape_markdown(f"{held_out(run)} {savings_note(evaluation)}")]
+
+
+def _with_student(run: RunFiles) -> RunFiles:
+    """The run itself. ValueError for one that distils nothing."""
+    if run.is_sft:
+        raise ValueError(f"{run.folder}: distils nothing, so it has no student to compare; --result shows a run")
+    return run
 
 
 def _of(run: RunFiles, lines: Callable[[RunFiles], list[str]]) -> list[str]:

@@ -16,6 +16,7 @@ from benchmarks.workloads import micro_batch
 from vlskv_ray.data.collate import Batch, supervised_positions, to_row
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import swiftkv_config
+from vlskv_ray.model.wrappers import llava_next
 from vlskv_ray.training.counting import flop_counter
 
 WORKERS = (1, 2, 16, 64, 512)
@@ -188,11 +189,12 @@ def step_flops(text: Any, tokens: Sequence[int], kept: Sequence[int]) -> tuple[i
 
 def tower_flops(model: Any, batch: Batch) -> int:
     """Operations of the vision tower and the projector on a batch's images, on whatever device the model is."""
-    if batch.tiles is None or batch.image_sizes is None:
+    if not batch.pixels:
         return 0
-    pixels = torch.empty(batch.tiles.shape, device=model.device)
+    images = llava_next.model_inputs(model.config, batch)
+    images["pixel_values"] = torch.empty(images["pixel_values"].shape, device=model.device)
     with torch.no_grad(), flop_counter() as counter:
-        model.get_image_features(pixels, batch.image_sizes)
+        model.get_image_features(**images)
     return int(counter.get_total_flops())
 
 

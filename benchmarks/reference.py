@@ -20,9 +20,9 @@ def reference_loss(model: Any, batch: Batch, temperature: float, dtype: torch.dt
     switch = model.config.text_config
     switch.swiftkv = False
     with torch.no_grad():
-        teacher_logits = model(**batch.model_inputs(), use_cache=False).logits
+        teacher_logits = model(**batch.model_inputs(model.config), use_cache=False).logits
     switch.swiftkv = True
-    student_logits = model(**batch.model_inputs(), use_cache=False).logits
+    student_logits = model(**batch.model_inputs(model.config), use_cache=False).logits
 
     log_p = F.log_softmax(teacher_logits[:, :-1] / temperature, dim=-1, dtype=dtype)
     log_q = F.log_softmax(student_logits[:, :-1] / temperature, dim=-1, dtype=dtype)

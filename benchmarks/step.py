@@ -108,20 +108,20 @@ def sides_of(
     @torch.no_grad()
     def forward() -> float:
         with toggled(model, on=False):
-            model(**batch.model_inputs(), use_cache=False)
+            model(**batch.model_inputs(model.config), use_cache=False)
         return 0.0
 
     @torch.no_grad()
     def floor() -> float:
         with toggled(model, on=False):
-            hidden = model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
+            hidden = model.base_model(**batch.model_inputs(model.config), use_cache=False).last_hidden_state
         model.get_output_embeddings()(hidden[keep])
         return 0.0
 
     sides = {"reference": Side(reference), "ours": Side(ours), "cached": Side(cached)}
     sides |= {"forward": Side(forward), "floor": Side(floor)}
     if trl_trainer is not None:
-        inputs = trl_step.trainer_inputs(batch, pad_token_id)
+        inputs = trl_step.trainer_inputs(batch, model.config, pad_token_id)
 
         def trl() -> float:
             gradients.flat.zero_()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch
+from vlskv_ray.model.wrappers import llava_next
 
 VERSION = "1.16.0"
 SET_UP = f"python3 -m venv .venv-trl && .venv-trl/bin/pip install -e . trl=={VERSION}"
@@ -49,7 +50,7 @@ def trainer(student: Any, teacher: Any, processor: Any, temperature: float) -> A
     )
 
 
-def trainer_inputs(batch: Batch, pad_token_id: int) -> dict[str, Any]:
+def trainer_inputs(batch: Batch, config: Any, pad_token_id: int) -> dict[str, Any]:
     """A micro-batch as TRL has it after generating: prompts padded on the left, completions on the right."""
     prompts, completions = [], []
     for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
@@ -65,9 +66,7 @@ def trainer_inputs(batch: Batch, pad_token_id: int) -> dict[str, Any]:
         "completion_mask": completion_mask,
         "num_items_in_batch": completion_mask.sum().float(),
     }
-    if batch.pixel_values is not None:
-        inputs |= {"pixel_values": batch.pixel_values, "image_sizes": batch.image_sizes}
-    return inputs
+    return inputs | llava_next.model_inputs(config, batch)
 
 
 def _padded(rows: list[Tensor], pad_token_id: int, left: bool) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """What is measured: two models with random weights, and micro-batches of real pictures and text made by the package."""
 
-import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, LlavaNextConfig
 
-from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.chat import Limits, encode
 from vlskv_ray.data.collate import Batch, Encoded, collate
 from vlskv_ray.data.sample import Sample
 from vlskv_ray.data.teacher_cache import content_key
@@ -118,8 +117,7 @@ def sample_of(workload: str, number: int) -> Sample:
 
 def encoded(sample: Sample, processor: Any, config: Any) -> Encoded:
     limits = Limits(max(2048, config.text_config.max_position_embeddings))
-    ready = encode(sample, processor, functools.partial(num_image_features, config), limits)
-    return replace(ready, key=content_key(sample))
+    return replace(encode(sample, processor, config, limits), key=content_key(sample))
 
 
 def conversation_of(conversation: Conversation, rng: np.random.Generator) -> tuple[list[dict[str, Any]], list[bytes]]:

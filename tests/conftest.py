@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.chat import Limits, encode
 from vlskv_ray.data.collate import Batch, Encoded, collate
 from vlskv_ray.data.sample import Sample
 from vlskv_ray.model import presets
@@ -170,9 +170,7 @@ def encoded_samples() -> list[Encoded]:
     """`mixed_samples`, ready for the tiny models."""
     config = tiny_config()
     processor = presets.llava_next_processor(config)
-    return [
-        encode(sample, processor, lambda size: num_image_features(config, size), Limits()) for sample in mixed_samples()
-    ]
+    return [encode(sample, processor, config, Limits()) for sample in mixed_samples()]
 
 
 def batch_of(samples: list[Encoded], **options: Any) -> Batch:

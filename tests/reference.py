@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch
+from vlskv_ray.model.wrappers import llava_next
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -82,9 +83,9 @@ def text_model(weights: dict[str, Tensor], config: Any, x: Tensor, swiftkv: bool
 def embeddings(model: Any, batch: Batch) -> Tensor:
     """[B, T, D] with image features in place of their placeholders."""
     x = model.get_input_embeddings()(batch.input_ids)
-    if batch.pixel_values is not None:
-        pixels = batch.pixel_values.to(x.dtype)
-        features = model.get_image_features(pixels, batch.image_sizes).pooler_output
+    if images := llava_next.model_inputs(model.config, batch):
+        pixels, sizes = images["pixel_values"].to(x.dtype), images["image_sizes"]
+        features = model.get_image_features(pixels, sizes).pooler_output
         x[batch.input_ids == model.config.image_token_id] = torch.cat(list(features)).to(x.dtype)
     return x
 

@@ -10,6 +10,7 @@ from conftest import tiny_config
 from benchmarks import memory, same_numbers, step, trl_step, workloads
 from benchmarks.arithmetic import lengths_of, step_flops, tower_flops
 from vlskv_ray.data.collate import Batch, supervised_positions
+from vlskv_ray.model.wrappers import llava_next
 from vlskv_ray.training.counting import flop_counter
 
 
@@ -82,9 +83,9 @@ def test_workloads_are_what_they_are_said_to_be() -> None:
         assert lengths.max() <= 1.4 * high and lengths.min() >= 0.6 * low
     model, batch = workloads.build(config), workloads.micro_batch(config, "visual_qa", 1)
     with flop_counter() as tower:
-        model.get_image_features(batch.pixel_values, batch.image_sizes)
+        model.get_image_features(**llava_next.model_inputs(config, batch))
     with flop_counter() as all_of_it:
-        model.base_model(**batch.model_inputs(), use_cache=False)
+        model.base_model(**batch.model_inputs(config), use_cache=False)
     assert 0.05 <= tower.get_total_flops() / all_of_it.get_total_flops() <= 0.08
 
 

@@ -9,8 +9,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, CLIPVisionConfig, LlavaNextConfig
 
 from vlskv_ray.config import load_config
-from vlskv_ray.data.chat import num_image_features
 from vlskv_ray.model.build import swiftkv_config
+from vlskv_ray.model.wrappers.llava_next import num_image_features
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 2**30

@@ -25,7 +25,8 @@ from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.shapes import ShapesSource
 from vlskv_ray.data.teacher_cache import TeacherCache
 from vlskv_ray.evaluation.savings import measure_savings
-from vlskv_ray.model.build import device_of, find_model, load_processor
+from vlskv_ray.model.build import device_of, find_model
+from vlskv_ray.model.processor import load_processor
 from vlskv_ray.storage.checkpoint import newest_checkpoint, save_checkpoint
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.training.run import Run, Worker

@@ -12,7 +12,8 @@ from conftest import save_teacher, tiny_config
 
 from vlskv_ray.config import dump_config, load_config
 from vlskv_ray.evaluate import main
-from vlskv_ray.model.build import find_model, load_processor
+from vlskv_ray.model.build import find_model
+from vlskv_ray.model.processor import load_processor
 from vlskv_ray.report.figures import decimal, percent
 
 FIGURES = {"accuracy", "accuracy_vision", "accuracy_text", "by_kind", "kl_mean", "kl_p95", "top1_agreement"}

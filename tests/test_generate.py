@@ -23,7 +23,8 @@ from vlskv_ray.data.images import load_image
 from vlskv_ray.evaluation.ask import Answer, answer, compare, comparison, open_image, read_question
 from vlskv_ray.evaluation.loading import load
 from vlskv_ray.generate import main
-from vlskv_ray.model.build import find_model, load_processor
+from vlskv_ray.model.build import find_model
+from vlskv_ray.model.processor import load_processor
 
 TIMES = r"first token after \d+\.\d{3} s, \d+\.\d tokens/s after it, (\d+) prompt tokens \((\d+) of images\)\n"
 

@@ -91,7 +91,7 @@ def test_only_the_students_own_weights_move(
         assert torch.equal(weight, before[name]) == ("_swiftkv" not in name), name
     stock = AutoModelForImageTextToText.from_pretrained(teacher_folder())
     model.model.language_model.config.swiftkv = False
-    inputs = batch_of(encoded).model_inputs()
+    inputs = batch_of(encoded).model_inputs(model.config)
     with torch.no_grad():
         assert torch.equal(model.eval()(**inputs).logits, stock.eval()(**inputs).logits)
 
@@ -200,8 +200,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run: Run, encoded: li
 
     def poisoned(start: int) -> Iterator[Batch]:
         for batch in batches(encoded)(start):
-            if batch.step == 3 and batch.normalise is not None:
-                batch.normalise[1, 0] = torch.nan
+            if batch.step == 3 and batch.pixels:
+                batch.pixels["normalise"][:, 1, 0] = torch.nan
             yield batch
 
     outcome = train_worker(run, Worker(), poisoned)
@@ -323,7 +323,7 @@ def one_step(
     trained = trainable_parameters(model)
     gradients = GradientBuffer(trained.values())
     parts = [batch_of(encoded[i : i + size]) for i in range(0, len(encoded), size)]
-    parts = [p if p.tiles is None else replace(p, tiles=p.pixel_values.to(dtype), normalise=None) for p in parts]
+    parts = [replace(p, pixels={name: x.to(dtype) for name, x in p.pixels.items()}) for p in parts]
     objective = DistillationLoss(vision_loss_weight=0.7, text_loss_weight=1.3)
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float64:

@@ -15,7 +15,8 @@ from vlskv_ray.errors import AskedToStop, StoppedRun
 from vlskv_ray.evaluation.evaluator import Evaluator, evaluation_of, figures_of
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.files import write_json
-from vlskv_ray.model.build import load_processor, trainable_parameters
+from vlskv_ray.model.build import trainable_parameters
+from vlskv_ray.model.processor import load_processor
 from vlskv_ray.storage.run_log import RunLog
 from vlskv_ray.storage.saving import (
     MAKE_ROOM,

@@ -24,7 +24,8 @@ from vlskv_ray.data.pipeline import Loader, begin_at, local_batches, ray_batches
 from vlskv_ray.data.plan import Plan, Table, Tokens
 from vlskv_ray.data.sample import SourceError
 from vlskv_ray.data.sources import Source, open_sources
-from vlskv_ray.model.build import find_model, load_processor
+from vlskv_ray.model.build import find_model
+from vlskv_ray.model.processor import load_processor
 
 CASES = Path(__file__).parent.parent / "cases"
 

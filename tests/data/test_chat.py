@@ -10,11 +10,12 @@ import torch
 from conftest import conversation, picture, tiny_config
 from transformers import AutoModelForImageTextToText
 
-from vlskv_ray.data.chat import Limits, check_template, encode, num_image_features, render
+from vlskv_ray.data.chat import Limits, check_template, encode, render
 from vlskv_ray.data.collate import IGNORE_INDEX, collate
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.model import presets
+from vlskv_ray.model.wrappers import llava_next
 
 # Three manners of chat: with an end-of-turn token, in brackets with an end-of-sequence token, and with no end at all.
 CHATML = (
@@ -47,10 +48,6 @@ def processor_with(template: str) -> Any:
     return processor
 
 
-def features(size: tuple[int, int]) -> int:
-    return num_image_features(tiny_config(), size)
-
-
 def supervised(encoded: Any, processor: Any) -> list[str]:
     """The runs of supervised tokens, as text."""
     runs, current = [], []
@@ -71,7 +68,7 @@ def test_labels_fall_on_the_answers(template: str, images: int) -> None:
     processor = processor_with(template)
     messages = conversation("what is it?", "a blüe cat", "sure?", "yes", images=images)
     pictures = [picture(40 + 30 * i, 50, i) for i in range(images)]
-    encoded = encode(Sample("x", messages, pictures), processor, features, Limits())
+    encoded = encode(Sample("x", messages, pictures), processor, tiny_config(), Limits())
     runs = [run.strip() for run in supervised(encoded, processor)]
     end = END[template].strip()
     last = "</s>" if template == "vicuna" else end  # where a template has no end, one is added to the last answer
@@ -83,7 +80,7 @@ def test_labels_fall_on_the_answers(template: str, images: int) -> None:
 def test_a_system_message_is_not_learnt() -> None:
     processor = processor_with("chatml")
     messages = [{"role": "system", "content": [{"type": "text", "text": "be brief"}]}, *conversation("a?", "b")]
-    encoded = encode(Sample("x", messages, []), processor, features, Limits())
+    encoded = encode(Sample("x", messages, []), processor, tiny_config(), Limits())
     assert supervised(encoded, processor) == ["b<|im_end|>\n"]
 
 
@@ -112,14 +109,15 @@ def test_equals_the_stock_processor_in_one_call(template: str) -> None:
     )
     for at_once in (1, 2, 8):
         encoded = encode(
-            Sample("x", messages, pictures), processor, features, Limits(image_processing_batch_size=at_once)
+            Sample("x", messages, pictures), processor, tiny_config(), Limits(image_processing_batch_size=at_once)
         )
         assert np.array_equal(encoded.input_ids, stock["input_ids"][0])
-        pixel_values = collate([encoded], 0).pixel_values
-        assert pixel_values is not None and encoded.tiles[0].dtype == np.uint8
-        for tiles, ours, theirs in zip(encoded.tiles, pixel_values, stock["pixel_values"], strict=True):
+        inputs = llava_next.model_inputs(tiny_config(), collate([encoded], 0))
+        for image, ours, theirs in zip(encoded.images, inputs["pixel_values"], stock["pixel_values"], strict=True):
+            tiles = image.pixels["tiles"]
+            assert tiles.dtype == np.uint8
             assert np.abs(ours.numpy() - theirs)[: len(tiles)].max() < 1e-6 and not theirs[len(tiles) :].any()
-        assert encoded.image_sizes == [tuple(size) for size in stock["image_sizes"]]
+        assert np.array_equal(inputs["image_sizes"], stock["image_sizes"])
 
 
 @pytest.mark.parametrize(
@@ -136,10 +134,10 @@ def test_pixels_are_the_stock_processors_whatever_its_options(options: dict[str,
     for name, value in options.items():
         setattr(processor.image_processor, name, type(processor.image_processor)(**{name: value}).__dict__[name])
     data = picture(100, 40, 1)
-    encoded = encode(Sample("x", conversation("a?", "b", images=1), [data]), processor, features, Limits())
+    encoded = encode(Sample("x", conversation("a?", "b", images=1), [data]), processor, tiny_config(), Limits())
     (stock,) = processor.image_processor([load_image(data)], return_tensors="np")["pixel_values"]
-    ours = collate([encoded], 0).pixel_values
-    assert ours is not None and np.abs(ours[0].numpy() - stock).max() < 1e-6 * max(1, np.abs(stock).max())
+    ours = llava_next.model_inputs(tiny_config(), collate([encoded], 0))["pixel_values"]
+    assert np.abs(ours[0].numpy() - stock).max() < 1e-6 * max(1, np.abs(stock).max())
 
 
 @pytest.mark.parametrize("template", ["chatml", "mistral", "vicuna"])
@@ -154,21 +152,19 @@ def test_placeholders_equal_features_for_any_size(teacher_folder: Callable[..., 
         group = [(int(w), int(h)) for w, h in sizes[at : at + count] if max(w, h) <= 50 * min(w, h)]
         at += count
         sample = Sample("x", conversation("a?", "b", images=len(group)), [picture(w, h) for w, h in group])
-        encoded = encode(sample, processor, features, Limits())
-        pixels = np.zeros((len(group), max(map(len, encoded.tiles)), 3, 32, 32), dtype=np.float32)
-        for i, tiles in enumerate(encoded.tiles):
-            pixels[i, : len(tiles)] = tiles
+        encoded = encode(sample, processor, tiny_config(), Limits())
+        inputs = llava_next.model_inputs(tiny_config(), collate([encoded], 0))
         with torch.no_grad():
-            made = model.get_image_features(torch.from_numpy(pixels), torch.tensor(encoded.image_sizes)).pooler_output
-        assert encoded.image_sizes == [(h, w) for w, h in group]
-        assert [len(f) for f in made] == [features(size) for size in encoded.image_sizes]
+            made = model.get_image_features(**inputs).pooler_output
+        assert inputs["image_sizes"].tolist() == [[h, w] for w, h in group]
+        assert [len(f) for f in made] == [llava_next.num_image_features(tiny_config(), (h, w)) for w, h in group]
         assert (encoded.input_ids == processor.image_token_id).sum() == sum(map(len, made))
 
 
 def test_no_image_no_placeholder() -> None:
     processor = processor_with("preset")
-    encoded = encode(Sample("x", conversation("a?", "b"), []), processor, features, Limits())
-    assert not (encoded.input_ids == processor.image_token_id).any() and encoded.tiles == []
+    encoded = encode(Sample("x", conversation("a?", "b"), []), processor, tiny_config(), Limits())
+    assert not (encoded.input_ids == processor.image_token_id).any() and encoded.images == []
 
 
 @pytest.mark.parametrize("size", [(1920, 1080), (1000, 100), (224, 224), (640, 480), (100, 1000), (8, 9)])
@@ -176,23 +172,23 @@ def test_features_of_the_small_preset(size: tuple[int, int]) -> None:
     config = presets.PRESETS["small-llava-next"].config()
     processor = presets.llava_next_processor(config)
     sample = Sample("x", conversation("a?", "b", images=1), [picture(*size)])
-    encoded = encode(sample, processor, lambda s: num_image_features(config, s), Limits())
+    encoded = encode(sample, processor, config, Limits())
     wanted = {(1920, 1080): 316, (1000, 100): 226, (224, 224): 406, (640, 480): 346}
     if size in wanted:
         assert (encoded.input_ids == processor.image_token_id).sum() == wanted[size]
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
-def rejection(sample: Sample, limits: Limits = Limits(), processor: Any = None, of: Any = features) -> Rejected:  # noqa: B008
+def rejection(sample: Sample, limits: Limits = Limits(), processor: Any = None) -> Rejected:  # noqa: B008
     with pytest.raises(Rejected) as reason:
-        encode(sample, processor or processor_with("preset"), of, limits)
+        encode(sample, processor or processor_with("preset"), tiny_config(), limits)
     return reason.value
 
 
 def test_a_long_sample_is_left_out_whole() -> None:
     sample = Sample("x", conversation("a" * 50, "b"), [])
-    length = len(encode(sample, processor_with("preset"), features, Limits()).input_ids)
-    assert len(encode(sample, processor_with("preset"), features, Limits(max_length=length)).input_ids) == length
+    length = len(encode(sample, processor_with("preset"), tiny_config(), Limits()).input_ids)
+    assert len(encode(sample, processor_with("preset"), tiny_config(), Limits(max_length=length)).input_ids) == length
     reason = rejection(sample, Limits(max_length=length - 1))
     assert reason.code == "too_long" and f"{length} tokens" in reason.detail and "data.max_length" in reason.detail
 
@@ -213,16 +209,20 @@ def test_the_image_token_as_text_is_not_taken_for_an_image() -> None:
     """Not where the row has an image as well: both are what they are."""
     processor = processor_with("preset")
     sample = Sample("x", conversation("what does <image> mean?", "<image> is a tag", images=1), [picture(40, 40)])
-    encoded = encode(sample, processor, features, Limits())
-    assert (encoded.input_ids == processor.image_token_id).sum() == features((40, 40))
+    encoded = encode(sample, processor, tiny_config(), Limits())
+    assert (encoded.input_ids == processor.image_token_id).sum() == llava_next.num_image_features(
+        tiny_config(), (40, 40)
+    )
     assert supervised(encoded, processor) == ["<image> is a tag</s>"]
     assert "what does <image> mean?" in processor.tokenizer.decode(encoded.input_ids)
 
 
 def test_a_processor_that_counts_otherwise_than_the_model_is_noticed() -> None:
     sample = Sample("x", conversation("a", "b", images=1), [picture(20, 20)])
-    reason = rejection(sample, of=lambda size: features(size) - 1)
-    assert reason.code == "placeholder_mismatch"
+    processor = processor_with("preset")
+    processor.num_additional_image_tokens = 0
+    reason = rejection(sample, processor=processor)
+    assert reason.code == "placeholder_mismatch" and reason.detail.endswith("of images of (height, width) [(20, 20)]")
 
 
 def test_a_damaged_image_is_named() -> None:

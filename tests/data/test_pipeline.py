@@ -13,7 +13,7 @@ from waiting import HANG_SECONDS
 
 from vlskv_ray.config import SourceConfig
 from vlskv_ray.data.chat import Limits
-from vlskv_ray.data.collate import IGNORE_INDEX, TENSORS, Batch, Encoded, from_row, to_row
+from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded, from_row, tensors_of, to_row
 from vlskv_ray.data.pipeline import (
     ROWS_PER_EXECUTION,
     Loader,
@@ -28,10 +28,9 @@ from vlskv_ray.data.sources import open_sources
 
 
 def same(a: Batch, b: Batch) -> bool:
-    for name in TENSORS:
-        x, y = getattr(a, name), getattr(b, name)
-        if (x is None) != (y is None) or (x is not None and (x.dtype != y.dtype or not torch.equal(x, y))):
-            return False
+    mine, its = tensors_of(a), tensors_of(b)
+    if mine.keys() != its.keys() or any(x.dtype != its[n].dtype or not torch.equal(x, its[n]) for n, x in mine.items()):
+        return False
     return (a.step, a.micro_batch, a.sample_ids, a.rejected) == (b.step, b.micro_batch, b.sample_ids, b.rejected)
 
 
@@ -44,12 +43,14 @@ def test_collated_equals_one_by_one(encoded: list[Encoded]) -> None:
         assert batch.labels[row, :length].tolist() == sample.labels.tolist()
         assert batch.attention_mask[row].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
         assert (batch.labels[row, length:] == IGNORE_INDEX).all()
-        assert batch.has_image[row] == bool(sample.tiles)
-        for tiles in sample.tiles:
-            assert torch.equal(batch.tiles[image, : len(tiles)], torch.from_numpy(tiles))
-            assert not batch.tiles[image, len(tiles) :].any()
+        assert batch.has_image[row] == bool(sample.images)
+        for one in sample.images:
+            tiles = one.pixels["tiles"]
+            assert torch.equal(batch.pixels["tiles"][image, : len(tiles)], torch.from_numpy(tiles))
+            assert not batch.pixels["tiles"][image, len(tiles) :].any()
+            assert batch.sizes["image_sizes"][image].tolist() == one.sizes["image_sizes"].tolist()
             image += 1
-    assert image == len(batch.image_sizes)
+    assert image == len(batch.pixels["tiles"])
     assert batch.input_ids.shape[1] == max(len(sample.input_ids) for sample in encoded)
 
 

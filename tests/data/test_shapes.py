@@ -11,7 +11,8 @@ from vlskv_ray.data import shapes
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import Sample
 from vlskv_ray.data.shapes import COLOURS, DRILLS, LESSONS, PATTERN, PLACES, SHAPES, ShapesSource, Thing
-from vlskv_ray.model.build import find_model, load_processor
+from vlskv_ray.model.build import find_model
+from vlskv_ray.model.processor import load_processor
 
 ROWS = 320
 

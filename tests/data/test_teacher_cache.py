@@ -71,7 +71,7 @@ def test_loss_and_gradients_are_those_without_it(
     for chosen, exactly in ((encoded, True), (encoded[5:1:-1], False), (encoded[1:2], False)):
         plain = batch_of(chosen)
         known = from_row(to_row(batch_of(cached(cache, plain.sample_ids))))
-        assert known.tiles is None and torch.equal(known.has_image, plain.has_image)
+        assert not known.pixels and torch.equal(known.has_image, plain.has_image)
         assert torch.equal(known.input_ids, plain.input_ids) and torch.equal(known.labels, plain.labels)
         (loss, got), (wanted_loss, wanted) = gradient(model, known), gradient(model, plain)
         if exactly:
@@ -98,6 +98,22 @@ def test_only_the_student_runs(student: Callable[..., Any], encoded: list[Encode
         hook.remove()
     kept = int((known.labels[:, 1:] >= 0).sum())
     assert rows == {f"mlp{i}": [kept] for i in range(2, 6)}
+
+
+def test_a_file_holds_tokens_sizes_and_states(
+    student: Callable[..., Any], encoded: list[Encoded], cache: TeacherCache
+) -> None:
+    """By these names, no pixels; one without images may hold sizes of none, as it does beside samples with some."""
+    fill(cache, student(), batch_of(encoded[1:3]))
+    fill(cache, student(), batch_of(encoded[3:4]))
+    names = {"input_ids", "labels", "trunk", "teacher", "teacher_input"}
+    for key, images in (("b", []), ("c", encoded[2].images), ("d", [])):
+        held = load(cache.path(key).read_bytes())
+        assert held.keys() - {"image_sizes"} == names and ("image_sizes" in held) == (key != "d")
+        sample = cache.get(key, key)
+        assert sample is not None and not any(image.pixels for image in sample.images)
+        sizes = [image.sizes["image_sizes"].tolist() for image in sample.images]
+        assert sizes == [image.sizes["image_sizes"].tolist() for image in images]
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {

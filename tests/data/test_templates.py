@@ -10,7 +10,7 @@ from conftest import conversation, picture, tiny_config
 from reference import rendered_by_prefixes
 from tokenizers.processors import TemplateProcessing
 
-from vlskv_ray.data.chat import Limits, check_template, encode, num_image_features
+from vlskv_ray.data.chat import Limits, check_template, encode
 from vlskv_ray.data.collate import IGNORE_INDEX
 from vlskv_ray.data.rows import sample_of
 from vlskv_ray.data.sample import Rejected, Sample
@@ -81,10 +81,6 @@ def processor_with(template: str) -> Any:
     return processor
 
 
-def features(size: tuple[int, int]) -> int:
-    return num_image_features(tiny_config(), size)
-
-
 def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
@@ -99,14 +95,14 @@ def said(rendering: Rendering) -> list[str]:
 
 def learnt(processor: Any, row: dict[str, Any], root: Path | None = None) -> str:
     """The supervised words of a row."""
-    encoded = encode(sample_of("x", row, root), processor, features, Limits())
+    encoded = encode(sample_of("x", row, root), processor, tiny_config(), Limits())
     text: str = processor.tokenizer.decode(encoded.input_ids[encoded.labels != IGNORE_INDEX])
     return text
 
 
 def rejection(processor: Any, messages: list[dict[str, Any]], limits: Limits = Limits()) -> Rejected:  # noqa: B008
     with pytest.raises(Rejected) as reason:
-        encode(Sample("x", messages, []), processor, features, limits)
+        encode(Sample("x", messages, []), processor, tiny_config(), limits)
     return reason.value
 
 
@@ -173,12 +169,12 @@ def test_text_and_answers_are_those_of_rendering_every_prefix(name: str) -> None
 def test_a_conversation_is_rendered_twice_however_long(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its text goes through the tokenizer once: characters rendered and tokenised grow as the conversation does."""
     processor = processor_with(TEMPLATES[name])
-    encode(Sample("x", conversation("a?", "b"), []), processor, features, Limits())  # its manner is learnt once
+    encode(Sample("x", conversation("a?", "b"), []), processor, tiny_config(), Limits())  # its manner is learnt once
     rendered, tokenised = counted_calls(processor, monkeypatch)
     for turns in (1, 30, 300):
         rendered.clear(), tokenised.clear()
         messages = conversation(*["what is it?", "a cat"] * turns)
-        encode(Sample("x", messages, []), processor, features, Limits(max_length=2**20))
+        encode(Sample("x", messages, []), processor, tiny_config(), Limits(max_length=2**20))
         assert rendered == [len(messages)] * 2 and len(tokenised) == 1
 
 
@@ -226,7 +222,7 @@ def test_all_parts_of_a_turn_are_read_and_learnt(name: str, cases: tuple[list[di
     rows, root = cases
     processor = processor_with(TEMPLATES[name])
     assert "First half, second half." in learnt(processor, rows[0])
-    encoded = encode(sample_of("x", rows[1], root), processor, features, Limits())
+    encoded = encode(sample_of("x", rows[1], root), processor, tiny_config(), Limits())
     assert "Be kind. Answer in one word." in processor.tokenizer.decode(encoded.input_ids)
     assert "one word" not in learnt(processor, rows[1])
 
@@ -327,7 +323,7 @@ def test_one_token_begins_a_sequence(before: str) -> None:
     """White space before the one that a template writes does not bring a second."""
     processor = processor_with("{{ '" + before.replace("\n", "\\n") + "' }}" + presets.CHAT_TEMPLATE)
     processor.tokenizer.backend_tokenizer.post_processor = BEGINS
-    encoded = encode(Sample("x", conversation("a?", "b"), []), processor, features, Limits())
+    encoded = encode(Sample("x", conversation("a?", "b"), []), processor, tiny_config(), Limits())
     assert (encoded.input_ids == processor.tokenizer.bos_token_id).sum() == 1
 
 
@@ -356,7 +352,7 @@ def test_a_long_text_that_fits_is_not_left_out() -> None:
     processor = presets.llava_next_processor(presets.PRESETS["shapes-llava-next"].config())
     longest = max((word for word in presets.WORDS if f"Ġ{word}" in processor.tokenizer.get_vocab()), key=len)
     sample = Sample("x", conversation("a", f" {longest}" * 2000), [])
-    assert len(encode(sample, processor, features, Limits(max_length=2048)).input_ids) < 2048
+    assert len(encode(sample, processor, tiny_config(), Limits(max_length=2048)).input_ids) < 2048
 
 
 def test_a_template_that_must_be_rendered_prefix_by_prefix_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.chat import Limits, encode
 from vlskv_ray.data.collate import IGNORE_INDEX
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.data.templates import render
 from vlskv_ray.data.tokens import fewest_tokens, tokenise
 from vlskv_ray.model import presets
+from vlskv_ray.model.wrappers.llava_next import num_image_features
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<|im_start|>"]
 CHATML = (
@@ -191,12 +192,11 @@ def test_rows_without_such_names_are_tokenised_in_one_call(name: str, monkeypatc
 def test_an_answer_with_the_name_of_its_end_is_learnt_to_its_end(name: str) -> None:
     processor = processor_with(name)
     messages = conversation("how does HTML strike out? <s>?", "<s>so</s>, and <end>", "<image>", "no", images=1)
-    features = functools.partial(num_image_features, tiny_config())
-    encoded = encode(Sample("x", messages, [picture(40, 40)]), processor, features, Limits())
+    encoded = encode(Sample("x", messages, [picture(40, 40)]), processor, tiny_config(), Limits())
     ids = encoded.input_ids[encoded.labels != IGNORE_INDEX].tolist()
     assert processor.tokenizer.decode(ids).split() == ["<s>so</s>,", "and", "<end><end>", "no<end>"]
     assert ids.count(processor.tokenizer.convert_tokens_to_ids("<end>")) == 2
-    assert (encoded.input_ids == processor.image_token_id).sum() == features((40, 40))
+    assert (encoded.input_ids == processor.image_token_id).sum() == num_image_features(tiny_config(), (40, 40))
 
 
 def test_the_names_of_stand_ins_are_left_out() -> None:

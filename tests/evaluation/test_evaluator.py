@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import conversation, mixed_samples, picture
+from conftest import conversation, mixed_samples, picture, tiny_config
 from PIL import Image
 from torch.nn import functional as F
 
 from vlskv_ray.config import SourceConfig
-from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.chat import Limits, encode
 from vlskv_ray.data.collate import collate
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.questions import HeldOut, Question, questions_of, read_questions
@@ -38,7 +38,8 @@ from vlskv_ray.evaluation.evaluator import (
     greedy_answers,
     toggled,
 )
-from vlskv_ray.model.build import build_plain, find_model, load_config, load_processor
+from vlskv_ray.model.build import build_plain, find_model, load_config
+from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 
 LATER_IMAGE = [
@@ -69,12 +70,7 @@ def questions(teacher_folder: Callable[..., Path], processor: Any) -> list[Quest
 def asked(sample: Sample, folder: Path, row: int = 0) -> list[Question]:
     files = find_model(str(folder))
     config, processor = load_config(files), load_processor(files)
-
-    def num_features(size: tuple[int, int]) -> int:
-        return num_image_features(config, size)
-
-    encoded = encode(sample, processor, num_features, Limits())
-    return questions_of(sample, encoded, (0, row), num_features, processor.image_token_id)
+    return questions_of(sample, encode(sample, processor, config, Limits()), (0, row), config)
 
 
 def held_out(*sources: Source, **options: Any) -> HeldOut:
@@ -133,7 +129,7 @@ def test_samples_that_cannot_be_used_are_counted(student: Callable[..., Any], pr
 # ---------------------------------------------------------------------------------------------------- the distributions
 def reference(question: Question, teacher: Any, student: Any) -> dict[str, list[float]]:
     """Two whole passes over the question's sample alone, and the formulas token by token, in float64."""
-    inputs = collate([question.sample], 0).model_inputs()
+    inputs = collate([question.sample], 0).model_inputs(tiny_config())
     found: dict[str, list[float]] = {"kl": [], "agrees": [], "teacher_ce": [], "student_ce": []}
     with torch.no_grad():
         p, q = (F.log_softmax(logits(model, inputs).double(), -1) for model, logits in (teacher, student))

@@ -57,7 +57,9 @@ def test_both_pay_for_the_images(student: Callable[..., Any], encoded: list[Enco
     (teacher,), (ours,) = savings["teacher_prefill_flops"], savings["student_prefill_flops"]
     vision = teacher - teacher_flops(200)
     assert vision == ours - student_flops(200, 2, 1)
-    assert vision > sum(len(tiles) for tiles in encoded[index].tiles) * 2 * (3 * 32 * 32) * 32  # patches alone
+    assert (
+        vision > sum(len(image.pixels["tiles"]) for image in encoded[index].images) * 2 * (3 * 32 * 32) * 32
+    )  # patches alone
 
 
 def test_a_smaller_n_saves_more(student: Callable[..., Any], encoded: list[Encoded]) -> None:
@@ -114,7 +116,7 @@ def test_a_prompt_is_the_sample_and_its_words_again(student: Callable[..., Any],
     assert len(ids) == 400 and (ids[: len(own)] == own).all()
     assert added.min() > 4  # the special tokens are the first five
     assert (added[: (own > 4).sum()] == own[own > 4]).all()
-    assert len(inputs["pixel_values"]) == len(sample.tiles)
+    assert len(inputs["pixel_values"]) == len(sample.images)
 
 
 def test_lengths_that_cannot_be(student: Callable[..., Any], encoded: list[Encoded]) -> None:

@@ -17,11 +17,11 @@ from vlskv_ray.model.build import (
     build_student,
     find_model,
     load_config,
-    load_processor,
     swiftkv_config,
     trainable_parameters,
 )
 from vlskv_ray.model.presets import PRESETS, build_teacher
+from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
 from vlskv_ray.training.distill import DistillationLoss, distillation_loss
 

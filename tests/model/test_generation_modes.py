@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch_of, encoded_samples
+from conftest import batch_of, encoded_samples, tiny_config
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -58,7 +58,7 @@ def prompts() -> Prompts:
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     padded = {"input_ids": ids.repeat(2, 1), "attention_mask": torch.ones_like(ids).repeat(2, 1)}
     padded["input_ids"][0, :7], padded["attention_mask"][0, :7] = 3, 0
-    return Prompts(batch_of(encoded[:1]).model_inputs(), batch_of(encoded[2:3]).model_inputs(), text, padded)
+    return Prompts(*(batch_of(encoded[at : at + 1]).model_inputs(tiny_config()) for at in (0, 2)), text, padded)
 
 
 @pytest.fixture(scope="module")

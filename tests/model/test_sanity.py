@@ -16,12 +16,13 @@ from conftest import tiny_config
 from safetensors.torch import load_file
 from transformers import SiglipVisionConfig
 
-from vlskv_ray.data.chat import num_image_features
 from vlskv_ray.data.check import check_processor
 from vlskv_ray.generate import main as generate
 from vlskv_ray.model import presets
-from vlskv_ray.model.build import build_student, find_model, load_processor, parameter_counts
+from vlskv_ray.model.build import build_student, find_model, parameter_counts
+from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.trial import MAX_TEXT, MEMORY, SECONDS
+from vlskv_ray.model.wrappers.llava_next import num_image_features
 from vlskv_ray.train import main as train
 
 Edit = Callable[[dict[str, Any]], Any]

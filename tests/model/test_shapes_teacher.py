@@ -9,8 +9,9 @@ from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.shapes import ShapesSource
 from vlskv_ray.evaluation.evaluator import Evaluator, figures_of
-from vlskv_ray.model.build import build_plain, find_model, load_processor
+from vlskv_ray.model.build import build_plain, find_model
 from vlskv_ray.model.presets import SHIPPED
+from vlskv_ray.model.processor import load_processor
 
 FOLDER = SHIPPED["shapes-teacher"]
 

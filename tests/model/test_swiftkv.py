@@ -27,7 +27,7 @@ LAYERS = [(2, 1), (2, 2), (2, 4), (5, 1)]
 
 def logits(model: Any, batch: Any, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(**batch.model_inputs(), use_cache=False, **options).logits
+        return model(**batch.model_inputs(model.config), use_cache=False, **options).logits
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -81,7 +81,7 @@ def test_kept_tokens_are_those_of_the_whole_pass(
     """The last k tokens, or those of a mask, of student and teacher alike; a sample may have none."""
     model = student(backbone, key_value_group_size=2)
     batch = batch_of(encoded[:4])
-    inputs = batch.model_inputs() | {"use_cache": False}
+    inputs = batch.model_inputs(model.config) | {"use_cache": False}
     with torch.no_grad():
         student_states = model.model(**inputs).last_hidden_state
         last = model.model(**inputs, swiftkv=SwiftKVPass(keep=3)).last_hidden_state
@@ -126,7 +126,9 @@ def test_sliding_windows_stay(teacher_folder: Callable[..., Path], encoded: list
     keep[0, 60:70] = keep[1, 3:5] = keep[2, 30:40] = True
     whole = logits(model, batch)
     with torch.no_grad():
-        kept = model.model(**batch.model_inputs(), use_cache=False, swiftkv=SwiftKVPass(keep=keep)).last_hidden_state
+        kept = model.model(
+            **batch.model_inputs(model.config), use_cache=False, swiftkv=SwiftKVPass(keep=keep)
+        ).last_hidden_state
     assert torch.allclose(model.lm_head(kept)[0], whole[keep], atol=1e-5)
     model.model.language_model.config.sliding_window = None
     assert not torch.allclose(logits(model, batch), whole, atol=1e-3)
@@ -140,7 +142,7 @@ def test_generate_skips_the_upper_layers_for_the_prompt(
     """Greedy tokens are those of whole passes, and the upper MLPs see one token a step, the first included."""
     model = student(backbone, key_value_group_size=group)
     batch = batch_of(encoded[2:3])
-    tokens = batch.model_inputs()
+    tokens = batch.model_inputs(model.config)
     seen: dict[int, list[int]] = {1: [], 4: []}
     hooks = [
         swiftkv_backbone(model).layers[i].mlp.register_forward_hook(lambda _, x, y, i=i: seen[i].append(x[0].shape[1]))
@@ -185,7 +187,7 @@ def test_a_group_keeps_one_cache(
 
     def cached() -> int:
         with torch.no_grad():
-            cache = model(**batch_of(encoded[1:2]).model_inputs(), use_cache=True).past_key_values
+            cache = model(**batch_of(encoded[1:2]).model_inputs(model.config), use_cache=True).past_key_values
         stored = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         return sum(layer.keys.numel() + layer.values.numel() for layer in stored)
 

@@ -55,9 +55,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 
 def as_float64(batch: Batch) -> Batch:
-    if batch.pixel_values is not None:
-        return replace(batch, tiles=batch.pixel_values.double(), normalise=None)
-    return batch
+    return replace(batch, pixels={name: x.double() for name, x in batch.pixels.items()})
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -182,7 +180,7 @@ def test_weight_of_a_sample_is_its_own(student: Callable[..., Any], encoded: lis
 def test_nothing_supervised_adds_exactly_nothing(student: Callable[..., Any], encoded: list[Encoded]) -> None:
     """A sample without labels, alone or beside another, changes neither loss nor gradient by a bit."""
     model = student()
-    silent = Encoded("silent", encoded[3].input_ids, encoded[3].labels * 0 + IGNORE_INDEX, encoded[3].tiles, [])
+    silent = Encoded("silent", encoded[3].input_ids, encoded[3].labels * 0 + IGNORE_INDEX)
     loss, sums = distillation_loss(model, batch_of([silent]), OBJECTIVE)
     assert loss is None and sums.loss == 0 and sums.supervised_tokens == 0 and sums.samples == 1
     alone = loss_and_gradient(model, [batch_of([encoded[3]])])

@@ -48,7 +48,7 @@ def test_the_loss_is_transformers_own(encoded: list[Encoded], teacher_folder: Ca
     loss.backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    logits = model(**batch.model_inputs()).logits[:, :-1].double()
+    logits = model(**batch.model_inputs(model.config)).logits[:, :-1].double()
     wanted = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
     wanted.backward()
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
@@ -57,7 +57,7 @@ def test_the_loss_is_transformers_own(encoded: list[Encoded], teacher_folder: Ca
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-4)
     assert sums.supervised_tokens == int((batch.labels != IGNORE_INDEX).sum())
     assert sums.ce_vision + sums.ce_text == pytest.approx(sums.loss)
-    alone = cross_entropy_loss(model, batch_of([sample for sample in encoded if not sample.tiles]))[1]
+    alone = cross_entropy_loss(model, batch_of([sample for sample in encoded if not sample.images]))[1]
     assert alone.ce_text == pytest.approx(sums.ce_text, rel=1e-5) and alone.ce_vision == 0
 
 
@@ -95,7 +95,9 @@ def test_layers_on_top_change_nothing_at_first(
     old, model, again = build_plain(files), build_plain(files, 9, seed=5), build_plain(files, 9, seed=5)
     batch = batch_of(encoded)
     with torch.no_grad():
-        assert torch.equal(model(**batch.model_inputs()).logits, old(**batch.model_inputs()).logits)
+        assert torch.equal(
+            model(**batch.model_inputs(model.config)).logits, old(**batch.model_inputs(model.config)).logits
+        )
     held = model.state_dict()
     assert all(torch.equal(held[name], weight) for name, weight in again.state_dict().items())
     other = build_plain(files, 9, seed=6).state_dict()

@@ -1,19 +1,18 @@
 """From a sample to token ids, labels and pixels, by the model's own chat template, tokenizer and image processor."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.data.templates import render, spans_by_prefixes, texts_of, write
 from vlskv_ray.data.tokens import fewest_tokens, tokenise
+from vlskv_ray.model.wrappers import ImageInputs, Wrapper, wrapper_of
 
 
 @dataclass(frozen=True)
@@ -31,23 +30,13 @@ LONG_FOR_A_TOKEN = 16
 """Characters; texts shorter than so many a token are cheaply tokenised, whether they fit or not."""
 
 
-def num_image_features(config: Any, image_size: tuple[int, int]) -> int:
-    """How many features a LLaVA-NeXT makes of an image (height, width), by the model's own arithmetic on shapes."""
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size
-    rows, columns = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, vision.image_size)
-    height, width = unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), image_size).shape[1:]
-    whole = side * side  # a feature for each patch: a class token has no place in the grid of the tiles
-    return whole + height * (width + 1)  # each row of the grid ends in a newline
-
-
-def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, int]], int], limits: Limits) -> Encoded:
+def encode(sample: Sample, processor: Any, config: Any, limits: Limits) -> Encoded:
     """A sample ready for the model.
 
     Args:
         sample: see `Sample`.
-        processor: a stock LLaVA-NeXT processor.
-        num_features: how many features the model makes of an image (height, width).
+        processor: the model's own.
+        config: the model's.
         limits: what the sample may be at most.
 
     Raises:
@@ -60,16 +49,17 @@ def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, in
         )
     _check_size(sample, processor.tokenizer, limits.max_length)
     rendering = render(processor, sample.messages)
-    tiles, image_sizes, placeholders = _preprocess(sample, processor, limits.image_processing_batch_size)
+    wrapper = wrapper_of(config.model_type)
+    images, placeholders, shapes = _prepare_images(wrapper, sample, processor, limits.image_processing_batch_size)
     input_ids, offsets, answers = tokenise(processor, rendering, placeholders)
 
-    features = [num_features(size) for size in image_sizes]
+    num_features = sum(wrapper.num_features(config, image.sizes) for image in images)
     num_placeholders = int((input_ids == processor.image_token_id).sum())
-    if num_placeholders != sum(features):
+    if num_placeholders != num_features:
         raise Rejected(
             "placeholder_mismatch",
-            f"the processor writes {num_placeholders} image tokens, the model makes {sum(features)} features of images "
-            f"of (height, width) {image_sizes}",
+            f"the processor writes {num_placeholders} image tokens, the model makes {num_features} features of images "
+            f"of (height, width) {shapes}",
         )
     if len(input_ids) > limits.max_length:
         code = "too_long_image" if num_placeholders >= limits.max_length else "too_long"
@@ -81,7 +71,7 @@ def encode(sample: Sample, processor: Any, num_features: Callable[[tuple[int, in
     labels = _labels(input_ids, offsets, answers)
     if not (labels != IGNORE_INDEX).any():
         raise Rejected("no_answer", "no token of an answer is left to learn from")
-    return Encoded(sample.uid, input_ids, labels, tiles, image_sizes, _normalisation(processor.image_processor))
+    return Encoded(sample.uid, input_ids, labels, images)
 
 
 def _check_size(sample: Sample, tokenizer: Any, max_length: int) -> None:
@@ -97,40 +87,20 @@ def _check_size(sample: Sample, tokenizer: Any, max_length: int) -> None:
     raise Rejected("text_cap", f"{what}, more than data.max_length={max_length}")
 
 
-def _preprocess(
-    sample: Sample, processor: Any, at_once: int
-) -> tuple[list[NDArray[np.uint8]], list[tuple[int, int]], list[str]]:
-    """Tiles, sizes and placeholder texts of a sample's images, of which only `at_once` are held decoded.
-
-    The stock processor, without its last two steps, which `_normalisation` describes: tiles stay bytes. Nor does it
-    resize and crop tiles that are of the right size already.
-    """
-    image_processor = processor.image_processor
-    options = {"do_pad": False, "do_rescale": False, "do_normalize": False}
-    size, crop = image_processor.size, image_processor.crop_size
-    if crop and size.shortest_edge == crop.height == crop.width:  # as it cuts them
-        options |= {"do_resize": False, "do_center_crop": False}
-    all_tiles: list[NDArray[np.uint8]] = []
-    image_sizes: list[tuple[int, int]] = []
+def _prepare_images(
+    wrapper: Wrapper, sample: Sample, processor: Any, at_once: int
+) -> tuple[list[ImageInputs], list[str], list[tuple[int, int]]]:
+    """Inputs, placeholder texts, and height and width of a sample's images, of which `at_once` are held decoded."""
+    prepared: list[ImageInputs] = []
     placeholders: list[str] = []
+    shapes: list[tuple[int, int]] = []
     for start in range(0, len(sample.images), at_once):
         images = [load_image(image) for image in sample.images[start : start + at_once]]
-        processed = image_processor(images, input_data_format="channels_last", **options)
-        all_tiles += [np.ascontiguousarray(tiles) for tiles in processed["pixel_values"]]
-        image_sizes += [(int(height), int(width)) for height, width in processed["image_sizes"]]
-        placeholders += [processor.replace_image_token(processed, image_idx=i) for i in range(len(images))]
-    return all_tiles, image_sizes, placeholders
-
-
-def _normalisation(image_processor: Any) -> NDArray[np.float32]:
-    """[2, 3]: what a stock image processor multiplies each channel of a byte by, and then adds."""
-    scale, shift = np.ones(3), np.zeros(3)
-    if image_processor.do_rescale:
-        scale *= image_processor.rescale_factor
-    if image_processor.do_normalize:
-        deviation = np.asarray(image_processor.image_std)
-        scale, shift = scale / deviation, -np.asarray(image_processor.image_mean) / deviation
-    return np.stack(np.broadcast_arrays(scale, shift)).astype(np.float32)
+        inputs, texts = wrapper.prepare_images(processor, images)
+        prepared += inputs
+        placeholders += texts
+        shapes += [(image.height, image.width) for image in images]
+    return prepared, placeholders, shapes
 
 
 def _labels(

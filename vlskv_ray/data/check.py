@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
-from vlskv_ray.data.chat import check_template, num_image_features
+from vlskv_ray.data.chat import check_template
 from vlskv_ray.model.build import LIBRARY_ERRORS, ModelFiles, load_config
+from vlskv_ray.model.wrappers import wrapper_of
 
-PICTURES = ((48, 64), (64, 48), (32, 96), (50, 50))
-"""Height and width of pictures of usual shapes."""
+PICTURES = ((64, 48), (48, 64), (96, 32), (50, 50))
+"""Width and height of pictures of usual shapes."""
 
 
 def check_processor(files: ModelFiles, processor: Any) -> list[str]:
@@ -26,15 +27,14 @@ def check_processor(files: ModelFiles, processor: Any) -> list[str]:
     except LIBRARY_ERRORS as error:  # a template may compute anything
         raise ValueError(f"{where}: its chat template cannot be used: {' '.join(str(error).split())}") from error
     config = load_config(files)
-    pictures = [np.zeros((height, width, 3), dtype=np.uint8) for height, width in PICTURES]
-    processed = processor.image_processor(pictures, input_data_format="channels_last", do_pad=False)
-    for i, size in enumerate(PICTURES):
-        written = processor.replace_image_token(processed, image_idx=i).count(processor.image_token)
-        made = num_image_features(config, size)
+    wrapper = wrapper_of(config.model_type)
+    images, placeholders = wrapper.prepare_images(processor, [Image.new("RGB", size) for size in PICTURES])
+    for (width, height), image, placeholder in zip(PICTURES, images, placeholders, strict=True):
+        written, made = placeholder.count(processor.image_token), wrapper.num_features(config, image.sizes)
         if written != made:
             raise ValueError(
-                f"{where}: its processor writes {written} image tokens for an image of (height, width) {size}, of "
-                f"which the model makes {made} features; compare processor_config.json and preprocessor_config.json "
-                f"with config.json: a processor that is not the model's own cannot be used"
+                f"{where}: its processor writes {written} image tokens for an image of (height, width) "
+                f"{(height, width)}, of which the model makes {made} features; compare processor_config.json and "
+                f"preprocessor_config.json with config.json: a processor that is not the model's own cannot be used"
             )
     return notices

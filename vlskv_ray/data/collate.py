@@ -1,11 +1,10 @@
 """Samples that are ready for the model, the micro-batch made of them, and its one format on the way to a worker.
 
-Shapes: B samples, T tokens of the longest, I images of all samples together, P tiles of the image with most, S side of
-a tile in pixels.
+Shapes: B samples, T tokens of the longest, I images of all samples together, D hidden, n supervised positions.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
+
+from vlskv_ray.model.wrappers import ImageInputs, wrapper_of
 
 IGNORE_INDEX = -100
 """The label of a token that no loss counts, as in transformers."""
@@ -36,9 +37,8 @@ class Encoded:
     uid: str
     input_ids: NDArray[np.int64]  # [T]
     labels: NDArray[np.int64]  # [T], aligned with input_ids
-    tiles: list[NDArray[np.uint8]]  # an array [tiles, 3, S, S] for each image; none where states are known
-    image_sizes: list[tuple[int, int]]  # (height, width) of each image as decoded
-    normalise: NDArray[np.float32] | None = None  # [2, 3]: a channel's values are tiles * [0] + [1]
+    images: list[ImageInputs] = field(default_factory=list)
+    """In their order; without pixels where states are known."""
     key: str = ""
     """What it says and shows, for the teacher cache; empty where there is none."""
     states: FrozenStates | None = None
@@ -46,7 +46,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, padded on the right to its longest sample and its image with most tiles."""
+    """One micro-batch, padded on the right to its longest sample; its images to the largest of them."""
 
     step: int
     micro_batch: int
@@ -58,9 +58,8 @@ class Batch:
     attention_mask: Tensor  # int64[B, T]
     labels: Tensor  # int64[B, T]
     num_images: Tensor  # int64[B]
-    tiles: Tensor | None = field(default=None)  # uint8[I, P, 3, S, S]: a quarter of what the model sees
-    normalise: Tensor | None = field(default=None)  # float32[2, 3]: a channel's values are tiles * [0] + [1]
-    image_sizes: Tensor | None = field(default=None)  # int64[I, 2]
+    sizes: dict[str, Tensor] = field(default_factory=dict)  # int64[I, ...] each, by names of the model's family
+    pixels: dict[str, Tensor] = field(default_factory=dict)  # [I, ...] each; see `ImageInputs`
     keys: list[str] = field(default_factory=list)
     """Of the samples in the teacher cache, where there is one."""
     notices: list[dict[str, str]] = field(default_factory=list)
@@ -75,26 +74,15 @@ class Batch:
         """bool[B]"""
         return self.num_images > 0
 
-    @property
-    def pixel_values(self) -> Tensor | None:
-        """float32[I, P, 3, S, S], what the model sees; made each time."""
-        if self.tiles is None or self.normalise is None:
-            return self.tiles
-        scale, shift = self.normalise[:, :, None, None]
-        return self.tiles * scale + shift
-
     def to(self, device: torch.device | str) -> "Batch":
-        """The same with its tensors there; pictures travel as bytes."""
-        there: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors_of(self).items()}
-        return replace(self, **there)
+        """The same with its tensors there."""
+        return replace(self, **fields_of({name: tensor.to(device) for name, tensor in tensors_of(self).items()}))
 
-    def model_inputs(self) -> dict[str, Tensor]:
-        """The arguments of the model's forward, labels apart."""
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        pixel_values = self.pixel_values
-        if pixel_values is not None and self.image_sizes is not None:
-            inputs |= {"pixel_values": pixel_values, "image_sizes": self.image_sizes}
-        return inputs
+    def model_inputs(self, config: Any) -> dict[str, Tensor]:
+        """The arguments of the forward of a model with this config, but for labels; those of images are made each
+        time."""
+        tokens = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return tokens | wrapper_of(config.model_type).model_inputs(config, self)
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -121,15 +109,7 @@ def collate(
         input_ids[row, :length] = torch.from_numpy(sample.input_ids)
         attention_mask[row, :length] = 1
         labels[row, :length] = torch.from_numpy(sample.labels)
-    images = [torch.from_numpy(tiles) for sample in samples for tiles in sample.tiles]
-    all_tiles = normalise = image_sizes = None
-    if images:
-        all_tiles = images[0].new_zeros(len(images), max(map(len, images)), *images[0].shape[1:])
-        for i, tiles in enumerate(images):
-            all_tiles[i, : len(tiles)] = tiles  # the model drops the tiles beyond, by image_sizes
-        of_samples = [sample.normalise for sample in samples if sample.normalise is not None]
-        normalise = torch.from_numpy(of_samples[0]) if of_samples else None  # one processor made them all
-        image_sizes = torch.tensor([size for sample in samples for size in sample.image_sizes])
+    images = [image for sample in samples for image in sample.images]
     states = [sample.states for sample in samples if sample.states]
     frozen = {}
     if states and len(states) == len(samples):
@@ -142,14 +122,25 @@ def collate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
-        num_images=torch.tensor([len(sample.image_sizes) for sample in samples], dtype=torch.int64),
-        tiles=all_tiles,
-        normalise=normalise,
-        image_sizes=image_sizes,
+        num_images=torch.tensor([len(sample.images) for sample in samples], dtype=torch.int64),
+        sizes=_stacked([image.sizes for image in images]),
+        pixels=_stacked([image.pixels for image in images]),
         keys=[sample.key for sample in samples],
         notices=list(notices),
         **frozen,
     )
+
+
+def _stacked(of_images: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
+    """[I, ...] of each name, smaller ones padded with zeros at the end of each dimension; nothing of no images."""
+    stacked = {}
+    for name in of_images[0] if of_images else ():
+        arrays = [torch.from_numpy(arrays[name]) for arrays in of_images]
+        largest = [max(lengths) for lengths in zip(*(array.shape for array in arrays), strict=True)]
+        stacked[name] = arrays[0].new_zeros(len(arrays), *largest)
+        for whole, array in zip(stacked[name], arrays, strict=True):
+            whole[tuple(slice(length) for length in array.shape)] = array
+    return stacked
 
 
 def parts(batch: Batch, max_tokens: int | None) -> Iterator[Batch]:
@@ -175,7 +166,7 @@ def _cut(batch: Batch, start: int, end: int) -> Batch:
     images = _slice(batch.num_images, samples)
     tokens = _slice(batch.attention_mask.sum(1), samples)
     supervised = _slice(supervised_positions(batch.labels).sum(1), samples)
-    has_images = batch.tiles is not None and images.stop > images.start
+    has_images = images.stop > images.start
     return replace(
         batch,
         sample_ids=batch.sample_ids[samples],
@@ -185,9 +176,8 @@ def _cut(batch: Batch, start: int, end: int) -> Batch:
         attention_mask=batch.attention_mask[samples, :longest],
         labels=batch.labels[samples, :longest],
         num_images=batch.num_images[samples],
-        tiles=batch.tiles[images] if batch.tiles is not None and has_images else None,
-        normalise=batch.normalise if has_images else None,
-        image_sizes=batch.image_sizes[images] if batch.image_sizes is not None and has_images else None,
+        sizes={name: tensor[images] for name, tensor in batch.sizes.items() if has_images},
+        pixels={name: tensor[images] for name, tensor in batch.pixels.items() if has_images},
         keys=batch.keys[samples],
         trunk=None if batch.trunk is None else batch.trunk[tokens],
         teacher=None if batch.teacher is None else batch.teacher[supervised],
@@ -201,16 +191,28 @@ def _slice(counts: Tensor, samples: slice) -> slice:
     return slice(first, first + int(counts[samples].sum()))
 
 
-TENSORS = (
-    *("input_ids", "attention_mask", "labels", "num_images", "tiles", "normalise"),
-    "image_sizes",
-    *("trunk", "teacher", "teacher_input"),
-)
+TENSORS = ("input_ids", "attention_mask", "labels", "num_images", "trunk", "teacher", "teacher_input")
+OF_IMAGES = ("sizes", "pixels")
 
 
 def tensors_of(batch: Batch) -> dict[str, Tensor]:
-    """Those that it has, by name."""
-    return {name: getattr(batch, name) for name in TENSORS if getattr(batch, name) is not None}
+    """Those that it has, by name; `pixels.NAME` and `sizes.NAME` those of images."""
+    tensors = {name: getattr(batch, name) for name in TENSORS if getattr(batch, name) is not None}
+    for group in OF_IMAGES:
+        tensors |= {f"{group}.{name}": tensor for name, tensor in getattr(batch, group).items()}
+    return tensors
+
+
+def fields_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a batch that these are, by the names that `tensors_of` gives."""
+    found: dict[str, Any] = {group: {} for group in OF_IMAGES}
+    for name, tensor in tensors.items():
+        group, of_group, inner = name.partition(".")
+        if of_group:
+            found[group][inner] = tensor
+        else:
+            found[name] = tensor
+    return found
 
 
 def to_row(batch: Batch) -> dict[str, Any]:
@@ -230,5 +232,5 @@ def from_row(row: dict[str, Any]) -> Batch:
         step=int(row["step"]),
         micro_batch=int(row["micro_batch"]),
         **json.loads(row["about"]),
-        **load(bytes(row["tensors"])),
+        **fields_of(load(bytes(row["tensors"]))),
     )

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.chat import Limits, encode
 from vlskv_ray.data.collate import Batch, Encoded, collate, from_row
 from vlskv_ray.data.plan import Plan
 from vlskv_ray.data.sample import Rejected, Sample, left_out
 from vlskv_ray.data.sources import Source
 from vlskv_ray.data.teacher_cache import content_key
-from vlskv_ray.model.build import find_model, load_config, load_processor
+from vlskv_ray.model.build import find_model, load_config
+from vlskv_ray.model.processor import load_processor
 
 
 class Cache(Protocol):
@@ -95,12 +96,11 @@ class Loader:
     ) -> dict[int, Encoded]:
         """Those of `read` that can be used, by their place; the others are added to `rejected`."""
         processor, config = _model_side(self.name_or_path, self.revision)
-        num_features = functools.partial(num_image_features, config)
         encoded: dict[int, Encoded] = {}
         for i in which:
             sample, key = read[i]
             try:
-                encoded[i] = replace(encode(sample, processor, num_features, self.limits), key=key)
+                encoded[i] = replace(encode(sample, processor, config, self.limits), key=key)
             except Rejected as reason:
                 rejected.append(left_out(sample.uid, reason))
         return encoded

@@ -1,6 +1,5 @@
 """Held-out samples as questions: each turn of the assistant is one, and what comes before it is the prompt."""
 
-import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from vlskv_ray.data.chat import Limits, encode, num_image_features
+from vlskv_ray.data.chat import Limits, encode
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded
 from vlskv_ray.data.plan import Table, first_of_mixture
 from vlskv_ray.data.sample import Rejected, Sample, left_out
 from vlskv_ray.data.sources import Source
+from vlskv_ray.model.wrappers import wrapper_of
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,19 @@ def read_questions(
     questions: list[Question] = []
     reasons: Counter[str] = Counter()
     rejected: list[dict[str, Any]] = []
-    num_features = functools.partial(num_image_features, config)
     for k, row in places:
         try:
             sample = held_out.sources[k].read(row)
-            encoded = encode(sample, processor, num_features, held_out.limits)
+            encoded = encode(sample, processor, config, held_out.limits)
         except Rejected as reason:
             reasons[reason.code] += 1
             rejected.append(left_out(held_out.sources[k].uid(row), reason))
             continue
-        questions += questions_of(sample, encoded, (k, row), num_features, processor.image_token_id)
+        questions += questions_of(sample, encoded, (k, row), config)
     return questions, reasons, rejected
 
 
-def questions_of(
-    sample: Sample, encoded: Encoded, place: tuple[int, int], num_features: Any, image_token_id: int
-) -> list[Question]:
+def questions_of(sample: Sample, encoded: Encoded, place: tuple[int, int], config: Any) -> list[Question]:
     """One for each assistant turn; turns show in the labels as runs of tokens that count."""
     counts = np.pad(encoded.labels != IGNORE_INDEX, 1)
     edges = np.flatnonzero(counts[1:] != counts[:-1])
@@ -90,10 +87,11 @@ def questions_of(
     if len(spans) != len(texts):  # turns side by side, or one without a token: then what was asked cannot be told
         texts = [""] * len(spans)
     kinds = sample.kinds if len(sample.kinds) == len(spans) else ("",) * len(spans)
-    through = np.cumsum([num_features(size) for size in encoded.image_sizes])  # image tokens up to each image's end
+    num_features = wrapper_of(config.model_type).num_features
+    through = np.cumsum([num_features(config, image.sizes) for image in encoded.images])  # up to each image's end
     questions = []
     for i, ((start, stop), text, kind) in enumerate(zip(spans, texts, kinds, strict=True)):
-        image_tokens = int((encoded.input_ids[:start] == image_token_id).sum())
+        image_tokens = int((encoded.input_ids[:start] == config.image_token_id).sum())
         name = sample.uid if len(spans) == 1 else f"{sample.uid}#{i + 1}"
         num_images = int((through <= image_tokens).sum())
         questions.append(Question(name, place, kind, text, encoded, start, stop, num_images))

@@ -33,6 +33,7 @@ from torch import Tensor
 from vlskv_ray.data.collate import Batch, Encoded, FrozenStates, supervised_positions
 from vlskv_ray.data.images import read_image_file
 from vlskv_ray.data.sample import ImageFile, Sample
+from vlskv_ray.model.wrappers import ImageInputs
 from vlskv_ray.words import format_bytes
 
 FORMAT = 3
@@ -44,7 +45,8 @@ UNFINISHED = ".writing-"
 FOLDER, GROUP = re.compile(r"[0-9a-f]{16}"), re.compile(r"\w{1,2}")
 """The names of a folder of samples, and of the folders in it; nothing that is called otherwise is ever deleted."""
 SAMPLE = re.compile(rf"\w+\.safetensors|{re.escape(UNFINISHED)}[\w-]+")
-NAMES = ("input_ids", "labels", "image_sizes", "trunk", "teacher", "teacher_input")
+TOKENS, STATES = ("input_ids", "labels"), ("trunk", "teacher", "teacher_input")
+"""What every sample's file holds. Between them, in the order of names, stand the `sizes` of its images; no pixels."""
 
 
 def content_key(sample: Sample) -> str:
@@ -110,12 +112,11 @@ class TeacherCache:
         except OSError:  # not there, or not to be read at this moment
             return None
         try:
-            found, about = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            tensors = {name: found[name] for name in NAMES}
+            tensors, about = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             if about["__metadata__"] == self._about(key, tensors):
-                ids, labels, sizes, *states = tensors.values()
-                image_sizes = [(height, width) for height, width in sizes.tolist()]
-                return Encoded(uid, ids.numpy(), labels.numpy(), [], image_sizes, key=key, states=FrozenStates(*states))
+                ids, labels = (tensors.pop(name).numpy() for name in TOKENS)
+                states = FrozenStates(**{name: tensors.pop(name) for name in STATES})
+                return Encoded(uid, ids, labels, images_of(tensors), key=key, states=states)
         except (SafetensorError, ValueError, KeyError):
             pass
         with suppress(OSError):
@@ -133,22 +134,20 @@ class TeacherCache:
         there = batch.attention_mask.bool()
         lengths = there.sum(1).tolist()
         counts = supervised_positions(batch.labels).sum(1).tolist()
-        sizes = torch.zeros(0, 2, dtype=torch.int64) if batch.image_sizes is None else batch.image_sizes
-        parts = zip(
-            batch.keys,
-            batch.input_ids[there].split(lengths),
-            batch.labels[there].split(lengths),
-            sizes.split(batch.num_images.tolist()),
-            trunk.split(lengths),
-            teacher.split(counts),
-            teacher_input.split(counts),
-            strict=True,
-        )
-        for key, *tensors in parts:
-            self.put(key, dict(zip(NAMES, tensors, strict=True)))
+        images = batch.num_images.tolist()
+        columns = {
+            "input_ids": batch.input_ids[there].split(lengths),
+            "labels": batch.labels[there].split(lengths),
+            **{name: sizes.split(images) for name, sizes in batch.sizes.items()},
+            "trunk": trunk.split(lengths),
+            "teacher": teacher.split(counts),
+            "teacher_input": teacher_input.split(counts),
+        }
+        for key, *tensors in zip(batch.keys, *columns.values(), strict=True):
+            self.put(key, dict(zip(columns, tensors, strict=True)))
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keeps a sample's tensors `NAMES`. A disk that is full ends writing with a warning; the run goes on."""
+        """Keeps a sample's tensors. A disk that is full ends writing with a warning; the run goes on."""
         path = self.path(key)
         if self.full or path.exists():
             return
@@ -172,7 +171,7 @@ class TeacherCache:
 
     def _about(self, key: str, tensors: dict[str, Tensor]) -> dict[str, str]:
         checksum = 0
-        for name in NAMES:
+        for name in (*TOKENS, *sorted(tensors.keys() - {*TOKENS, *STATES}), *STATES):
             tensor = tensors[name]
             checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
             checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
@@ -224,6 +223,12 @@ class TeacherCache:
                 group.rmdir()
             (folder / ".lock").unlink()
             folder.rmdir()
+
+
+def images_of(sizes: dict[str, Tensor]) -> list[ImageInputs]:
+    """The images of a sample without pixels. `sizes` [images, ...] each, by name."""
+    columns = [tensor.numpy() for tensor in sizes.values()]
+    return [ImageInputs(dict(zip(sizes, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
 def samples_in(folder: Path) -> Iterator[Path]:

@@ -8,17 +8,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import TextStreamer
 from transformers.generation import BaseStreamer
 
-from vlskv_ray.data.chat import num_image_features
+from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.sample import ImageFile, Rejected
 from vlskv_ray.data.templates import render
 from vlskv_ray.data.tokens import tokenise
 from vlskv_ray.model.swiftkv import swiftkv_backbone
+from vlskv_ray.model.wrappers import wrapper_of
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,18 @@ def read_question(
     if processor.image_token in prompt:
         raise ValueError(f"--prompt: holds {processor.image_token!r}, which stands for an image; use --image FILE")
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-    processed = processor.image_processor(list(images), return_tensors="pt") if images else {}
-    placeholders = [processor.replace_image_token(processed, image_idx=i) for i in range(len(images))]
+    wrapper = wrapper_of(config.model_type)
+    prepared, placeholders = wrapper.prepare_images(processor, images, as_bytes=False) if images else ([], [])
     try:
         rendering = render(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
         ids, _, _ = tokenise(processor, rendering, placeholders)
     except Rejected as reason:
         option = "--prompt: " if reason.code == "text_special" else "--model: its "
         raise ValueError(option + reason.detail.removeprefix("the model's ")) from reason
-    input_ids = torch.from_numpy(ids)[None]
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **processed}
-    length, of_images = inputs["input_ids"].shape[1], num_image_tokens(config, inputs)
-    sizes = inputs["image_sizes"].tolist() if images else []
-    features = sum(num_image_features(config, (height, width)) for height, width in sizes)
+    question = Encoded("question", ids, np.full_like(ids, IGNORE_INDEX), prepared)
+    inputs = collate([question], pad_token_id=0).model_inputs(config)
+    length, of_images = len(ids), num_image_tokens(config, inputs)
+    features = sum(wrapper.num_features(config, image.sizes) for image in prepared)
     if of_images != features:
         raise ValueError(
             f"--model: its processor writes {of_images} image tokens, but it makes {features} features of these "

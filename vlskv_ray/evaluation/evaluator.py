@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlskv_ray.data.collate import Encoded, collate, supervised_positions
+from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate, supervised_positions
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.questions import HeldOut, Question, read_questions
 from vlskv_ray.data.sample import Sample
@@ -126,14 +126,10 @@ def greedy_answers(
             input_ids[row, length - question.start :] = torch.from_numpy(question.sample.input_ids[: question.start])
             attention_mask[row, length - question.start :] = 1
             shown.append(_images_only(question))
-        pixels = collate(shown, pad).to(model.device)
-        images: dict[str, Any] = {}
-        if pixels.tiles is not None:
-            images = {"pixel_values": pixels.pixel_values, "image_sizes": pixels.image_sizes}
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        prompts = replace(collate(shown, pad), input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         generated = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            **images,
+            **prompts.to(model.device).model_inputs(model.config),
             max_new_tokens=held_out.max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -148,10 +144,8 @@ def greedy_answers(
 
 
 def _images_only(question: Question) -> Encoded:
-    sample, count = question.sample, question.num_images
     nothing = np.empty(0, dtype=np.int64)
-    tiles, image_sizes = sample.tiles[:count], sample.image_sizes[:count]
-    return Encoded(question.id, nothing, nothing, tiles, image_sizes, sample.normalise)
+    return Encoded(question.id, nothing, nothing, question.sample.images[: question.num_images])
 
 
 def as_text(processor: Any, ids: Sequence[int]) -> str:
@@ -185,12 +179,13 @@ def distributions(
         student_hidden: Tensor | None = None
         if alone or teacher is not None:
             with as_teacher(teacher or model):
-                whole = (teacher or model).base_model(**batch.model_inputs(), use_cache=False)
+                inputs = batch.model_inputs((teacher or model).config)
+                whole = (teacher or model).base_model(**inputs, use_cache=False)
             teacher_hidden = whole.last_hidden_state[keep]  # [n, D]
             if not alone:
                 one_side = SwiftKVPass(keep=keep)
                 student_hidden = model.base_model(
-                    **batch.model_inputs(), use_cache=False, swiftkv=one_side
+                    **batch.model_inputs(model.config), use_cache=False, swiftkv=one_side
                 ).last_hidden_state[0]
         else:
             states = shared_pass(model, batch)
@@ -261,7 +256,7 @@ class Evaluator:
         self.left_out = Counter()
         for place in self.places:
             questions = self._read([place])
-            if questions and questions[0].sample.tiles:
+            if questions and questions[0].sample.images:
                 return questions[0].sample
         return None
 

@@ -108,7 +108,7 @@ def plain_text(model: Any) -> Encoded:
     config = swiftkv_backbone(model).config
     words = np.setdiff1d(np.arange(config.vocab_size), special_ids(model))
     input_ids = np.resize(words, config.max_position_embeddings)
-    return Encoded("plain text", input_ids, np.full_like(input_ids, IGNORE_INDEX), [], [])
+    return Encoded("plain text", input_ids, np.full_like(input_ids, IGNORE_INDEX))
 
 
 def prompt_lengths(model: Any, sample: Encoded, lengths: Sequence[int]) -> list[int]:
@@ -127,7 +127,7 @@ def prompt(model: Any, sample: Encoded, length: int) -> dict[str, Tensor]:
         words = sample.input_ids[~np.isin(sample.input_ids, special_ids(model))]
         ids = np.concatenate([ids, np.resize(words, length - len(ids))])
     whole = replace(sample, input_ids=ids, labels=np.full_like(ids, IGNORE_INDEX))
-    return collate([whole], pad_token_id=0).to(model.device).model_inputs()
+    return collate([whole], pad_token_id=0).to(model.device).model_inputs(model.config)
 
 
 def special_ids(model: Any) -> list[int]:

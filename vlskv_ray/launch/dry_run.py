@@ -147,7 +147,7 @@ def with_states(model: Any, batch: Batch) -> Batch:
     with torch.no_grad(), autocast(model):
         states = shared_pass(model, batch.to(model.device))
     known = {name: getattr(states, name) for name in ("trunk", "teacher", "teacher_input")}
-    return replace(batch, tiles=None, normalise=None, **known)
+    return replace(batch, pixels={}, **known)
 
 
 @contextmanager

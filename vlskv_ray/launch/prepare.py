@@ -30,8 +30,8 @@ from vlskv_ray.model.build import (
     find_model,
     fingerprint_of,
     load_config,
-    load_processor,
 )
+from vlskv_ray.model.processor import load_processor
 from vlskv_ray.report.figures import at
 from vlskv_ray.storage.checkpoint import SavedState
 from vlskv_ray.storage.run_folder import run_folder

@@ -28,22 +28,16 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     GenerationConfig,
-    LlavaNextProcessor,
     PreTrainedConfig,
 )
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.model import presets
 from vlskv_ray.model.folder import Damaged, check_folder, read_json, weight_files
-from vlskv_ray.model.sanity import check_config, check_fit, check_processor, check_relations
+from vlskv_ray.model.sanity import check_relations, check_text_config, check_weight_bytes
 from vlskv_ray.model.swiftkv import BACKBONES, check_layers, has_swiftkv, swiftkv_backbone
-from vlskv_ray.model.trial import problem_of
-
-WRAPPERS = ("llava_next",)
-"""Vision-language model types whose images `vlskv_ray.data` prepares and checks; no other is accepted."""
+from vlskv_ray.model.wrappers import wrapper_of
 
 LIBRARY_ERRORS = (
     ArithmeticError,
@@ -120,13 +114,13 @@ def _checked(files: ModelFiles) -> ModelFiles:
         raise ValueError(
             f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint{meant}"
         )
-    with _told_of(files):
+    with naming_model(files):
         check_folder(folder)
     return files
 
 
 @contextmanager
-def _told_of(files: ModelFiles) -> Iterator[None]:
+def naming_model(files: ModelFiles) -> Iterator[None]:
     """What is wrong with files names the model that they are of, on one line."""
     try:
         yield
@@ -195,13 +189,15 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         return presets.PRESETS[files.name_or_path].config()
     assert files.folder is not None
     where = f"model.name_or_path: {files.name_or_path}"
-    with _told_of(files):
+    with naming_model(files):
         declared = read_json(files.folder, "config.json")
-        model_type = declared.get("model_type")
-        if model_type not in WRAPPERS:
-            supported = ", ".join(WRAPPERS)
-            raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported: {supported}")
-        check_config(declared)
+    try:
+        wrapper = wrapper_of(declared.get("model_type"))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    with naming_model(files):
+        check_text_config(declared)
+        wrapper.check_config(declared)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
@@ -212,8 +208,11 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
             f"{where}: its text model is a {backbone!r}, whose SwiftKV form is not proven exact; "
             f"supported: {', '.join(BACKBONES)}"
         )
-    with _told_of(files):
-        check_relations(config, sum((files.folder / name).stat().st_size for name in weight_files(files.folder)))
+    with naming_model(files):
+        check_relations(config)
+        wrapper.check_relations(config)
+        weight_bytes = sum((files.folder / name).stat().st_size for name in weight_files(files.folder))
+        check_weight_bytes(config, wrapper.least_vision_weights(config), weight_bytes)
     return config
 
 
@@ -324,11 +323,11 @@ def build_plain(
         model.set_attn_implementation(attn_implementation)
     else:
         check_growth(files, old, num_hidden_layers)
-        new = tuple(f"language_model.layers.{i}." for i in range(old, config.text_config.num_hidden_layers))
+        new = tuple(f".layers.{i}." for i in range(old, config.text_config.num_hidden_layers))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _load_weights(files, config, attn_implementation, torch.float32, lacks=new)
-        for layer in model.base_model.language_model.layers[old:]:
+        for layer in model.get_decoder().layers[old:]:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 for parameter in projection.parameters():
                     nn.init.zeros_(parameter)
@@ -364,24 +363,26 @@ def refuse_student(files: ModelFiles, config: PreTrainedConfig) -> None:
         )
 
 
-def _check_generation_config(files: ModelFiles) -> None:
-    """ValueError where settings for `generate` cannot be used, which are read along with the weights."""
-    assert files.folder is not None
-    if (files.folder / "generation_config.json").exists():
-        try:
-            GenerationConfig.from_pretrained(files.folder)
-        except LIBRARY_ERRORS as error:
-            raise ValueError(
-                f"model.name_or_path: {files.name_or_path}: generation_config.json cannot be used: {one_line(error)}; "
-                f"mend it, or remove the file"
-            ) from error
+@contextmanager
+def usable_generation_config(where: str) -> Iterator[None]:
+    """What libraries say of settings for `generate` that cannot be used, as one line that begins with `where`."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        raise ValueError(
+            f"{where}: generation_config.json cannot be used: {one_line(error)}; mend it, or remove the file"
+        ) from error
 
 
 def _load_weights(
     files: ModelFiles, config: PreTrainedConfig, attn_implementation: str, dtype: torch.dtype, lacks: tuple[str, ...]
 ) -> Any:
-    """`lacks`: parts of the names of weights that are new to the checkpoint, which must not hold any of them."""
-    _check_generation_config(files)
+    """`lacks`: parts of the names of those weights of the text model that are new to the checkpoint, which must not
+    hold any of them."""
+    assert files.folder is not None
+    if (files.folder / "generation_config.json").exists():  # read along with the weights
+        with usable_generation_config(f"model.name_or_path: {files.name_or_path}"):
+            GenerationConfig.from_pretrained(files.folder)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report lists the SwiftKV weights as missing: they are meant to be
     transformers_logging.disable_progress_bar()
@@ -401,7 +402,9 @@ def _load_weights(
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = set(report["missing_keys"])
-    new = {key for key in model.state_dict() if any(part in key for part in lacks)}
+    text_model = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    of_text = [key for key in model.state_dict() if key.startswith(f"{text_model}.")]
+    new = {key for key in of_text if any(part in key.removeprefix(text_model) for part in lacks)}
     problems = {
         "missing": missing - new,
         "of another shape": [str(key) for key in report["mismatched_keys"]],
@@ -420,88 +423,6 @@ def one_line(error: BaseException) -> str:
     """An error's own words on one line, cut to a readable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def load_processor(files: ModelFiles, *, tried: bool = False) -> Any:
-    """The checkpoint's own processor, images by Pillow.
-
-    Args:
-        files: of the model. Those that do not come with the package are tried in a process of their own first.
-        tried: whether the process that started this one has done that.
-
-    Raises:
-        ValueError: there is none, it has no chat template, cannot be used, or does not fit the model.
-    """
-    config = load_config(files)
-    where = f"model.name_or_path: {files.name_or_path}"
-    if files.preset:
-        preset = presets.PRESETS[files.name_or_path]
-        processor = presets.llava_next_processor(config, **preset.image_processor)
-    else:
-        processor = _processor_of(files, tried)
-    if processor.chat_template is None:
-        raise ValueError(f"{where}: its processor has no chat template (chat_template.jinja), which data needs")
-    _check_tokens(processor, config, where)
-    if processor.patch_size is processor.vision_feature_select_strategy is None:
-        # processors saved by older versions leave them, and with them the class token, to the model's config
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        if not processor.num_additional_image_tokens:
-            processor.num_additional_image_tokens = int(config.vision_feature_select_strategy == "default")
-    with _told_of(files):
-        check_fit(processor, config, files.folder)
-    return processor
-
-
-def _processor_of(files: ModelFiles, tried: bool) -> Any:
-    """As transformers reads it from a folder; ValueError where it cannot, or it is another model type's."""
-    where, folder = f"model.name_or_path: {files.name_or_path}", files.folder
-    assert folder is not None
-    with _told_of(files):
-        check_processor(folder)
-    if not tried and folder not in presets.SHIPPED.values() and (problem := problem_of(folder)):
-        raise ValueError(f"{where}: {problem}")
-    try:
-        processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{where}: its processor cannot be loaded: {one_line(error)}") from error
-    if not isinstance(processor, LlavaNextProcessor) or not isinstance(
-        processor.image_processor, LlavaNextImageProcessorPil
-    ):
-        raise ValueError(
-            f"{where}: its processor is a {type(processor).__name__} that reads images by a "
-            f"{type(getattr(processor, 'image_processor', None)).__name__}; wanted a LlavaNextProcessor and a "
-            f"LlavaNextImageProcessor, named in processor_config.json"
-        )
-    return processor
-
-
-def _check_tokens(processor: Any, config: PreTrainedConfig, where: str) -> None:
-    """ValueError where a tokenizer's ids are not those of the model's embeddings."""
-    vocabulary, vocab_size = processor.tokenizer.get_vocab(), config.text_config.vocab_size
-    largest = max(vocabulary.values(), default=-1)
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{where}: its tokenizer has ids up to {largest} but the model has {vocab_size} embeddings; "
-            f"a tokenizer that is not the model's own cannot be used"
-        )
-    token, wanted = processor.image_token, config.image_token_id
-    if token not in vocabulary:
-        raise ValueError(
-            f"{where}: tokenizer.json: has no token {token!r}; wanted one with id {wanted}, the image_token_index of "
-            f"config.json; add it by tokenizer.add_tokens({token!r}, special_tokens=True), and save the tokenizer again"
-        )
-    if processor.image_token_id != wanted:
-        raise ValueError(
-            f"{where}: its tokenizer's id of {token!r} is {processor.image_token_id}, but the model "
-            f"puts images at id {wanted}; a tokenizer that is not the model's own cannot be used"
-        )
-    written = processor.tokenizer(2 * token, add_special_tokens=False)["input_ids"]
-    if list(written) != [wanted, wanted]:
-        raise ValueError(
-            f"{where}: tokenizer.json: writes {2 * token!r} as {list(written)[:10]}; wanted {[wanted, wanted]}: "
-            f"add {token!r} to its added_tokens, as a special one"
-        )
 
 
 def device_of(name: str | None = None) -> torch.device:

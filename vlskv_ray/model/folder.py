@@ -7,6 +7,7 @@ weights, what code runs; so it is looked at first, and what no model has is refu
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,6 @@ REFUSED = {
 }
 """Keys of a file by which transformers would run or load something else, and what is wrong with each."""
 
-PROCESSOR_CLASSES = ("LlavaNextProcessor",)
-IMAGE_PROCESSOR_CLASSES = ("LlavaNextImageProcessor", "LlavaNextImageProcessorFast", "LlavaNextImageProcessorPil")
-"""Names of classes that files may give; others would be looked up and loaded by rules of their own."""
-
 
 class Damaged(ValueError):
     """What is wrong with a folder: begins with the file."""
@@ -81,7 +78,6 @@ def check_folder(folder: Path) -> None:
     held = {name: read_json(folder, name) for name in JSON_FILES if (folder / name).exists()}
     for name, content in held.items():
         _check_references(name, content)
-    _check_classes(held)
     if (folder / "audio_tokenizer_config.json").exists():
         raise Damaged(f"audio_tokenizer_config.json: {REFUSED['audio_tokenizer']}; remove the file")
     for name in weight_files(folder):
@@ -144,13 +140,19 @@ def _check_references(name: str, content: dict[str, Any]) -> None:
             raise Damaged(f"{name}: {key}: {shortened(content[key])}: names code on the hub, which is never run")
 
 
-def _check_classes(held: dict[str, dict[str, Any]]) -> None:
-    """The classes that transformers will load, looked for where and in the order it does."""
+def check_classes(folder: Path, processors: Sequence[str], image_processors: Sequence[str]) -> None:
+    """The classes that transformers will load, looked for where and in the order it does, are of these names: others
+    would be looked up and loaded by rules of their own.
+
+    Raises:
+        Damaged: names file, key, and the class.
+    """
+    held = {name: read_json(folder, name) for name in JSON_FILES if (folder / name).exists()}
     own = held.get("processor_config.json", {}).get("image_processor")
     images = {"processor_config.json": own} if isinstance(own, dict) else held
     for key, known, contents, names in (
-        ("processor_class", PROCESSOR_CLASSES, held, (*PROCESSOR_FILES, "tokenizer_config.json", "config.json")),
-        ("image_processor_type", IMAGE_PROCESSOR_CLASSES, images, PROCESSOR_FILES),
+        ("processor_class", processors, held, (*PROCESSOR_FILES, "tokenizer_config.json", "config.json")),
+        ("image_processor_type", image_processors, images, PROCESSOR_FILES),
     ):
         name = next((name for name in names if contents.get(name, {}).get(key) is not None), None)
         if name and contents[name][key] not in known:

@@ -190,6 +190,10 @@ class Preset:
     config: Callable[[], LlavaNextConfig]
     image_processor: dict[str, Any] = field(default_factory=dict)
 
+    def processor(self) -> LlavaNextProcessor:
+        """The one that fits it."""
+        return llava_next_processor(self.config(), **self.image_processor)
+
 
 PRESETS = {
     "small-llava-next": Preset(small_llava_next),

@@ -472,11 +472,12 @@ class SwiftKVModel(Stock):
         for layer in layers:
             attention = layer.self_attn
             group = [x.self_attn for x in layers if self.config.key_value_leader(x.layer_idx) == layer.layer_idx]
-            for name, teachers in (("q_proj", [attention]), ("k_proj", group), ("v_proj", group)):
-                if teachers:  # only a group's first layer has key and value projections
-                    for key, weight in getattr(attention, f"{name}_swiftkv").named_parameters():
-                        if starts(weight):
-                            weight.copy_(torch.stack([getattr(x, name).get_parameter(key) for x in teachers]).mean(0))
+            teachers = {"q_proj": [attention], "k_proj": group, "v_proj": group}
+            for name, weight in attention.named_parameters():
+                projection, _, key = name.partition("_swiftkv.")  # only a group's first layer has those of keys, values
+                if key and starts(weight):
+                    copied = [getattr(x, projection).get_parameter(key) for x in teachers[projection]]
+                    weight.copy_(torch.stack(copied).mean(0))
 
 
 class SwiftKVForCausalLM(Stock):

@@ -17,7 +17,7 @@ from vlskv_ray.data.sample import refused_message
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.errors import StoppedRun
 from vlskv_ray.evaluation.evaluator import SIDES, Evaluator, evaluation_of
-from vlskv_ray.evaluation.loading import device_asked_for, other_teacher, student
+from vlskv_ray.evaluation.loading import device_asked_for, load
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 from vlskv_ray.report.figures import as_written, read_run
@@ -38,9 +38,11 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     specs = sources_of(options)
     with told_of("--data", "data.sources"):
         sources = tuple(open_sources(specs))
-    model, processor = student(options.model)
+    model, processor = load(options.model, for_samples=True)
     model.to(device)
-    teacher = other_teacher(options.teacher, model.config, processor).to(device) if options.teacher else None
+    teacher = None
+    if options.teacher:
+        teacher = load(options.teacher, teacher=True, beside=(model.config, processor))[0].to(device)
     limits = Limits(swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30)
     held_out = HeldOut(sources, options.num_samples, limits, options.batch_size, options.max_new_tokens)
     evaluator = Evaluator(model, processor, held_out, teacher=teacher)

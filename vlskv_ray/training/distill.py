@@ -97,7 +97,7 @@ class States:
 def shared_pass(model: Any, batch: Batch) -> States:
     """Teacher and student by one forward."""
     swiftkv = SwiftKVPass(keep=supervised_positions(batch.labels), distill=True)
-    teacher = model.base_model(**batch.model_inputs(), use_cache=False, swiftkv=swiftkv).last_hidden_state
+    teacher = model.base_model(**batch.model_inputs(model.config), use_cache=False, swiftkv=swiftkv).last_hidden_state
     assert swiftkv.student is not None and swiftkv.trunk is not None
     assert swiftkv.student_input is not None and swiftkv.teacher_input is not None
     # SwiftKVPass packs the samples of a batch into one row

@@ -24,7 +24,9 @@ def cross_entropy_loss(model: Any, batch: Batch) -> tuple[Tensor | None, LossSum
     keep = supervised_positions(batch.labels)  # bool[B, T]
     if not keep.any():
         return None, sums
-    hidden_states = model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state[keep]  # [n, D]
+    hidden_states = model.base_model(**batch.model_inputs(model.config), use_cache=False).last_hidden_state[
+        keep
+    ]  # [n, D]
     logits = model.get_output_embeddings()(hidden_states).float()
     targets = batch.labels[:, 1:][keep[:, :-1]]
     per_token = F.cross_entropy(logits, targets, reduction="none").double()

@@ -1,10 +1,28 @@
-"""Small files, whole or not at all."""
+"""Small files, whole or not at all, and JSON that says each thing once."""
 
 import json
 import os
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+class DuplicateKey(ValueError):
+    """A key is given twice in one object of JSON: which of them is meant cannot be told."""
+
+
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, as `object_pairs_hook` of the json module.
+
+    Raises:
+        DuplicateKey: of two that are the same, `json` would silently keep the last.
+    """
+    held = dict(pairs)
+    if len(held) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DuplicateKey(f"the key {twice[:80]!r} is given twice in one object")
+    return held
 
 
 def make_readable(folder: Path) -> None:

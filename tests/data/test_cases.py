@@ -9,7 +9,7 @@ import json
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from test_templates import HUB_MISTRAL
 from waiting import HANG_SECONDS
 
 from vlskv_ray.config import SourceConfig
+from vlskv_ray.data import layouts
 from vlskv_ray.data.chat import Limits, check_template
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch
 from vlskv_ray.data.pipeline import Loader, begin_at, local_batches, ray_batches, ray_dataset
@@ -56,6 +57,7 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     "c07_glob/*.parquet": [(TEXT, "")] * 3 + [(ONE_IMAGE, "")] * 3,
     "c07b_glob/*.parquet": [(TEXT, "")] * 3 + [(ONE_IMAGE, "")] * 3,
     "c07c_glob/*.parquet": [(TEXT, "")] * 6,
+    "prompts.jsonl": [(TEXT, ""), (ONE_IMAGE, ""), ("content_type", "the column 'answer' is null; wanted text")],
 }
 """Of each row of a source, what becomes of it, and what is said to that."""
 
@@ -67,8 +69,9 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cases, with PNGs that hold more than 1 MiB of a colour profile, or of XMP before or after the pixels."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cases, with PNGs that hold more than 1 MiB of a colour profile, or of XMP before or after the pixels; and
+    rows in a layout that this process alone knows, so that it must travel with them."""
     folder = tmp_path_factory.mktemp("cases") / "cases"
     shutil.copytree(CASES, folder)
     png = (folder / "root" / "g.png").read_bytes()
@@ -82,7 +85,21 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}] for text in ("x" * 10**6, "Hi.")
     ]
     (folder / "c14_long_text.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    return folder
+    prompts = [("Say.", "Hi.", None), ("What?", "A cat.", "g.png"), ("Say.", None, None)]
+    columns = ("prompt", "answer", "image")
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(dict(zip(columns, values, strict=True))) + "\n" for values in prompts)
+    )
+    roles = {"prompt": "user", "answer": "assistant"}
+    layouts.register(
+        layouts.Layout(
+            "prompts",
+            dict.fromkeys(roles, layouts.TEXT),
+            lambda row: [{"role": role, "content": row[column]} for column, role in roles.items()],
+        )
+    )
+    yield folder
+    del layouts.LAYOUTS["prompts"]
 
 
 @pytest.fixture(scope="module")

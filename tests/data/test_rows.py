@@ -281,8 +281,8 @@ def test_base64_in_a_text_is_named() -> None:
 
 def test_what_a_row_says_twice_is_quickly_told() -> None:
     """Of an object of very many keys too; the error names the key."""
-    from vlskv_ray.data.json_files import _parsed
+    from vlskv_ray.data.json_files import _parse_row
 
     pairs = ", ".join(f'"k{i}": 0' for i in range(50_000))
     with pytest.raises(Rejected, match=r"json_duplicate_key: a\.jsonl:3: the key 'k49999' is given twice"):
-        _parsed(f'{{{pairs}, "k49999": 1}}'.encode(), Path("a.jsonl"), 3)
+        _parse_row(f'{{{pairs}, "k49999": 1}}'.encode(), Path("a.jsonl"), 3)

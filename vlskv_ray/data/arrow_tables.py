@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vlskv_ray.data.json_files import folder_of
-from vlskv_ray.data.pictures import IMAGE_COLUMNS
-from vlskv_ray.data.rows import LAYOUTS, check_columns, sample_of, told_of_unread, unread_pictures
+from vlskv_ray.data.layouts import Layout, layout_of_file
+from vlskv_ray.data.rows import sample_of, unread_message, unread_pictures
 from vlskv_ray.data.sample import Rejected, Sample, SourceError
 
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
@@ -54,6 +54,7 @@ class ArrowSource:
     num_images: npt.NDArray[np.int32]
     text_bytes: npt.NDArray[np.int64]
     fingerprint: str
+    layout: Layout
     ignored: tuple[str, ...] = ()
 
     @property
@@ -82,8 +83,8 @@ class ArrowSource:
             reason = f"a text is not UTF-8: {error.reason} at its byte {error.start}; save it as UTF-8"
             raise Rejected("text_encoding", reason) from error
         except _UNREADABLE as error:
-            raise Rejected("row_unreadable", f"{_line(error)}; write the row anew") from error
-        return sample_of(self.uid(row), columns, self.root, self.ignored)
+            raise Rejected("row_unreadable", f"{_one_line(error)}; write the row anew") from error
+        return sample_of(self.uid(row), columns, self.root, self.ignored, self.layout)
 
     def _locate(self, row: int) -> tuple[Part, int]:
         """The part of a row, and which of its rows that is, from 0."""
@@ -107,15 +108,17 @@ def open_parquet(
             read and not among those `ignored`.
     """
     digest = hashlib.sha256()
+    layout: Layout | None = None
     alike: list[tuple[Any, list[Path]]] = []  # of the same columns
     for file in files:
-        footer, columns = _checked_footer(file)
+        footer, columns, layout = _check_footer(file, ignored, layout)
         digest.update(footer)
         of_same = next((of_same for known, of_same in alike if known == columns), None)
         if of_same is None:
             alike.append((columns, of_same := []))
         of_same.append(file)
-    datasets = [_load_parquet(name, of_same, cache_dir, ignored) for _, of_same in alike]
+    assert layout is not None  # a pattern that no file matches is none
+    datasets = [_load_parquet(name, of_same, cache_dir, layout, ignored) for _, of_same in alike]
     parts = {}
     for table, (_, of_same) in enumerate(alike):
         first = 0
@@ -126,9 +129,8 @@ def open_parquet(
         if first != len(datasets[table]):
             raise SourceError(f"{of_same[0]}: {first} rows are announced, {len(datasets[table])} are there; {DAMAGED}")
     in_order = [parts[file] for file in files]
-    return _arrow_source(
-        name, weight, datasets, in_order, root or Path(folder_of(files)), num_samples, digest.hexdigest(), ignored
-    )
+    root = root or Path(folder_of(files))
+    return _arrow_source(name, weight, datasets, in_order, root, num_samples, digest.hexdigest(), layout, ignored)
 
 
 def open_hub(
@@ -156,16 +158,19 @@ def open_hub(
     dataset = _load(place, remedy, dataset_id, split=split, revision=revision, cache_dir=cache_dir)
     whole = [Part("", len(dataset), 0, 0)]
     fingerprint = f"{dataset_id}@{dataset.info.version}"
-    return _arrow_source(name, weight, [dataset], whole, root, num_samples, fingerprint, ignored)
+    layout = layout_of_file(dataset.column_names, name, ignored, None)
+    return _arrow_source(name, weight, [dataset], whole, root, num_samples, fingerprint, layout, ignored)
 
 
 DAMAGED = "is it damaged? Write or download it anew"
 
 
-def _load_parquet(name: str, files: Sequence[Path], cache_dir: str | None, ignored: Sequence[str]) -> Any:
+def _load_parquet(
+    name: str, files: Sequence[Path], cache_dir: str | None, layout: Layout, ignored: Sequence[str]
+) -> Any:
     """Parquet files of the same columns as one data set. SourceError names the first one that cannot be read."""
     data_files = [glob.escape(str(file)) for file in files]
-    options = _without_foreign(files[0], ignored)
+    options = _without_foreign(files[0], layout, ignored)
     try:
         return _load(name, DAMAGED, "parquet", data_files=data_files, split="train", cache_dir=cache_dir, **options)
     except SourceError:
@@ -174,7 +179,7 @@ def _load_parquet(name: str, files: Sequence[Path], cache_dir: str | None, ignor
         raise
 
 
-def _without_foreign(file: Path, ignored: Sequence[str]) -> dict[str, Any]:
+def _without_foreign(file: Path, layout: Layout, ignored: Sequence[str]) -> dict[str, Any]:
     """What keeps `datasets` from columns of types that it does not know, such as maps: nothing where there are none.
 
     Raises:
@@ -194,7 +199,7 @@ def _without_foreign(file: Path, ignored: Sequence[str]) -> dict[str, Any]:
             foreign.append(field)
     for field in foreign:
         if field.name not in ignored:
-            is_read = field.name in (*LAYOUTS, *IMAGE_COLUMNS)
+            is_read = field.name in layout.columns
             remedy = "write it as another" if is_read else "list it in ignore_columns of the source"
             raise SourceError(
                 f"{file}: the column {field.name!r} is of a type that is not read, {field.type}; {remedy}"
@@ -213,7 +218,7 @@ def _check_content(file: Path) -> None:
         for _ in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
             pass
     except (OSError, *_UNREADABLE) as error:
-        raise SourceError(f"{file}: cannot be read as Parquet: {_line(error)}; {DAMAGED}") from error
+        raise SourceError(f"{file}: cannot be read as Parquet: {_one_line(error)}; {DAMAGED}") from error
 
 
 def _num_rows(file: Path) -> int:
@@ -222,13 +227,13 @@ def _num_rows(file: Path) -> int:
     return int(pyarrow.parquet.read_metadata(file).num_rows)
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _checked_footer(file: Path) -> tuple[bytes, Any]:
-    """The footer of a Parquet file (its schema, and place, size and extremes of every column), and its columns as what
-    tells them from those of another."""
+def _check_footer(file: Path, ignored: Sequence[str], layout_so_far: Layout | None) -> tuple[bytes, Any, Layout]:
+    """The footer of a Parquet file (its schema, and place, size and extremes of every column), its columns as what
+    tells them from those of another, and their layout."""
     import pyarrow.parquet
 
     if file.stat().st_size == 0:
@@ -243,11 +248,11 @@ def _checked_footer(file: Path) -> tuple[bytes, Any]:
         schema = metadata.schema.to_arrow_schema()
         columns = [(field.name, str(field.type)) for field in schema]
     except (OSError, *_UNREADABLE) as error:
-        raise SourceError(f"{file}: cannot be read as Parquet: {_line(error)}; is the file complete?") from error
-    check_columns(schema.names, str(file))
+        raise SourceError(f"{file}: cannot be read as Parquet: {_one_line(error)}; is the file complete?") from error
+    layout = layout_of_file(schema.names, str(file), ignored, layout_so_far)
     if not metadata.num_rows:
         raise SourceError(f"{file}: no rows; wanted at least one")
-    return footer, (columns, (schema.metadata or {}).get(b"huggingface"))
+    return footer, (columns, (schema.metadata or {}).get(b"huggingface")), layout
 
 
 def _footer(file: Path) -> bytes:
@@ -292,6 +297,7 @@ def _arrow_source(
     root: Path | None,
     num_samples: int | None,
     fingerprint: str,
+    layout: Layout,
     ignored: Sequence[str],
 ) -> ArrowSource:
     ends = np.cumsum([part.num_rows for part in parts])
@@ -302,11 +308,9 @@ def _arrow_source(
         parts[-1], ends[-1] = replace(parts[-1], num_rows=left), num_samples
     if not ends[-1]:
         raise SourceError(f"{name}: no rows; wanted at least one")
-    for dataset in datasets:
-        check_columns(dataset.column_names, name)
-    _check_unread(name, datasets, parts, ignored)
-    tables = [_read_columns(dataset) for dataset in datasets]
-    of_tables = [_estimates_of(dataset) for dataset, _ in tables]
+    _check_unread(name, datasets, parts, layout, ignored)
+    tables = [_read_columns(dataset, layout) for dataset in datasets]
+    of_tables = [_estimates_of(dataset, layout) for dataset, _ in tables]
     num_images, text_bytes = (
         np.concatenate([of_tables[part.table][which][part.first : part.first + part.num_rows] for part in parts])
         for which in (0, 1)
@@ -321,33 +325,43 @@ def _arrow_source(
         num_images.astype(np.int32),
         text_bytes,
         fingerprint,
+        layout,
         tuple(ignored),
     )
 
 
-def _read_columns(dataset: Any) -> tuple[Any, Any]:
-    """The columns that are read of a data set, as Arrow tables, and what decodes them."""
+def _read_columns(dataset: Any, layout: Layout) -> tuple[Any, Any]:
+    """The columns that the layout reads of a data set, as Arrow tables, and what decodes them."""
     import datasets
 
-    used = [column for column in (*LAYOUTS, *IMAGE_COLUMNS) if column in dataset.column_names]
+    used = [column for column in layout.columns if column in dataset.column_names]
     features = datasets.Features({column: _undecoded(dataset.features[column]) for column in used})
     return dataset.select_columns(used).with_format("arrow"), features
 
 
-def _check_unread(name: str, datasets: Sequence[Any], parts: Sequence[Part], ignored: Sequence[str]) -> None:
+def _check_unread(
+    name: str, datasets: Sequence[Any], parts: Sequence[Part], layout: Layout, ignored: Sequence[str]
+) -> None:
     """SourceError where the first filled values of columns that are not read, or of keys of turns, look like pictures,
     in any of the files."""
     for part in parts:
         rows = datasets[part.table].with_format("arrow").select(range(part.first, part.first + part.num_rows))
-        columns = [column for column in rows.column_names if column not in (*IMAGE_COLUMNS, *ignored)]
-        pictures = rows.select_columns([column for column in IMAGE_COLUMNS if column in rows.column_names])
-        found: dict[str, str] = {}
-        for column in columns:
+        first_rows: dict[str, int] = {}
+        for row, columns in _filled_values(rows, layout, ignored):
+            for unread in unread_pictures(columns, layout, ignored):
+                first_rows.setdefault(unread, row)
+        if first_rows:
+            found = [f"{unread!r} (row {row + 1})" for unread, row in first_rows.items()]
+            raise SourceError(f"{os.path.join(name, part.file)}: {unread_message(found, layout)}")
+
+
+def _filled_values(rows: Any, layout: Layout, ignored: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The first filled values of each column but those of pictures, each with its row from 0 and the row's pictures."""
+    pictures = rows.select_columns([column for column in layout.image_columns if column in rows.column_names])
+    for column in rows.column_names:
+        if column not in (*layout.image_columns, *ignored):
             for row, value in _first_filled(rows.select_columns([column]), column):
-                for unread in unread_pictures({column: value} | _values_of(pictures, row), ignored):
-                    found.setdefault(unread, f"{unread!r} (row {row + 1})")
-        if found:
-            raise SourceError(f"{os.path.join(name, part.file)}: {told_of_unread([*found.values()])}")
+                yield row, {column: value} | _values_of(pictures, row)
 
 
 def _values_of(rows: Any, row: int) -> dict[str, Any]:
@@ -386,18 +400,18 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-def _estimates_of(dataset: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _estimates_of(dataset: Any, layout: Layout) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """int64[num_rows] each: images and bytes of text per row."""
-    num_images, text_bytes = zip(*[_estimates(table) for table in dataset.iter(10_000)], strict=True)
+    num_images, text_bytes = zip(*[_estimates(table, layout) for table in dataset.iter(10_000)], strict=True)
     return np.concatenate(num_images), np.concatenate(text_bytes)
 
 
-def _estimates(table: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _estimates(table: Any, layout: Layout) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """int64[num_rows] each: images and bytes of text per row, from Arrow's offsets alone; the values stay on disk."""
     num_images = text_bytes = np.zeros(len(table), np.int64)
     for column in table.column_names:
         chunks = table.column(column).chunks
-        if column in IMAGE_COLUMNS:
+        if column in layout.image_columns:
             counts = np.concatenate([_per_row(chunk, np.sign, np.maximum) for chunk in chunks])
             num_images = np.where(num_images > 0, num_images, counts)
         else:

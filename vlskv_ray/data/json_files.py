@@ -7,17 +7,18 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vlskv_ray.data.rows import LAYOUTS, WANTED, check_columns, sample_of, told_of_unread, unread_pictures
+from vlskv_ray.data.layouts import Layout, has_known_column, known_layouts, layout_of_file
+from vlskv_ray.data.rows import sample_of, unread_message, unread_pictures
 from vlskv_ray.data.sample import Rejected, Sample, SourceError
+from vlskv_ray.files import DuplicateKey, reject_duplicate_keys
 
 _WINDOW = 2**24  # characters of a JSON list held at once
 _INDENTED_HEAD, _LARGEST_OBJECT = 2**10, 2**28  # bytes of a file looked at to tell what is wrong with it
@@ -41,6 +42,8 @@ class JsonSource:
     root: Path | None
     index: npt.NDArray[Any]
     fingerprint: str
+    layout: Layout | None
+    """None where no row that was looked at is an object, so that none can be used."""
     ignored: tuple[str, ...] = ()
 
     @property
@@ -68,7 +71,18 @@ class JsonSource:
             stream.seek(entry["offset"])
             data = stream.read(entry["length"])
         root = file.parent if self.root is None else self.root
-        return sample_of(self.uid(row), _parsed(data, file, int(entry["number"])), root, self.ignored)
+        columns = _parse_row(data, file, int(entry["number"]))
+        return sample_of(self.uid(row), columns, root, self.ignored, self.layout)
+
+
+@dataclass
+class _Scan:
+    """What is learnt of a source while its rows are looked at, one after the other."""
+
+    ignored: Sequence[str]
+    layout: Layout | None = None
+    unread: dict[str, str] = field(default_factory=dict)
+    """Columns that look like pictures and are not read, and the first place of each."""
 
 
 def open_json(
@@ -86,22 +100,22 @@ def open_json(
         SourceError: a file as a whole cannot be used, or has columns that look like pictures, are not read and not
             among those `ignored`.
     """
-    unread: dict[str, str] = {}
+    scan = _Scan(ignored)
     rows = (
         (number, *entry)
         for number, (file, format) in enumerate(zip(files, formats, strict=True))
-        for entry in _measured(file, _list_rows(file) if format == "json" else _line_rows(file), ignored, unread)
+        for entry in _measure(file, _list_rows(file) if format == "json" else _line_rows(file), scan)
     )
     index = np.fromiter(itertools.islice(rows, num_samples), dtype=_ROW)
-    if unread:
-        first = next(iter(unread.values()))
-        columns = [f"{column!r}" if place == first else f"{column!r} ({place})" for column, place in unread.items()]
-        raise SourceError(f"{first}: {told_of_unread(columns)}")
+    if scan.layout and scan.unread:
+        first = next(iter(scan.unread.values()))
+        columns = [repr(column) if place == first else f"{column!r} ({place})" for column, place in scan.unread.items()]
+        raise SourceError(f"{first}: {unread_message(columns, scan.layout)}")
     digest = hashlib.sha256()
     for file in files:
-        with opened(file) as stream:
+        with open_binary(file) as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return JsonSource(name, weight, tuple(files), root, index, digest.hexdigest(), tuple(ignored))
+    return JsonSource(name, weight, tuple(files), root, index, digest.hexdigest(), scan.layout, tuple(ignored))
 
 
 def folder_of(files: Sequence[Path]) -> str:
@@ -109,41 +123,38 @@ def folder_of(files: Sequence[Path]) -> str:
     return os.path.commonpath([file.parent for file in files])
 
 
-def _measured(
-    file: Path, rows: Iterator[_Found], ignored: Sequence[str], unread: dict[str, str]
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """One index entry per row of a file, after the checks which concern the file as a whole. Columns that look like
-    pictures and are not read are added to `unread` with their first place."""
+def _measure(file: Path, rows: Iterator[_Found], scan: _Scan) -> Iterator[tuple[int, int, int, int, int]]:
+    """One index entry per row of a file, after the checks which concern the file as a whole."""
     _check_utf8(file)
-    num_objects = 0
+    layout: Layout | None = None
     first_reason: Rejected | None = None
     for number, offset, length, row in rows:
         num_images = text_bytes = 0
         try:
             if not isinstance(row, dict):
                 raise _no_object(row, file, number)
-            num_objects += 1
-            if num_objects == 1:
-                _check_first(row, file, number)
-            sample = sample_of("", row, None, ignored)
+            if layout is None:
+                layout = scan.layout = _layout_of_first(row, f"{file}:{number}", scan)
+            sample = sample_of("", row, None, scan.ignored, layout)
         except Rejected as reason:  # counted when the row is read; here it only matters if no row is any good
             first_reason = first_reason or reason
-            for column in unread_pictures(row, ignored) if reason.code == "image_unread" else ():
-                unread.setdefault(column, f"{file}:{number}")
+            if layout and reason.code == "image_unread":
+                for column in unread_pictures(row, layout, scan.ignored):
+                    scan.unread.setdefault(column, f"{file}:{number}")
         else:
             num_images = len(sample.images)
             texts = [part["text"] for message in sample.messages for part in message["content"] if len(part) > 1]
             text_bytes = sum([len(text) if text.isascii() else len(text.encode()) for text in texts])
         yield number, offset, length, num_images, text_bytes
-    if not num_objects:
+    if layout is None:
         raise SourceError(f"no row of the file can be read; the first: {first_reason and first_reason.detail}")
 
 
-def _check_first(row: dict[str, Any], file: Path, number: int) -> None:
-    """SourceError where the first object of a file is no row."""
-    if not any(column in row for column in LAYOUTS) and _lists_in(row):
-        raise SourceError(f"{file}:{number}: {_told_of_lists(row)}")
-    check_columns(list(row), f"{file}:{number}")
+def _layout_of_first(row: dict[str, Any], place: str, scan: _Scan) -> Layout:
+    """The layout of a file, by its first object. SourceError where that is no row."""
+    if _lists_in(row) and not has_known_column(row):
+        raise SourceError(f"{place}: {_holder_message(row)}")
+    return layout_of_file(row, place, scan.ignored, scan.layout)
 
 
 def _lists_in(holder: dict[str, Any]) -> list[str]:
@@ -151,7 +162,7 @@ def _lists_in(holder: dict[str, Any]) -> list[str]:
     return [key for key, value in holder.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
 
 
-def _told_of_lists(holder: dict[str, Any]) -> str:
+def _holder_message(holder: dict[str, Any]) -> str:
     """What an object that holds the rows, instead of being one, has, and what to do."""
     keys = [
         f"{key!r} (list of {len(value)})" if isinstance(value, list) else repr(key) for key, value in holder.items()
@@ -162,7 +173,7 @@ def _told_of_lists(holder: dict[str, Any]) -> str:
     return f"holds one object with the keys {shown or '(none)'}; wanted a list of rows: {remedy} as a file of its own"
 
 
-def _parsed(data: bytes, file: Path, number: int) -> dict[str, Any]:
+def _parse_row(data: bytes, file: Path, number: int) -> dict[str, Any]:
     """One row of JSON.
 
     Raises:
@@ -171,11 +182,12 @@ def _parsed(data: bytes, file: Path, number: int) -> dict[str, Any]:
     try:
         row = _DECODER.decode(data.decode().removeprefix("\ufeff"))  # where files were put behind one another
     except RecursionError as error:
-        raise Rejected("json_depth", f"{file}:{number}: brackets are nested too deep; wanted {WANTED}") from error
+        wanted = known_layouts()
+        raise Rejected("json_depth", f"{file}:{number}: brackets are nested too deep; wanted {wanted}") from error
     except json.JSONDecodeError as error:
         raise Rejected("json_line", f"{file}:{number}:{error.colno}: {error.msg}; wanted one JSON object") from error
-    except Rejected as error:
-        raise Rejected(error.code, f"{file}:{number}: {error.detail}") from error
+    except DuplicateKey as error:
+        raise Rejected("json_duplicate_key", f"{file}:{number}: {error}; keep one of them") from error
     except ValueError as error:  # a number of thousands of digits; bytes changed since the file was opened
         raise Rejected("json_line", f"{file}:{number}: {error}; wanted one JSON object") from error
     if not isinstance(row, dict):
@@ -189,16 +201,7 @@ def _no_object(row: Any, file: Path, number: int) -> Rejected:
     return Rejected("json_line", f"{file}:{number}: the row is {type(row).__name__}; wanted a JSON object")
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Rejected where a key is given twice: which of them is meant cannot be told."""
-    held = dict(pairs)
-    if len(held) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise Rejected("json_duplicate_key", f"the key {twice[:80]!r} is given twice in one object; keep one of them")
-    return held
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
+_DECODER = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys)
 _LENIENT = json.JSONDecoder()
 
 
@@ -212,19 +215,23 @@ def _line_rows(file: Path) -> Iterator[_Found]:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 empty = False
-                try:
-                    row: Any = _parsed(line, file, number)
-                except Rejected as error:
-                    row = error
-                yield number, offset, len(line), row
+                yield number, offset, len(line), _row_or_reason(line, file, number)
             offset += len(line)
     if empty:
         raise SourceError(f"{file}: the file is empty; wanted one JSON object per line")
 
 
+def _row_or_reason(line: bytes, file: Path, number: int) -> dict[str, Any] | Rejected:
+    """The row of a line, or why it is rejected."""
+    try:
+        return _parse_row(line, file, number)
+    except Rejected as reason:
+        return reason
+
+
 def _check_one_a_line(file: Path) -> None:
     """SourceError where the file holds JSON objects, but over several lines each."""
-    with opened(file) as stream:
+    with open_binary(file) as stream:
         head = stream.read(_INDENTED_HEAD)
         if not re.match(rb"(\xef\xbb\xbf)?\s*{[ \t]*\r?\n", head):
             return
@@ -234,8 +241,8 @@ def _check_one_a_line(file: Path) -> None:
         held, end = _LENIENT.raw_decode(text, len(text) - len(text.lstrip()))
     except (ValueError, RecursionError):  # told when its lines are read
         return
-    if not text[end:].strip() and not any(column in held for column in LAYOUTS):
-        raise SourceError(f"{file}: {_told_of_lists(held)}")
+    if not text[end:].strip() and not has_known_column(held):
+        raise SourceError(f"{file}: {_holder_message(held)}")
     raise SourceError(
         f"no row of the file can be read; the first: {file}:1 begins an object over several lines; wanted each object "
         f"on one line: jq -c . {file} > rows.jsonl"
@@ -299,8 +306,9 @@ def _next_element(text: str, start: int, number: int) -> tuple[int, int, Any]:
     try:
         try:
             row, end = _DECODER.raw_decode(text, begin)
-        except Rejected as reason:
-            row, (_, end) = reason, _LENIENT.raw_decode(text, begin)
+        except DuplicateKey as error:
+            row = Rejected("json_duplicate_key", f"{error}; keep one of them")
+            _, end = _LENIENT.raw_decode(text, begin)
     except RecursionError as error:
         raise json.JSONDecodeError("brackets are nested too deep", text, begin) from error
     except json.JSONDecodeError:
@@ -312,7 +320,7 @@ def _next_element(text: str, start: int, number: int) -> tuple[int, int, Any]:
 
 def _text_start(file: Path) -> int:
     """The byte behind the byte order mark."""
-    with opened(file) as stream:
+    with open_binary(file) as stream:
         return len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
 
 
@@ -326,7 +334,7 @@ def _line_and_column(file: Path, offset: int) -> str:
 def _check_utf8(file: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
-    with opened(file) as stream:
+    with open_binary(file) as stream:
         if (encoding := json.detect_encoding(stream.read(4))) not in ("utf-8", "utf-8-sig"):
             raise SourceError(f"{file}: not UTF-8 at byte offset 0: looks like {encoding}; save it as UTF-8")
         stream.seek(0)
@@ -342,7 +350,7 @@ def _check_utf8(file: Path) -> None:
             offset += len(chunk)
 
 
-def opened(file: Path) -> io.BufferedReader:
+def open_binary(file: Path) -> io.BufferedReader:
     """SourceError if it cannot be opened."""
     try:
         return file.open("rb")

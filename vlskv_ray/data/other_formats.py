@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vlskv_ray.data.json_files import opened
+from vlskv_ray.data.json_files import open_binary
 from vlskv_ray.data.sample import SourceError
 
 _AS_ROWS = "write its rows as JSON lines or Parquet"
@@ -57,7 +57,7 @@ _SUFFIXES = {
 
 def refuse_other_formats(file: Path) -> None:
     """SourceError for a file that holds rows in no form that is read, if it is a known one."""
-    with opened(file) as stream:
+    with open_binary(file) as stream:
         head = stream.read(512)
     found = next(((name, remedy) for at, magic, name, remedy in _MAGIC if head.startswith(magic, at)), None)
     if found and found[0] != "a tar archive" and file.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):

@@ -7,7 +7,7 @@ from typing import Any
 from vlskv_ray.data.sample import ImageFile, Rejected
 
 IMAGE_COLUMNS = ("images", "image")
-"""In which a row's pictures are read; its turns may have theirs inside their parts instead."""
+"""In which layouts have their pictures, unless they say otherwise; turns may have theirs in their parts instead."""
 
 _NESTED = ("image", "image_url", "source")
 """Keys of a part under which formats keep the picture itself; the others stand in the part beside its type."""

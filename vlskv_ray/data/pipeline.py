@@ -1,7 +1,6 @@
 """The data graph: rows of the plan in, micro-batches out. The one module of the data that knows Ray."""
 
 import functools
-import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -167,6 +166,7 @@ def ray_dataset(
         cpus_per_task, num_tasks: of the data workers.
         first_task: Ray's scheduling strategy for the one that must be there; others run where CPUs are free.
     """
+    import ray.cloudpickle
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
@@ -186,7 +186,7 @@ def ray_dataset(
     context.target_max_block_size = 1  # byte: every row ends a block. repartition() would want a CPU of its own
     items = ray.data.from_items(list(range(rows)), override_num_blocks=max(1, -(-rows // ROWS_PER_TASK)))
     processes = ray.data.ActorPoolStrategy(min_size=1, max_size=num_tasks)
-    arguments = (pickle.dumps(loader), str(first_step))
+    arguments = (ray.cloudpickle.dumps(loader), str(first_step))  # takes along a layout that the user's script defines
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # gone in 2.64, and this package goes with 2.60
         return items.map(

@@ -1,20 +1,14 @@
-"""From a row of a file to a `Sample`: what its columns may be called, and the checks every row passes."""
+"""From a row of a file to a `Sample`: the checks that every row passes, whatever its layout."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlskv_ray.data.pictures import IMAGE_COLUMNS, picture_in_part, picture_of, unread_in
-from vlskv_ray.data.sample import ImageFile, Notice, Rejected, Sample, SourceError
+from vlskv_ray.data.layouts import TEXT, Layout, find_layout, no_fit
+from vlskv_ray.data.pictures import picture_in_part, picture_of, unread_in
+from vlskv_ray.data.sample import ImageFile, Notice, Rejected, Sample
 
-# How each layout of conversations becomes turns of {"role", "content"}, by the column that shows it, preferred first. A
-# further layout is one more entry. Images come from the columns `images` or `image` in all of them, or from the parts.
-LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "messages": lambda row: row["messages"],
-}
-READ_COLUMNS = frozenset((*LAYOUTS, *IMAGE_COLUMNS))
-WANTED = f"{' or '.join(LAYOUTS)} (list of {{role, content}}), with {' or '.join(IMAGE_COLUMNS)} for images"
 MARKER = "<image>"
 
 # What no text means to say: control characters but for tab and line ends, and code points that are no characters. Told
@@ -25,14 +19,9 @@ _BASE64_STARTS = (";base64,", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # of da
 _BASE64_PICTURE = re.compile(f"(?:{'|'.join(_BASE64_STARTS)})[A-Za-z0-9+/\r\n]{{400}}")  # far more than an example has
 
 
-def _layout(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], Any]:
-    for column, turns in LAYOUTS.items():
-        if column in columns:
-            return turns
-    raise Rejected("schema", f"found the columns {', '.join(map(repr, columns)) or '(none)'}; wanted {WANTED}")
-
-
-def sample_of(uid: str, row: Mapping[str, Any], root: Path | None, ignored: Collection[str] = ()) -> Sample:
+def sample_of(
+    uid: str, row: Mapping[str, Any], root: Path | None, ignored: Collection[str] = (), layout: Layout | None = None
+) -> Sample:
     """Checks a row and brings it into the one form everything else knows.
 
     Args:
@@ -40,21 +29,20 @@ def sample_of(uid: str, row: Mapping[str, Any], root: Path | None, ignored: Coll
         row: its columns.
         root: the only folder that its image paths may lead into; None: no folder.
         ignored: columns that are not read even where they look like pictures.
+        layout: of its source; None: the one that its columns fit.
 
     Raises:
         Rejected: schema, conv_empty, role_unknown, no_answer, role_order, content_type, question_empty, answer_empty,
             marker_mismatch, image_null, image_unread, text_encoding, text_base64.
     """
-    turns = _layout(list(row))(row)
-    if not turns:
-        raise Rejected("conv_empty", "the conversation has no turns")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Rejected("schema", f"the conversation is {type(turns).__name__}; wanted a list of {{role, content}}")
-    if unread := unread_pictures(row, ignored):
-        raise Rejected("image_unread", told_of_unread([*map(repr, unread)]))
+    layout = layout or find_layout(row, ignored)
+    _check_columns(row, layout)
+    if unread := unread_pictures(row, layout, ignored):
+        raise Rejected("image_unread", unread_message([*map(repr, unread)], layout))
+    turns = _make_turns(row, layout)
     roles = [turn.get("role") for turn in turns]
     _check_roles(roles)
-    images, has_null = _images(row, turns, root)
+    images, has_null = _images(row, turns, layout, root)
     messages = [
         {"role": turn["role"], "content": _parts(turn["content"], turn["role"], bool(images))} for turn in turns
     ]
@@ -64,25 +52,54 @@ def sample_of(uid: str, row: Mapping[str, Any], root: Path | None, ignored: Coll
     return Sample(uid, messages, images, notices=notices)
 
 
-def unread_pictures(row: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+def _check_columns(row: Mapping[str, Any], layout: Layout) -> None:
+    """Rejected where a column that the layout needs is missing, or holds nothing that it can be made turns of."""
+    if not layout.required.keys() <= row.keys():
+        raise no_fit(row, str(layout))
+    for column, what in layout.required.items():
+        held = row[column]
+        if isinstance(what, tuple):
+            if not held:
+                raise Rejected("conv_empty", "the conversation has no turns")
+            if not isinstance(held, list) or not all(isinstance(entry, dict) for entry in held):
+                wanted = f"a list of {{{', '.join(what)}}}"
+                raise Rejected("schema", f"the conversation is {type(held).__name__}; wanted {wanted}")
+        elif what == TEXT and not isinstance(held, str):
+            found = "is null" if held is None else f"is {type(held).__name__}"
+            raise Rejected("content_type", f"the column {column!r} {found}; wanted text")
+
+
+def _make_turns(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
+    """A row's turns. Rejected, too, where its layout stumbles over a value: no row harms another."""
+    try:
+        turns: list[dict[str, Any]] = layout.make_turns(row)
+    except Rejected:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        problem = f"the layout {layout.name} cannot make turns of it, {type(error).__name__}: {error}"
+        raise Rejected("schema", f"{problem}; wanted {layout}") from error
+    return turns
+
+
+def unread_pictures(row: Mapping[str, Any], layout: Layout, ignored: Collection[str] = ()) -> list[str]:
     """The columns that look like pictures and are not read; keys of turns as `messages.image`."""
-    beside = any(row.get(column) for column in IMAGE_COLUMNS)
-    unread = unread_in(row, READ_COLUMNS, ignored, beside_pictures=beside)
-    for column in LAYOUTS:
-        turns = row.get(column)
-        for turn in turns if isinstance(turns, list) else ():
-            if isinstance(turn, dict) and len(turn) > 2:
-                unread += unread_in(turn, ("role", "content"), ignored, f"{column}.", beside)
-    return list(dict.fromkeys(unread))
+    beside = any(row.get(column) for column in layout.image_columns)
+    unread = unread_in(row, layout.columns, ignored, beside_pictures=beside)
+    for column, keys in layout.required.items():
+        entries = row.get(column)
+        for entry in entries if isinstance(keys, tuple) and isinstance(entries, list) else ():
+            if isinstance(entry, dict) and len(entry) > len(keys):
+                unread += unread_in(entry, keys, ignored, f"{column}.", beside)
+    return list(dict.fromkeys(unread)) if unread else unread
 
 
-def told_of_unread(columns: Sequence[str]) -> str:
+def unread_message(columns: Sequence[str], layout: Layout) -> str:
     """What to do about columns that look like pictures and are not read."""
     one = len(columns) == 1
+    give = f"give pictures in the column {layout.image_columns[0]}, or " if layout.image_columns else ""
     return (
         f"{', '.join(columns)} {'looks like a picture' if one else 'look like pictures'} and {'is' if one else 'are'} "
-        f"not read; give pictures in the column images, or list {'it' if one else 'them'} in ignore_columns of the "
-        f"source"
+        f"not read; {give}list {'it' if one else 'them'} in ignore_columns of the source"
     )
 
 
@@ -100,38 +117,48 @@ def _check_roles(roles: list[Any]) -> None:
 
 # --------------------------------------------------------------------------------------------------------- the pictures
 def _images(
-    row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], root: Path | None
+    row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], layout: Layout, root: Path | None
 ) -> tuple[list[bytes | ImageFile], bool]:
     """The images of a row, of its columns or of its parts, and whether one is given as null."""
-    in_columns, has_null = _images_of_columns(row, root)
-    in_parts: list[bytes | ImageFile] = []
+    in_columns, has_null = _images_of_columns(row, layout.image_columns, root)
+    in_parts: list[tuple[bytes | ImageFile | None, bool]] = []
     for number, turn in enumerate(turns, 1):
         content = turn.get("content")
         if isinstance(content, list):
-            for part in content:
-                if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-                    picture, is_null = picture_in_part(part, root)
-                    in_parts += [] if picture is None else [picture]
-                    has_null |= is_null
+            in_parts += [picture_in_part(part, root) for part in content if _is_image(part)]
         elif not isinstance(content, str):
-            is_what = (
-                "is missing" if "content" not in turn else "is null" if content is None else type(content).__name__
-            )
-            what = f"the content of turn {number} ({turn['role']})"
-            raise Rejected("content_type", f"{what}: {is_what}; wanted text or a list of parts")
-    if in_columns and in_parts and in_columns != in_parts:
+            raise _no_content(number, turn)
+    if not in_parts:
+        return in_columns, has_null
+    of_parts = [picture for picture, _ in in_parts if picture is not None]
+    has_null = has_null or any(is_null for _, is_null in in_parts)
+    if in_columns and of_parts and in_columns != of_parts:
         raise Rejected(
             "marker_mismatch",
-            f"{len(in_columns)} images in the row's column and {len(in_parts)} others in the parts of its turns; "
+            f"{len(in_columns)} images in the row's column and {len(of_parts)} others in the parts of its turns; "
             f"wanted them in one of the two",
         )
-    return in_columns or in_parts, has_null
+    return in_columns or of_parts, has_null
 
 
-def _images_of_columns(row: Mapping[str, Any], root: Path | None) -> tuple[list[bytes | ImageFile], bool]:
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+
+
+def _no_content(number: int, turn: Mapping[str, Any]) -> Rejected:
+    """Why a turn is rejected whose content is neither text nor parts."""
+    content = turn.get("content")
+    found = "is missing" if "content" not in turn else "is null" if content is None else type(content).__name__
+    what = f"the content of turn {number} ({turn['role']})"
+    return Rejected("content_type", f"{what}: {found}; wanted text or a list of parts")
+
+
+def _images_of_columns(
+    row: Mapping[str, Any], columns: Sequence[str], root: Path | None
+) -> tuple[list[bytes | ImageFile], bool]:
     has_null = False
     given: dict[str, list[bytes | ImageFile]] = {}
-    for column in IMAGE_COLUMNS:
+    for column in columns:
         if column not in row:
             continue
         value = row[column]
@@ -143,9 +170,13 @@ def _images_of_columns(row: Mapping[str, Any], root: Path | None) -> tuple[list[
         has_null |= pictures == [None]
         if found := [picture for picture in pictures if picture is not None]:
             given[column] = found
-    if len(given) > 1 and given["images"] != given["image"]:
-        raise Rejected("schema", "'images' and 'image' hold different pictures; wanted one of these columns")
-    return next(iter(given.values()), []), has_null
+    if not given:
+        return [], has_null
+    first, *others = given.values()
+    if any(pictures != first for pictures in others):
+        names = " and ".join(map(repr, given))
+        raise Rejected("schema", f"{names} hold different pictures; wanted one of these columns")
+    return first, has_null
 
 
 def _place_images(messages: list[dict[str, Any]], images: Sequence[bytes | ImageFile], has_null: bool) -> None:
@@ -246,11 +277,3 @@ def _check_texts(messages: Sequence[Mapping[str, Any]]) -> None:
                 raise Rejected("answer_empty", f"the answer in turn {number} has no text")
             if message["role"] == "user":
                 raise Rejected("question_empty", f"the question in turn {number} has neither text nor image")
-
-
-def check_columns(columns: Sequence[str], place: str) -> None:
-    """SourceError if no layout has these columns; `place` says whose they are."""
-    try:
-        _layout(columns)
-    except Rejected as reason:
-        raise SourceError(f"{place}: {reason.detail}") from reason

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vlskv_ray.data.json_files import open_json, opened
+from vlskv_ray.data.json_files import open_binary, open_json
 from vlskv_ray.data.other_formats import refuse_other_formats
 from vlskv_ray.data.sample import Sample, SourceError
 
@@ -127,10 +127,10 @@ def open_source(spec: SourceSpec, *, cache_dir: str | None = None, name: str | N
         return open_hub(
             name, spec.weight, spec.name, spec.split, spec.revision, root, spec.num_samples, cache_dir, ignored
         )
-    files = _matches(spec.path)
+    files = _matching_files(spec.path)
     for file in files:
         refuse_other_formats(file)
-    formats = [_sniffed(file) if spec.format == "auto" else spec.format for file in files]
+    formats = [_sniff_format(file) if spec.format == "auto" else spec.format for file in files]
     if "parquet" not in formats:
         return open_json(name, spec.weight, files, formats, root, spec.num_samples, ignored)
     if set(formats) != {"parquet"}:
@@ -143,7 +143,7 @@ def _name(spec: SourceSpec, depth: int) -> str:
     return f"{spec.name}/{spec.split}" if spec.path is None else "/".join(Path(spec.path).parts[-depth:])
 
 
-def _matches(pattern: str) -> list[Path]:
+def _matching_files(pattern: str) -> list[Path]:
     """The files a path or glob pattern means, as absolute paths, sorted."""
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
@@ -156,9 +156,9 @@ def _matches(pattern: str) -> list[Path]:
     return files
 
 
-def _sniffed(file: Path) -> str:
+def _sniff_format(file: Path) -> str:
     """The format of a file, by its content first: JSON lines are often named .json, and the reverse."""
-    with opened(file) as stream:
+    with open_binary(file) as stream:
         head = stream.read(4096)
     if head.startswith(b"PAR1") or file.suffix == ".parquet":
         return "parquet"

@@ -1,6 +1,7 @@
-"""The figures in the comments of the big recipes are those of the models they name."""
+"""The configs come with the package, and the figures in the comments of the big ones are those of their models."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, CLIPVisionConfig, LlavaNextConfig
 
+from vlskv_ray import configs
 from vlskv_ray.config import load_config
 from vlskv_ray.model.build import swiftkv_config
 from vlskv_ray.model.wrappers.llava_next import num_image_features
@@ -74,3 +76,29 @@ def test_figures_of_a_recipe(name: str) -> None:
     assert f"{frozen * 2 / GIB:.1f} GiB for the downloaded model" in comments
     largest = max(num_image_features(student, (h, w)) for h in range(100, 1400, 13) for w in range(100, 1400, 13))
     assert f"up to {largest:,} tokens" in comments
+
+
+def test_they_come_with_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is listed with its first line, a whole sentence, and printed as it is."""
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert configs.main([]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == [file.stem for file in files]
+    for file, line in zip(files, listed, strict=True):
+        assert line.endswith((".", "?")) and file.read_text().startswith(f"# {line.split(maxsplit=1)[1]}\n")
+        assert configs.main([file.stem]) == 0
+        assert capsys.readouterr().out == file.read_text()
+    assert configs.main(["quickstep"]) == 2
+    assert "quickstep: there is no such config; wanted one of " in capsys.readouterr().err
+
+
+def test_they_go_into_a_wheel() -> None:
+    """And so does the model: by what setuptools is told, file by file."""
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())
+    package = CONFIGS.parent / "vlskv_ray"
+    globs = project["tool"]["setuptools"]["package-data"]["vlskv_ray"]
+    packed = {file.relative_to(package).as_posix() for pattern in globs for file in package.glob(pattern)}
+    assert packed == {
+        *(f"config/shipped/{file.name}" for file in CONFIGS.iterdir()),
+        *(f"model/shapes_teacher/{file.name}" for file in (package / "model" / "shapes_teacher").iterdir()),
+    }

@@ -2,14 +2,17 @@
 
 import ast
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_main import HEAVY
 from waiting import HANG_SECONDS
 
 import vlskv_ray
+from vlskv_ray.__main__ import COMMANDS
 from vlskv_ray.words import short_path
 
 PACKAGE = Path(vlskv_ray.__file__).parent
@@ -29,7 +32,6 @@ FLOORS = (
     {"sweep"},
 )
 """From the ground up; a room knows what lies below it, the commands know all of them, and nobody knows a command."""
-COMMANDS = {"cache", "compare", "doctor", "evaluate", "generate", "probe", "train", "tune"}
 KNOW_NO_CONFIG = {"words", "files", "errors", "model", "data", "evaluation"}
 """They are plain functions of plain values."""
 KNOW_RAY = {"cluster", "launch", "sweep", "data/pipeline"}
@@ -48,9 +50,9 @@ def imports(file: Path) -> set[str]:
 
 
 def modules() -> dict[str, set[str]]:
-    """By path without `.py`, all but the package's own `__init__`."""
+    """By path without `.py`, all but the package's own `__init__` and `__main__`."""
     files = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in PACKAGE.rglob("*.py")}
-    return {name: imports(file) for name, file in files.items() if name != "__init__"}
+    return {name: imports(file) for name, file in files.items() if not name.startswith("__")}
 
 
 def room_of(name: str) -> str:
@@ -92,21 +94,83 @@ def test_the_method_imports_nothing_of_ours() -> None:
     assert not known_rooms(modules()["model/swiftkv"])
 
 
+def run_code(code: str, *options: str, given: bytes = b"") -> None:
+    """Runs it in a process of its own, which must print nothing and end well."""
+    result = subprocess.run(
+        [sys.executable, *options, "-c", code], input=given, capture_output=True, timeout=HANG_SECONDS
+    )
+    assert (result.returncode, result.stdout) == (0, b""), result.stderr.decode()
+
+
+REGISTERED = "from transformers import CONFIG_MAPPING; assert 'llama_swiftkv' in CONFIG_MAPPING"
+
+
 def test_importing_registers_the_models_and_does_nothing_else() -> None:
     """No Ray, no data library, no thread setting, no word printed."""
-    code = (
+    run_code(
         "import torch, sys; threads = torch.get_num_threads(), torch.random.get_rng_state().sum().item()\n"
-        "import vlskv_ray\n"
         "from transformers import CONFIG_MAPPING\n"
+        "assert 'llama_swiftkv' not in CONFIG_MAPPING\n"
+        "import vlskv_ray\n"
         "assert 'llama_swiftkv' in CONFIG_MAPPING\n"
         "assert not {'ray', 'datasets'} & set(sys.modules), sys.modules\n"
         "assert threads == (torch.get_num_threads(), torch.random.get_rng_state().sum().item())\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
-@pytest.mark.parametrize("command", ["cache", "compare", "doctor", "evaluate", "generate", "probe", "train", "tune"])
+def test_without_transformers_importing_registers_once_it_comes() -> None:
+    """To import the package, even twice, and to ask whether transformers is there, imports nothing heavy."""
+    run_code(
+        "import sys, importlib.util, vlskv_ray\n"
+        "finders = len(sys.meta_path)\n"
+        "importlib.reload(vlskv_ray)\n"
+        "assert len(sys.meta_path) == finders\n"
+        "spec = importlib.util.find_spec('transformers')\n"
+        "assert spec.origin.endswith('__init__.py') and b'transformers' in spec.loader.get_data(spec.origin)\n"
+        f"assert not {HEAVY} & set(sys.modules), sys.modules\n"
+        f"{REGISTERED}\n"
+        "import transformers\n"
+        "assert type(transformers.__spec__.loader).__module__ == '_frozen_importlib_external'\n"
+        "importlib.reload(transformers)\n"
+        f"{REGISTERED}\n"
+        "assert transformers.AutoConfig.for_model('llama_swiftkv').model_type == 'llama_swiftkv'\n"
+        "assert not {'ray', 'datasets'} & set(sys.modules), sys.modules\n"
+    )
+
+
+def test_a_pickled_config_is_read_where_nothing_was_imported() -> None:
+    """As in a process that was just started."""
+    from transformers import AutoConfig
+
+    run_code(
+        f"import pickle, sys; config = pickle.load(sys.stdin.buffer); {REGISTERED}\n"
+        "assert config.model_type == 'qwen2_swiftkv'",
+        given=pickle.dumps(AutoConfig.for_model("qwen2_swiftkv")),
+    )
+
+
+def test_a_transformers_that_fails_says_so_itself(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('a word of its own')")
+    run_code(
+        f"import sys, vlskv_ray; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "try: import transformers\n"
+        "except ImportError as error: assert str(error) == 'a word of its own'\n"
+        "else: raise AssertionError\n"
+        f"assert not {HEAVY} & set(sys.modules), sys.modules\n"
+    )
+
+
+def test_a_transformers_that_is_missing_is_missing() -> None:
+    run_code(
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import vlskv_ray\n"
+        "try: import transformers\n"
+        "except ModuleNotFoundError as error: assert error.name == 'transformers'\n"
+        "else: raise AssertionError\n",
+        *("-I", "-S"),  # no installed packages
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path, command: str) -> None:
     (tmp_path / "gone").mkdir()
     start = 'cd "$0" && rmdir "$0" && exec "$@"'

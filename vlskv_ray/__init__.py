@@ -9,6 +9,8 @@ except FileNotFoundError:  # torch would end this process as it is imported, wit
     print("the working directory of this command has been deleted; `cd` to one that is there", file=sys.stderr)
     sys.exit(2)
 
-from vlskv_ray.model import swiftkv as swiftkv  # noqa: E402 - see above
+from vlskv_ray.model.registration import register_with_transformers  # noqa: E402 - see above
 
 __version__ = "0.1.0"
+
+register_with_transformers()

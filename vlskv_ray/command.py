@@ -1,4 +1,4 @@
-"""What the commands share: exit statuses, errors on one line, options that are numbers."""
+"""What the commands share: exit statuses, errors on one line, their options, what they print."""
 
 import argparse
 import errno
@@ -26,35 +26,51 @@ def exit_status(command: Callable[[], int]) -> int:
     try:
         return command()
     except ValueError as error:  # each of ours names the option, key or file, what was wanted and the remedy
-        print(printable_lines(str(error)), file=sys.stderr)
+        print_error(str(error))
         return WRONG_INPUT
     except StoppedRun as error:  # what was asked for cannot be done, though nothing is wrong with how it was asked
-        print(printable_lines(f"error: {error}"), file=sys.stderr)
+        print_error(f"error: {error}")
         return FAILED
     except BrokenPipeError:  # whoever reads what is printed has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:  # a full disk, a folder that went away
-        print(printable_lines(f"error: {error}"), file=sys.stderr)
+        print_error(f"error: {error}")
         return WRONG_INPUT if error.errno == errno.ENAMETOOLONG else FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
+def command_parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser of a command's options, which are never abbreviated: an override of the config could look like one."""
+    return argparse.ArgumentParser(
+        prog=f"vlskv-ray {command}", description=description, epilog=epilog, allow_abbrev=False
+    )
+
+
 def run_parser(command: str, description: str) -> argparse.ArgumentParser:
     """The options of a command that takes a run's config; what it does not know are overrides of the config."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m vlskv_ray.{command}",
-        description=description,
-        epilog="Any option of the config can be given as section.key=value, for instance cluster.num_workers=4.",
-        allow_abbrev=False,
+    parser = command_parser(
+        command,
+        description,
+        "Any option of the config can be given as section.key=value, for instance cluster.num_workers=4.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
-    parser.add_argument("--num-samples", type=up_to(10**9), metavar="N", help="use the first N samples of the mixture")
+    parser.add_argument(
+        "--num-samples", type=number_up_to(10**9), metavar="N", help="use the first N samples of the mixture"
+    )
     return parser
 
 
-def up_to(largest: int) -> Callable[[str], int]:
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that run a model by themselves."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
+    parser.add_argument(
+        "--threads", type=number_up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)"
+    )
+
+
+def number_up_to(largest: int) -> Callable[[str], int]:
     """Reads a number from 1 to `largest`, for argparse."""
 
     def number(text: str) -> int:
@@ -66,8 +82,8 @@ def up_to(largest: int) -> Callable[[str], int]:
 
 
 @contextmanager
-def told_of(option: str, key: str = "model.name_or_path") -> Iterator[None]:
-    """What is wrong with a model or data names the option they were given by, not the key of a run's config."""
+def name_option(option: str, key: str = "model.name_or_path") -> Iterator[None]:
+    """Errors about a model or data name the option they were given by, not the key of a run's config."""
     try:
         yield
     except ValueError as error:
@@ -75,15 +91,11 @@ def told_of(option: str, key: str = "model.name_or_path") -> Iterator[None]:
 
 
 def print_info(config: Config, text: str) -> None:
+    """Prints what a run says of itself, unless `output.level` asks for less."""
     if config.output.level in ("debug", "info"):
         print(printable_lines(text), flush=True)
 
 
 def print_error(text: str) -> None:
+    """Prints what is wrong."""
     print(printable_lines(text), file=sys.stderr)
-
-
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that run a model by themselves."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=up_to(4096), metavar="N", help="compute threads (default: PyTorch's own)")

@@ -1,12 +1,11 @@
-"""The command `python -m vlskv_ray.compare`: the figures of finished runs as Markdown, also straight into a page."""
+"""The command `vlskv-ray compare`: the figures of finished runs as Markdown, also straight into a page."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlskv_ray.command import DONE, exit_status
-from vlskv_ray.report.comparison import comparison, finished, results, summaries
+from vlskv_ray.command import DONE, command_parser, exit_status
 from vlskv_ray.report.markdown import write_block
 
 
@@ -18,11 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlskv_ray.compare",
-        description="Shows the figures of finished runs side by side, as a Markdown table.",
-        allow_abbrev=False,
-    )
+    parser = command_parser("compare", "Shows the figures of finished runs side by side, as a Markdown table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--result", action="store_true", help="what each run said at its end instead")
@@ -39,6 +34,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def compare(options: argparse.Namespace) -> int:
     """Shows or writes what was asked for. ValueError for what the user can mend."""
+    from vlskv_ray.report.comparison import comparison, finished, results, summaries
+
     runs = [finished(Path(folder)) for folder in options.runs]
     show = results if options.result else summaries if options.summary else comparison
     text = show(runs)

@@ -1,17 +1,12 @@
-"""The command `python -m vlskv_ray.evaluate`: a student against its teacher, on held-out samples."""
+"""The command `vlskv-ray evaluate`: a student against its teacher, on held-out samples."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
-from vlskv_ray.command import DONE, add_device_options, exit_status, up_to
+from vlskv_ray.command import DONE, add_device_options, command_parser, exit_status, number_up_to
 from vlskv_ray.config import source_from_text
 from vlskv_ray.files import write_json
-from vlskv_ray.report.finished import write_pages
-from vlskv_ray.report.remeasure import measured, output_of, samples_of
-from vlskv_ray.report.summary import evaluation_table
 from vlskv_ray.words import short_path
 
 
@@ -23,10 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlskv_ray.evaluate",
-        description="Measures what a SwiftKV student kept of its teacher on held-out samples, and what it saves.",
-        allow_abbrev=False,
+    parser = command_parser(
+        "evaluate", "Measures what a SwiftKV student kept of its teacher on held-out samples, and what it saves."
     )
     parser.add_argument("--model", required=True, help="a student: a folder such as RUN/final, or a hub id")
     parser.add_argument("--teacher", metavar="MODEL", help="another teacher than the student with SwiftKV off")
@@ -46,13 +39,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what to do with a row that asks for a file outside the folder of images, or a URL (default %(default)s)",
     )
     parser.add_argument(
-        "--num-samples", type=up_to(10**7), default=2000, metavar="N", help="the first N samples (default %(default)s)"
+        "--num-samples",
+        type=number_up_to(10**7),
+        default=2000,
+        metavar="N",
+        help="the first N samples (default %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=up_to(10**6), default=32, metavar="N", help="samples at once (default %(default)s)"
+        "--batch-size", type=number_up_to(10**6), default=32, metavar="N", help="samples at once (default %(default)s)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=up_to(2**20), default=64, metavar="N", help="of an answer (default %(default)s)"
+        "--max-new-tokens", type=number_up_to(2**20), default=64, metavar="N", help="of an answer (default %(default)s)"
     )
     add_device_options(parser)
     parser.add_argument(
@@ -71,6 +68,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measures, writes and shows. ValueError for what the user can mend."""
+    import torch
+
+    from vlskv_ray.report.finished import write_pages
+    from vlskv_ray.report.remeasure import measured, output_of, samples_of
+    from vlskv_ray.report.summary import evaluation_table
+
     if options.threads:
         torch.set_num_threads(options.threads)
     target, run = output_of(options)  # first: what takes long must not end in a file that cannot be written

@@ -1,5 +1,5 @@
-"""The command `python -m vlskv_ray.probe`: how far the untrained student is from its teacher, for every N and group
-size, by one pass over a few hundred samples: where to look, before anything is spent on training.
+"""The command `vlskv-ray probe`: how far the untrained student is from its teacher, for every N and group size, by
+one pass over a few hundred samples: where to look, before anything is spent on training.
 
 The teacher runs once over each batch; what enters each of its layers is the trunk of a student that begins there, and
 such a student runs at supervised positions only. Its weights are copies of the teacher's, as when training starts.
@@ -11,14 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlskv_ray.command import DONE, exit_status, print_info, run_parser, up_to
-from vlskv_ray.config import load_config_and_notices
+from vlskv_ray.command import DONE, exit_status, number_up_to, print_info, run_parser
+from vlskv_ray.config import Config, load_config
 from vlskv_ray.files import write_json
-from vlskv_ray.launch.prepare import prepare
-from vlskv_ray.model.build import find_model, load_config
-from vlskv_ray.model.swiftkv import has_swiftkv
 from vlskv_ray.report.markdown import write_block
-from vlskv_ray.sweep.probing import agreement_with, config_of, distances_of, settings_of, table_of, trained_of
 from vlskv_ray.words import plural
 
 NUM_SAMPLES = 256
@@ -26,6 +22,12 @@ NUM_SAMPLES = 256
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    options, overrides = parse(arguments)
+    return exit_status(lambda: run_command(options, overrides))
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Options of the command, and what is left: overrides of the config."""
     what = (
         "Measures the untrained student for every N and group size, in one pass over some samples: held-out ones where "
         f"the config has evaluation.sources, the first {NUM_SAMPLES} of them unless --num-samples says otherwise."
@@ -40,24 +42,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", metavar="SWEEP", help="a finished sweep, whose order this one is compared with")
     parser.add_argument("--into", metavar="FILE", help="write the table into this page instead of printing it")
     parser.add_argument("--block", default="probe", metavar="NAME", help="its place there (default %(default)s)")
-    options, overrides = parser.parse_known_args(arguments)
-    return exit_status(lambda: probe(options, overrides))
+    return parser.parse_known_args(arguments)
 
 
 def numbers(text: str) -> list[int]:
     """Reads 1,2,4 for argparse."""
-    return [up_to(1000)(part) for part in text.split(",")]
+    return [number_up_to(1000)(part) for part in text.split(",")]
 
 
-def probe(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Measures and shows. ValueError for what the user can mend."""
-    config, _ = load_config_and_notices(options.config, overrides)
+def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what the options say. ValueError for what the user can mend."""
+    config = load_config(options.config, overrides)
     if config.objective == "sft":
         raise ValueError("objective: sft has no student; wanted distill")
-    files = find_model(config.model.name_or_path, config.model.revision)
-    if has_swiftkv(load_config(files)):
+    return probe(config, options)
+
+
+def probe(config: Config, options: argparse.Namespace) -> int:
+    """Measures and shows. ValueError for what the user can mend."""
+    from vlskv_ray.launch.prepare import prepare
+    from vlskv_ray.model.build import find_model
+    from vlskv_ray.model.build import load_config as load_model_config
+    from vlskv_ray.model.swiftkv import has_swiftkv
+    from vlskv_ray.sweep.probing import agreement_with, config_of, distances_of, settings_of, table_of, trained_of
+
+    teacher = load_model_config(find_model(config.model.name_or_path, config.model.revision))
+    if has_swiftkv(teacher):
         raise ValueError(f"model.name_or_path: {config.model.name_or_path} is a student already; wanted its teacher")
-    last = load_config(files).text_config.num_hidden_layers
+    last = teacher.text_config.num_hidden_layers
     settings = settings_of(last, options.layers or list(range(1, last)), options.groups)
     trained = trained_of(Path(options.against), settings) if options.against else []
     for option, file in (("--json", options.json), ("--into", options.into)):
@@ -90,9 +102,6 @@ def probe(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         print(text)
     return DONE
-
-
-# ----------------------------------------------------------------------------------------------------------- to look at
 
 
 if __name__ == "__main__":

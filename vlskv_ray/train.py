@@ -1,44 +1,19 @@
-"""The command `python -m vlskv_ray.train`: config -> checks -> Ray -> TorchTrainer -> summary."""
+"""The command `vlskv-ray train`: config -> checks -> Ray -> TorchTrainer -> summary."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from vlskv_ray.command import DONE, FAILED, exit_status, print_error, run_parser
-from vlskv_ray.config import dump_config, load_config_and_notices
-from vlskv_ray.errors import StoppedRun
-from vlskv_ray.launch.caches import check_cache
-from vlskv_ray.launch.driver import train
-from vlskv_ray.launch.dry_run import dry_run
-from vlskv_ray.launch.prepare import prepare
+from vlskv_ray.command import DONE, exit_status, print_info, run_parser
+from vlskv_ray.config import Config, dump_config, load_config_and_notices
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options, overrides = parse(arguments)
     return exit_status(lambda: run_command(options, overrides))
-
-
-def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Does what the options say. ValueError for what the user can mend."""
-    config, notices = load_config_and_notices(options.config, overrides)
-    if options.print_config:
-        print(dump_config(config), end="")
-        return DONE
-    if config.output.level in ("debug", "info"):
-        print("\n".join(notices), end="\n" if notices else "")
-    if not options.dry_run:
-        return train(config, num_samples=options.num_samples, resume=options.resume)
-    try:
-        run, loader = prepare(config, num_samples=options.num_samples)
-        if run.cache is not None:
-            check_cache(run, loader)
-        dry_run(run, replace(loader, cache=None))
-    except StoppedRun as error:
-        print_error(f"error: {error}")
-        return FAILED
-    return DONE
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -56,7 +31,56 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     return parser.parse_known_args(arguments)
 
 
-# ------------------------------------------------------------------------------------------------------------ the run
+def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what the options say. ValueError for what the user can mend."""
+    config, notices = load_config_and_notices(options.config, overrides)
+    if options.print_config:
+        print(dump_config(config), end="")
+        return DONE
+    if notices:
+        print_info(config, "\n".join(notices))
+    if options.dry_run:
+        return try_out(config, options.num_samples)
+    return train(config, num_samples=options.num_samples, resume=options.resume)
+
+
+def train(
+    config: Config,
+    *,
+    num_samples: int | None = None,
+    resume: str = "auto",
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+) -> int:
+    """A whole run, from config to `final/` and summary.json.
+
+    Args:
+        config: of the run.
+        num_samples: use only the first so many samples of the mixture.
+        resume: "auto", "never" or "must", as on the command line.
+        on_metrics: told every line of metrics.jsonl, in the calling thread; what it raises ends the run.
+
+    Returns:
+        the exit status of the command.
+
+    Raises:
+        ValueError: for what the user can mend.
+    """
+    from vlskv_ray.launch import driver
+
+    return driver.train(config, num_samples=num_samples, resume=resume, on_metrics=on_metrics)
+
+
+def try_out(config: Config, num_samples: int | None) -> int:
+    """Checks everything up to one step, and says what it takes. ValueError for what the user can mend."""
+    from vlskv_ray.launch.caches import check_cache
+    from vlskv_ray.launch.dry_run import dry_run
+    from vlskv_ray.launch.prepare import prepare
+
+    run, loader = prepare(config, num_samples=num_samples)
+    if run.cache is not None:
+        check_cache(run, loader)
+    dry_run(run, replace(loader, cache=None))
+    return DONE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `python -m vlskv_ray.tune`: trials over a space of options on Ray Tune, and the frontier they draw.
+"""The command `vlskv-ray tune`: trials over a space of options on Ray Tune, and the frontier they draw.
 
 Each trial is a run like any other, by the driver function of `vlskv_ray.train`, in a folder named by its values. That
 is all that a sweep is resumed from: trials that have come to their end are not made again, others go on from their
@@ -11,21 +11,21 @@ import sys
 from collections.abc import Sequence
 
 from vlskv_ray.command import DONE, exit_status, print_info, run_parser
-from vlskv_ray.config import dump_config, load_config_and_notices
+from vlskv_ray.config import Config, dump_config, load_config_and_notices
 from vlskv_ray.files import write_text
 from vlskv_ray.storage.lease import own_run_folder
 from vlskv_ray.storage.run_folder import move_aside, run_folder
-from vlskv_ray.sweep.run_sweep import command_of, run_sweep
-from vlskv_ray.sweep.sweep import (
-    Sweep,
-    check,
-    possible_trials,
-)
 from vlskv_ray.words import plural, short_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    options, overrides = parse(arguments)
+    return exit_status(lambda: run_command(options, overrides))
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Options of the command, and what is left: overrides of the config."""
     parser = run_parser("tune", "Tries settings (tune.space of the config), and says which to take.")
     parser.add_argument("--dry-run", action="store_true", help="list the trials and end")
     parser.add_argument(
@@ -35,15 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="auto: go on with an interrupted sweep of this name if there is one; never: start anew, an older one is "
         "moved aside; must: fail where there is nothing to go on with",
     )
-    options, overrides = parser.parse_known_args(arguments)
-    return exit_status(lambda: tune(options, overrides))
+    return parser.parse_known_args(arguments)
 
 
-def tune(options: argparse.Namespace, overrides: list[str]) -> int:
+def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
     """Does what the options say. ValueError for what the user can mend."""
     config, notices = load_config_and_notices(options.config, overrides)
     if notices:
         print_info(config, "\n".join(notices))
+    return tune(config, options, overrides)
+
+
+def tune(config: Config, options: argparse.Namespace, overrides: list[str]) -> int:
+    """A whole sweep, or the list of its trials; the exit status. ValueError for what the user can mend."""
+    from vlskv_ray.sweep.run_sweep import command_of, run_sweep
+    from vlskv_ray.sweep.sweep import Sweep, check, possible_trials
+
     check(config)
     trials, impossible = possible_trials(config, options.config, overrides)
     folder = run_folder(config)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vlskv_ray.command import told_of
+from vlskv_ray.command import name_option
 from vlskv_ray.data.check import check_processor
 from vlskv_ray.model.build import (
     build_plain,
@@ -21,7 +21,7 @@ from vlskv_ray.model.wrappers import wrapper_of
 
 def device_asked_for(option: str | None) -> torch.device:
     """What `--device` names. ValueError where there is no such device."""
-    with told_of("--device", "cluster.use_gpu"):
+    with name_option("--device", "cluster.use_gpu"):
         return device_of(option)
 
 
@@ -40,7 +40,7 @@ def load(
         ValueError: there is no such model, it cannot be loaded, it has no SwiftKV weights to answer with, or it reads
             other tokens or pixels than the student beside it.
     """
-    with told_of("--teacher" if beside else "--model"):
+    with name_option("--teacher" if beside else "--model"):
         files = find_model(name_or_path)
         config = load_config(files)
         is_student = has_swiftkv(config)

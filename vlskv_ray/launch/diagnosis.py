@@ -17,7 +17,7 @@ from vlskv_ray.cluster.preflight import examine, existing, need_of
 from vlskv_ray.cluster.shares import check_gpus, describe, reserve
 from vlskv_ray.cluster.start import ray_cluster
 from vlskv_ray.command import DONE, FAILED
-from vlskv_ray.config import Config, changed, load_config_and_notices
+from vlskv_ray.config import Config, changed
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.training.run import Run
@@ -41,9 +41,8 @@ CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
-def examine_all(file: str | None, overrides: list[str]) -> int:
+def examine_all(config: Config | None) -> int:
     """Prints what is found; the exit status. ValueError for a config with which no run would come to its workers."""
-    config = load_config_and_notices(file, overrides)[0] if file else None
     output = Path(config.output.dir if config else "runs")
     found = [*print_findings("this machine", examine_machine(output)), *print_findings("versions", [judge_packages()])]
     run = loader = None

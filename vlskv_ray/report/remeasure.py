@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlskv_ray.command import told_of
+from vlskv_ray.command import name_option
 from vlskv_ray.config import SourceConfig, load_config, source_from_text
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.questions import HeldOut
@@ -36,7 +36,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     """What evaluation.json holds. StoppedRun where a row is refused."""
     device = device_asked_for(options.device)
     specs = sources_of(options)
-    with told_of("--data", "data.sources"):
+    with name_option("--data", "data.sources"):
         sources = tuple(open_sources(specs))
     model, processor = load(options.model, for_samples=True)
     model.to(device)

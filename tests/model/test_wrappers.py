@@ -30,7 +30,7 @@ from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.sanity import VISION, Number, check_image_processor, check_sections, check_value, processor_files
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 from vlskv_ray.model.wrappers import ImageInputs, register, wrapper_of
-from vlskv_ray.training.distill import Objective, shared_pass
+from vlskv_ray.training.distill import DistillationLoss, shared_pass
 from vlskv_ray.training.step import GradientBuffer, train_step
 
 SIDE, PATCH = 32, 8
@@ -191,7 +191,7 @@ def test_its_student_learns_as_any_other(folder: Path) -> None:
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     trained = trainable_parameters(model)
     gradients = GradientBuffer(trained.values())
-    result = train_step(model, torch.optim.SGD(trained.values(), lr=1.0), gradients, [batch], Objective())
+    result = train_step(model, torch.optim.SGD(trained.values(), lr=1.0), gradients, [batch], DistillationLoss())
     assert result.sums.kl_vision > 0 and result.sums.kl_text > 0 and result.grad_norm > 0
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]) == ("_swiftkv" not in name), name

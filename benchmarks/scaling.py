@@ -310,10 +310,6 @@ def span(seconds: float) -> str:
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
-def of_workers(count: int) -> str:
-    return f"{count} worker{'s' * (count > 1)}"
-
-
 def amount(count: float) -> str:
     """Bytes, in the unit that suits."""
     if count >= 2**40:

@@ -13,7 +13,7 @@ from conftest import batch_of
 from vlskv_ray.data.collate import Encoded, supervised_positions
 from vlskv_ray.model.swiftkv import SwiftKVModel
 from vlskv_ray.probe import main
-from vlskv_ray.sweep.probing import of_batch, settings_of, spearman
+from vlskv_ray.sweep.probing import measure_batch, settings_of, spearman
 from vlskv_ray.training.distill import kl_divergence, shared_pass
 
 
@@ -26,7 +26,7 @@ def test_a_probe_measures_what_a_student_built_so_has(
     keep = supervised_positions(batch.labels)
     settings = [(1, 1), (2, 1), (2, 2), (2, 4), (4, 2), (5, 1)]
     model = student(text_model_type, num_key_value_layers=1, moved=False)
-    probed = list(of_batch(model, batch, settings, logits_memory_mib=1))
+    probed = list(measure_batch(model, batch, settings, logits_memory_mib=1))
     assert [setting for setting, _, _ in probed] == settings
     for (n, g), kl, agrees in probed:
         alone = student(text_model_type, num_key_value_layers=n, key_value_group_size=g, moved=False)
@@ -47,7 +47,7 @@ def test_the_teacher_runs_once_a_batch(student: Callable[..., Any], encoded: lis
     model, calls = student(num_key_value_layers=1, moved=False), []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append("tower"))
     model.model.language_model.layers[0].register_forward_hook(lambda *_: calls.append("layer 0"))
-    assert len(list(of_batch(model, batch_of(encoded), settings_of(6, range(1, 6), [1, 2]), 256))) == 7
+    assert len(list(measure_batch(model, batch_of(encoded), settings_of(6, range(1, 6), [1, 2]), 256))) == 7
     assert calls == ["tower", "layer 0"]
 
 

@@ -34,10 +34,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def compare(options: argparse.Namespace) -> int:
     """Shows or writes what was asked for. ValueError for what the user can mend."""
-    from vlskv_ray.report.comparison import comparison, finished, results, summaries
+    from vlskv_ray.report.comparison import closing_texts, comparison, finished, summaries
 
     runs = [finished(Path(folder)) for folder in options.runs]
-    show = results if options.result else summaries if options.summary else comparison
+    show = closing_texts if options.result else summaries if options.summary else comparison
     text = show(runs)
     if options.into:
         write_block(Path(options.into), options.block, text)

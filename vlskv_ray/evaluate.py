@@ -71,18 +71,18 @@ def evaluate(options: argparse.Namespace) -> int:
     import torch
 
     from vlskv_ray.report.finished import write_pages
-    from vlskv_ray.report.remeasure import measured, output_of, samples_of
+    from vlskv_ray.report.remeasure import measure, num_samples_in, output_of
     from vlskv_ray.report.summary import evaluation_table
 
     if options.threads:
         torch.set_num_threads(options.threads)
     target, run = output_of(options)  # first: what takes long must not end in a file that cannot be written
-    if run and (before := samples_of(target)) > options.num_samples:
+    if run and (before := num_samples_in(target)) > options.num_samples:
         raise ValueError(
             f"--num-samples: {options.num_samples}, but {target}, which goes into the run's report and card, was "
             f"measured on {before}; ask for as many, or write another file with --output"
         )
-    evaluation = measured(options)
+    evaluation = measure(options)
     write_json(target, evaluation)
     print("\n".join(evaluation_table(evaluation)))
     written = [target]

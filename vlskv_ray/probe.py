@@ -64,20 +64,27 @@ def probe(config: Config, options: argparse.Namespace) -> int:
     from vlskv_ray.model.build import find_model
     from vlskv_ray.model.build import load_config as load_model_config
     from vlskv_ray.model.swiftkv import has_swiftkv
-    from vlskv_ray.sweep.probing import agreement_with, config_of, distances_of, settings_of, table_of, trained_of
+    from vlskv_ray.sweep.probing import (
+        agreement_with,
+        distance_table,
+        measure_distances,
+        probe_config,
+        read_trained,
+        settings_of,
+    )
 
     teacher = load_model_config(find_model(config.model.name_or_path, config.model.revision))
     if has_swiftkv(teacher):
         raise ValueError(f"model.name_or_path: {config.model.name_or_path} is a student already; wanted its teacher")
     last = teacher.text_config.num_hidden_layers
     settings = settings_of(last, options.layers or list(range(1, last)), options.groups)
-    trained = trained_of(Path(options.against), settings) if options.against else []
+    trained = read_trained(Path(options.against), settings) if options.against else []
     for option, file in (("--json", options.json), ("--into", options.into)):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{option}: there is no folder {Path(file).absolute().parent}")
-    run, loader = prepare(config_of(config), num_samples=options.num_samples)
+    run, loader = prepare(probe_config(config), num_samples=options.num_samples)
     began = time.monotonic()
-    distances = distances_of(run.config, loader, settings, run.steps_per_epoch)
+    distances = measure_distances(run.config, loader, settings, run.steps_per_epoch)
     print_info(
         config, f"{options.num_samples} samples, {plural(len(settings), 'setting')} in {time.monotonic() - began:.0f} s"
     )
@@ -94,7 +101,7 @@ def probe(config: Config, options: argparse.Namespace) -> int:
                 for (n, g), d in distances.items()
             ],
         )
-    text = table_of(distances, last)
+    text = distance_table(distances, last)
     if options.against:
         text += f"\n\n{agreement_with(Path(options.against).name, trained, distances)}"
     if options.into:

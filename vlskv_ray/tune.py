@@ -48,10 +48,11 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def tune(config: Config, options: argparse.Namespace, overrides: list[str]) -> int:
     """A whole sweep, or the list of its trials; the exit status. ValueError for what the user can mend."""
-    from vlskv_ray.sweep.run_sweep import command_of, run_sweep
-    from vlskv_ray.sweep.sweep import Sweep, check, possible_trials
+    from vlskv_ray.sweep.run_sweep import run_sweep, train_command
+    from vlskv_ray.sweep.space import check_sweep, possible_trials
+    from vlskv_ray.sweep.sweep import Sweep
 
-    check(config)
+    check_sweep(config)
     trials, impossible = possible_trials(config, options.config, overrides)
     folder = run_folder(config)
     is_drawn = config.tune.search == "optuna"
@@ -73,7 +74,7 @@ def tune(config: Config, options: argparse.Namespace, overrides: list[str]) -> i
         sweep = Sweep(folder, config.tune.metric, options.num_samples, working_dir=os.getcwd())
         sweep.trials.mkdir(exist_ok=True)
         sweep.stop_file.unlink(missing_ok=True)
-        return run_sweep(config, sweep, trials, lambda trial: command_of(options, overrides, config, trial))
+        return run_sweep(config, sweep, trials, lambda trial: train_command(options, overrides, config, trial))
 
 
 if __name__ == "__main__":

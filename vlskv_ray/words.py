@@ -1,5 +1,6 @@
 """How texts from elsewhere, sizes, times, counts and paths are written for people."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 
@@ -13,9 +14,10 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def plural(count: int, word: str) -> str:
-    """1 trial, 2 trials."""
-    return f"{count} {word}{'s' * (count != 1)}"
+def plural(count: int | str, word: str) -> str:
+    """1 trial, 2 trials; 2 processes."""
+    ending = "" if str(count) == "1" else "es" if word.endswith("s") else "s"
+    return f"{count} {word}{ending}"
 
 
 def short_path(path: Path) -> Path:
@@ -37,3 +39,15 @@ def format_duration(seconds: float) -> str:
 def format_bytes(count: float) -> str:
     """Bytes as GiB, or MiB where it is less."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def terminal_table(rows: Sequence[Sequence[str]], to_the_right: Collection[int] = ()) -> list[str]:
+    """Lines of a table in columns, the first row being their titles.
+
+    Args:
+        rows: a text for each column.
+        to_the_right: which columns, from 0, stand at the right of theirs.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads = [str.rjust if number in to_the_right else str.ljust for number in range(len(widths))]
+    return ["  ".join(map(lambda pad, text, width: pad(text, width), pads, row, widths)).rstrip() for row in rows]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_train import main, write_config, write_files
 
-from vlskv_ray.report.figures import read_run
 from vlskv_ray.report.finished import CARD, PAGES, is_finished, is_untouched, seals, unfinished, unmade
+from vlskv_ray.report.run_files import read_run
 
 STEPS = 2
 TIMED = {"command_seconds", "savings"}

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from waiting import HANG_SECONDS
 
-from vlskv_ray.report.run_page import curve, write_report
+from vlskv_ray.report.plots import curve
+from vlskv_ray.report.run_page import write_report
 
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADAAAAAgCAIAAADbtmxLAAAAMUlEQVR42u3OAQ0AAAQAMKTRP4VYapj9CZ7THZdU"

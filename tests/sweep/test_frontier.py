@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from vlskv_ray.files import write_json
-from vlskv_ray.sweep.frontier import Point, advice, edge, is_pareto, points_of, recommended, write_frontier
-from vlskv_ray.sweep.trials import DONE, FAILED, Trial, end
+from vlskv_ray.sweep.frontier import Frontier, Point, is_pareto, points_of, recommendation
+from vlskv_ray.sweep.frontier_page import edge, write_frontier
+from vlskv_ray.sweep.trials import TRIAL_DONE, TRIAL_FAILED, Trial, write_outcome
 
 POINT = Point("a", {}, accuracy=0.9, teacher_accuracy=0.95, kl=0.01, prefill=0.5, cache=1.0)
 
@@ -28,11 +29,11 @@ def test_the_cheapest_that_loses_little_enough_is_recommended() -> None:
     cheap = replace(POINT, name="cheap", accuracy=0.7, prefill=0.2)
     small = replace(POINT, name="small", cache=0.5)
     points = [cheap, POINT, small, replace(POINT, name="dear", accuracy=0.95, prefill=0.8)]
-    names = {drop: getattr(recommended(points, drop), "name", None) for drop in (0.3, 0.05, 0.01, 0.0)}
+    names = {drop: getattr(Frontier(points, drop).recommended, "name", None) for drop in (0.3, 0.05, 0.01, 0.0)}
     assert names == {0.3: "cheap", 0.05: "small", 0.01: "dear", 0.0: "dear"}
-    assert recommended([POINT], 0.01) is None
-    assert "a loses least, 5.0 points" in advice([POINT], None, 0.01)
-    assert "nothing to recommend" in advice([], None, 0.01)
+    assert Frontier([POINT], 0.01).recommended is None
+    assert "a loses least, 5.0 points" in recommendation(Frontier([POINT], 0.01))
+    assert "nothing to recommend" in recommendation(Frontier([], 0.01))
 
 
 def test_the_edge_is_what_nothing_as_cheap_beats() -> None:
@@ -51,7 +52,7 @@ def trial(folder: Path, name: str, accuracy: float | None, kl: float, prefill: f
             "savings": {"prefill_flops_ratio": prefill, "cache_bytes_ratio": cache},
         },
     )
-    end(folder / "trials" / name, made, DONE)
+    write_outcome(folder / "trials" / name, made, TRIAL_DONE)
     return made
 
 
@@ -70,7 +71,7 @@ def test_files_of_a_frontier(tmp_path: Path) -> None:
         Trial("never", {}),
     ]
     (tmp_path / "trials" / "<b>odd</b>").mkdir(parents=True)
-    end(tmp_path / "trials" / "<b>odd</b>", trials[3], FAILED, "<script>alert(1)</script>")
+    write_outcome(tmp_path / "trials" / "<b>odd</b>", trials[3], TRIAL_FAILED, "<script>alert(1)</script>")
     lines = write_frontier(tmp_path, trials, 0.01, lambda trial: f"train {trial.name}")
     found = json.loads((tmp_path / "frontier.json").read_text())
     assert (found["recommended"], found["command"], found["teacher_accuracy"]) == ("N4", "train N4", 0.95)

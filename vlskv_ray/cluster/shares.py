@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from vlskv_ray.config import ClusterConfig, Config, DataConfig
+from vlskv_ray.words import plural
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ def describe(config: Config, reserved: Reserved, cluster: Cluster) -> str:
         )
     least, most = config.cluster.fewest_workers, config.cluster.most_workers
     threads = reserved.threads_per_worker
-    workers = f"{least} to {most} workers" if least < most else f"{most} worker{'s' * (most > 1)}"
+    workers = f"{least} to {most} workers" if least < most else plural(most, "worker")
     gpu = " and a GPU" if config.cluster.use_gpu else ""
     return (
-        f"{where} {cluster.cpus:g} CPUs: {workers} x {threads} thread{'s' * (threads > 1)} "
+        f"{where} {cluster.cpus:g} CPUs: {workers} x {plural(threads, 'thread')} "
         f"({reserved.cpus_per_worker:g} CPUs{gpu} each), up to {reserved.num_tasks} data tasks of "
         f"{reserved.cpus_per_task:g} CPUs{crowded}"
     )

@@ -21,6 +21,7 @@ from vlskv_ray.data.templates import render
 from vlskv_ray.data.tokens import tokenise
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 from vlskv_ray.model.wrappers import wrapper_of
+from vlskv_ray.words import terminal_table
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,13 @@ def compare(
 
 def comparison(teacher: Answer, student: Answer) -> str:
     """Two answers as the rows of a table, and how much sooner the student's began."""
-    rows = ["         first token  tokens/s  answer"]
+    rows = [["", "first token", "tokens/s", "answer"]]
     for name, answered in (("teacher", teacher), ("student", student)):
         rate = "-" if answered.tokens_per_second is None else f"{answered.tokens_per_second:.1f}"
-        on_one_line = " ".join(answered.text.split())
-        rows.append(f"{name}  {answered.first_token_seconds:>9.3f} s  {rate:>8}  {on_one_line}".rstrip())
+        rows.append([name, f"{answered.first_token_seconds:.3f} s", rate, " ".join(answered.text.split())])
     ratio = teacher.first_token_seconds / student.first_token_seconds
-    return "\n".join([*rows, f"time to first token, teacher / student: {ratio:.2f}"])
+    lines = terminal_table(rows, to_the_right=(1, 2))
+    return "\n".join([*lines, f"time to first token, teacher / student: {ratio:.2f}"])
 
 
 def prompt_tokens(config: Any, inputs: dict[str, torch.Tensor]) -> str:

@@ -23,7 +23,7 @@ from vlskv_ray.training.distill import frozen_states
 from vlskv_ray.training.objective import build_model
 from vlskv_ray.training.run import Run
 from vlskv_ray.training.step import autocast
-from vlskv_ray.words import format_duration, short_path
+from vlskv_ray.words import format_duration, plural, short_path
 
 
 class SeveralCaches:
@@ -70,7 +70,7 @@ def fill_ahead(
     free = ray.available_resources().get("CPU", 0) if cluster.joined else cluster.cpus  # others may hold some
     workers = min(workers or max(1, int(free)), at_most, -(-len(wanted) // run.config.micro_batch_size))
     wait = Wait(run.config.cluster.wait_seconds, tell)
-    tell(f"filling       {len(wanted)} samples, {workers} process{'es' * (workers > 1)}")
+    tell(f"filling       {len(wanted)} samples, {plural(workers, 'process')}")
     began = told = time.monotonic()
     for result in results_of_workers(run, loader, caches, wanted, workers, cpus=cluster.cpus / workers, wait=wait):
         done, made = done + result["samples"], made + result["made"]
@@ -144,7 +144,7 @@ def results_of_workers(
     size = run.config.micro_batch_size
     at_once = (samples[at : at + size].tolist() for at in range(0, len(samples), size))
     try:
-        with room_for([each] * workers, f"{workers} process{'es' * (workers > 1)}", wait) as group:
+        with room_for([each] * workers, plural(workers, "process"), wait) as group:
             where = PlacementGroupSchedulingStrategy(group)
             worker = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), scheduling_strategy=where)(
                 CacheWorker

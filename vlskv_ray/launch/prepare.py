@@ -32,7 +32,7 @@ from vlskv_ray.model.build import (
     load_config,
 )
 from vlskv_ray.model.processor import load_processor
-from vlskv_ray.report.figures import at
+from vlskv_ray.report.run_files import at
 from vlskv_ray.storage.checkpoint import SavedState
 from vlskv_ray.storage.run_folder import run_folder
 from vlskv_ray.training.counting import matmul_seconds

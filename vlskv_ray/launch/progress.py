@@ -46,7 +46,7 @@ class ProgressLine:
         for text in warned + notes:
             self._write(text, lasting=True) if self.shown else print(text, file=sys.stderr)
         lines = self.metrics.new_lines()
-        self.waits = not lines and (self.waits or bool(notes))
+        self.waits = not lines and (self.waits or bool(notes))  # a step is the proof that the wait is over
         for line in lines if self.on_metrics else ():
             self.on_metrics(json.loads(line))  # type: ignore[misc]
         if not self.shown:

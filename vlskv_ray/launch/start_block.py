@@ -8,7 +8,7 @@ import vlskv_ray
 from vlskv_ray.data.plan import Plan
 from vlskv_ray.training.objective import objective_of
 from vlskv_ray.training.run import Run
-from vlskv_ray.words import short_path
+from vlskv_ray.words import plural, short_path
 
 
 def start_block(run: Run, plan: Plan, text: Any) -> str:
@@ -29,6 +29,6 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
         f"weights {model.dtype}\n"
         f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows{held_out}\n"
         f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
-        f"{accumulation} accumulation x {workers} worker{'s' * (workers > 1)}\n"
+        f"{accumulation} accumulation x {plural(workers, 'worker')}\n"
         f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {short_path(run.folder)}"
     )

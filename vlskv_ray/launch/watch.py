@@ -1,11 +1,13 @@
-"""What the command does while its run goes on: progress is shown and signals are taken."""
+"""What a command does while its work goes on in a thread: progress is shown and signals are taken."""
 
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from vlskv_ray.config import changed, dump_config
 from vlskv_ray.errors import RunFailed
@@ -14,8 +16,50 @@ from vlskv_ray.launch.progress import ProgressLine
 from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run
 
+T = TypeVar("T")
 OnMetrics = Callable[[dict[str, Any]], None] | None
 """What is told every line of metrics.jsonl."""
+
+
+def run_in_thread(work: Callable[[], T], look: Callable[[], bool], every: float) -> Future[T] | None:
+    """Runs `work` in a thread while this one looks after it.
+
+    Args:
+        work: what is to be done.
+        look: called now and then, and once more when the work has ended; returns whether the work is to be left.
+        every: seconds between two looks.
+
+    Returns:
+        the work that has ended, with what it returned or raised; None where it was left.
+    """
+    ended: Future[T] = Future()
+
+    def target() -> None:
+        try:
+            ended.set_result(work())
+        except BaseException as error:  # whatever it is, it belongs to the thread that can report it
+            ended.set_exception(error)
+
+    threading.Thread(target=target, daemon=True).start()  # a daemon: work that is left does not keep the process alive
+    while not ended.done():
+        wait([ended], every)
+        if look():
+            return None
+    return ended
+
+
+@contextmanager
+def signals_to(handler: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler`, and afterwards where they went before."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python lets no other take signals, as a trial's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, frame: handler(number))
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 def watch(
@@ -35,60 +79,47 @@ def watch(
     Raises:
         RunFailed: `work` raised; the error is its cause.
     """
-    outcome: list[Outcome] = []
-    failure: list[BaseException] = []
     asked: list[int] = []
-
-    def target() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:  # whatever it is, it is raised again below, in the thread that can report it
-            failure.append(error)
-
-    def stop(signum: int, frame: Any) -> None:
-        asked.append(signum)
-        if len(asked) > 1 + apart:
-            run.attempt_file.unlink(missing_ok=True)
-            os._exit(128 + signum)
-        run.stop_file.touch()
-        if is_underway():
-            print("\nstopping, with all that is done saved (once more to end at once)", flush=True)
-
-    def is_underway() -> bool:
-        return not apart or (bool(progress.latest) and not progress.waits)
-
     run.checkpoints.mkdir(exist_ok=True)
     run.stop_file.unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", dump_config(run.config))
-    shown_at = run.config.output.level in ("debug", "info")
     progress = ProgressLine(
         run.folder / "metrics.jsonl",
         run.total_steps,
-        shown_at,
+        shown=run.config.output.level in ("debug", "info"),
         afterwards=measuring(run),
         on_metrics=on_metrics,
         notes=run.waiting_file,
     )
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # others, as in a sweep, take no signals
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.2)
-            progress.update()
-            if asked and apart and (len(asked) > 1 or not is_underway()):  # asked twice, or there is nothing to save
-                run.attempt_file.unlink(missing_ok=True)  # it was not the step that ended it
-                return Outcome("interrupted"), asked[0]
-    finally:
-        progress.close()
-        run.stop_file.unlink(missing_ok=True)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if failure:
-        raise RunFailed("the run failed") from failure[0]
-    return outcome[0], asked[0] if asked else None
+
+    def is_underway() -> bool:
+        return not apart or (bool(progress.latest) and not progress.waits)
+
+    def stop(number: int) -> None:
+        asked.append(number)
+        if len(asked) > 1 + apart:  # apart, the second one leaves the work, and only a third does not wait for that
+            run.attempt_file.unlink(missing_ok=True)  # else the step would seem to have ended its workers
+            os._exit(128 + number)
+        run.stop_file.touch()
+        if is_underway():
+            print("\nstopping, with all that is done saved (once more to end at once)", flush=True)
+
+    def look() -> bool:
+        progress.update()
+        return apart and bool(asked) and (len(asked) > 1 or not is_underway())  # asked twice, or nothing to save
+
+    with signals_to(stop):
+        try:
+            ended = run_in_thread(work, look, every=0.2)
+        finally:
+            progress.close()
+            run.stop_file.unlink(missing_ok=True)
+    if ended is None:
+        run.attempt_file.unlink(missing_ok=True)  # it was not the step that ended it
+        return Outcome("interrupted"), asked[0]
+    if error := ended.exception():
+        raise RunFailed("the run failed") from error
+    return ended.result(), asked[0] if asked else None
 
 
 def measuring(run: Run) -> str:

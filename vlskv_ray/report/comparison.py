@@ -5,24 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from vlskv_ray.report.figures import (
-    DASH,
     MEASURES,
     SIDES,
-    RunFiles,
-    as_written,
-    at,
     decimal,
     held_out,
     is_number,
     kept,
     percent,
-    read_run,
     savings_note,
     savings_rows,
     seconds,
     whole,
 )
 from vlskv_ray.report.markdown import escape_markdown, markdown_table
+from vlskv_ray.report.run_files import DASH, RunFiles, as_written, at, read_run
 from vlskv_ray.report.summary import closing_lines
 
 COLUMNS = (
@@ -45,7 +41,7 @@ def comparison(runs: Sequence[RunFiles]) -> str:
     return markdown_table(COLUMNS, [(run.name, _of(_with_student(run), row)) for run in runs], corner="run")
 
 
-def results(runs: Sequence[RunFiles]) -> str:
+def closing_texts(runs: Sequence[RunFiles]) -> str:
     """What each run said at its end, as Markdown."""
     return "\n\n".join("```text\n" + "\n".join(_of(run, closing_lines)) + "\n```" for run in runs)
 

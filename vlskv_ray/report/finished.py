@@ -15,8 +15,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlskv_ray.report.figures import as_written, read_run
 from vlskv_ray.report.model_card import card, write_model_card
+from vlskv_ray.report.run_files import as_written, read_run
 from vlskv_ray.report.run_page import write_report
 from vlskv_ray.report.summary import closing_lines
 from vlskv_ray.training.faults import fault_point

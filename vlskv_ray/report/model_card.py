@@ -10,21 +10,18 @@ import yaml
 from vlskv_ray.files import write_text
 from vlskv_ray.report.figures import (
     SAVINGS_COLUMNS,
-    RunFiles,
-    as_written,
-    at,
     columns,
     environment_rows,
     headline,
     held_out,
     kind_rows,
-    read_run,
     result_rows,
     savings_note,
     savings_rows,
     training_rows,
 )
 from vlskv_ray.report.markdown import escape_markdown, markdown_table
+from vlskv_ray.report.run_files import RunFiles, as_written, at, read_run
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -20,11 +20,11 @@ from vlskv_ray.evaluation.evaluator import SIDES, Evaluator, evaluation_of
 from vlskv_ray.evaluation.loading import device_asked_for, load
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.model.swiftkv import swiftkv_backbone
-from vlskv_ray.report.figures import as_written, read_run
 from vlskv_ray.report.model_card import card
+from vlskv_ray.report.run_files import as_written, read_run
 
 
-def samples_of(file: Path) -> int:
+def num_samples_in(file: Path) -> int:
     """How many samples the figures in a file are of; 0 where there are none."""
     try:
         return int(json.loads(file.read_text())["samples"])
@@ -32,7 +32,7 @@ def samples_of(file: Path) -> int:
         return 0
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """What evaluation.json holds. StoppedRun where a row is refused."""
     device = device_asked_for(options.device)
     specs = sources_of(options)

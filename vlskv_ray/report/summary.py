@@ -8,17 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlskv_ray.files import write_json
-from vlskv_ray.report.figures import (
-    SAVINGS_COLUMNS,
-    Rows,
-    RunFiles,
-    columns,
-    kind_rows,
-    read_run,
-    result_rows,
-    savings_note,
-    savings_rows,
-)
+from vlskv_ray.report.figures import SAVINGS_COLUMNS, Rows, columns, kind_rows, result_rows, savings_note, savings_rows
+from vlskv_ray.report.run_files import RunFiles, read_run
 from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run
 from vlskv_ray.words import format_duration, short_path
@@ -39,7 +30,8 @@ def write_summary(run: Run, outcome: Outcome, seconds: float, final: dict[str, s
     """Writes summary.json: means of the first and last logged steps, and the seals of the model, by which it is known
     as what this run wrote."""
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    count, seen = max(1, min(5, len(lines) // 2)), outcome.counts
+    seen = outcome.counts
+    count = max(1, min(5, len(lines) // 2))  # one step is noisy; half at most, so that the two do not overlap
 
     def mean(key: str, part: list[dict[str, float]]) -> float | None:
         values = [line[key] for line in part if key in line]
@@ -79,7 +71,7 @@ def closing_lines(run: RunFiles) -> list[str]:
     lines = [f"{f'mean of {count} steps' if count > 1 else 'step':36}{'first':>12}{'last':>12}"]
     for name, label in AVERAGED.items():
         values = (summary["first"][name], summary["last"][name])
-        if values != (None, None):
+        if values != (None, None):  # another objective has other metrics, and a run may have one modality only
             lines.append(f"{label:36}" + "".join("           -" if v is None else f"{v:12.4g}" for v in values))
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["rejected"].items()))
     left_out = f"{sum(summary['rejected'].values())} samples left out" + (f": {reasons}" if reasons else "")

@@ -1,20 +1,24 @@
-"""Trials on Ray Tune, each a run like any other in a process of its own."""
+"""Trials on Ray Tune, each a run like any other in a process of its own.
+
+Tune decides which trial runs when, and which is stopped early. It is told figures for that alone: what a trial has come
+to stands in its folder, by which a later sweep goes on, and Ray's own records are thrown away.
+"""
 
 import os
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
-from vlskv_ray.cluster.shares import Cluster, check_gpus, reserve
 from vlskv_ray.command import DONE, FAILED
 from vlskv_ray.config import Config
 from vlskv_ray.launch.driver import train
-from vlskv_ray.report.figures import at, read_run
+from vlskv_ray.report.run_files import at, read_run
 from vlskv_ray.storage.checkpoint import newest_step
+from vlskv_ray.sweep.shares import trial_takes, with_share
 from vlskv_ray.sweep.sweep import LOG, METRICS, Sweep, known_trials
-from vlskv_ray.sweep.trials import DONE as TRIAL_DONE
-from vlskv_ray.sweep.trials import FAILED as TRIAL_FAILED
-from vlskv_ray.sweep.trials import STOPPED, SweepTable, Trial, end, outcome_of, trial_of
+from vlskv_ray.sweep.table import SweepTable
+from vlskv_ray.sweep.trials import TRIAL_DONE, TRIAL_FAILED, TRIAL_STOPPED, Trial, outcome_of, trial_of, write_outcome
 from vlskv_ray.words import printable_lines
 
 QUIET = {
@@ -22,48 +26,10 @@ QUIET = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails has none
     "RAY_AIR_NEW_OUTPUT": "0",  # whose tables would come between the lines of ours
 }
-
-
-def concurrent_trials(config: Config, cluster: Cluster, trials: int) -> int:
-    """How many trials run at once: each has a CPU for every worker and one for its data, as far as there are so many.
-
-    ValueError where more were asked for than can all have a worker and a data task, or where a trial lacks GPUs.
-    """
-    workers = config.cluster.most_workers
-    needs = workers + 1 if workers else config.cluster.threads_per_worker or 1
-    room = max(1, int(cluster.cpus // needs))
-    if config.cluster.use_gpu:
-        check_gpus(config.cluster, cluster.gpus)
-        room = min(room, int(cluster.gpus // max(workers, 1)))
-    count = min(config.tune.max_concurrent_trials or room, max(1, trials))
-    if workers:
-        reserve(config.cluster, config.data, cluster.cpus / count, cluster.largest_node)
-    return count
-
-
-def trial_takes(config: Config, sweep: Sweep) -> list[dict[str, float]]:
-    """What a trial must have of the cluster to begin."""
-    gpu = {"GPU": 1.0} if config.cluster.use_gpu else {}
-    if not config.cluster.most_workers:
-        return [{"CPU": sweep.cpus_per_trial} | gpu]
-    reserved = reserve(config.cluster, config.data, sweep.cpus_per_trial, sweep.largest_node)
-    worker, data_task = {"CPU": reserved.cpus_per_worker} | gpu, {"CPU": reserved.cpus_per_task}
-    return [*[worker] * config.cluster.fewest_workers, data_task]
-
-
-def with_share(config: Config, sweep: Sweep, is_new: bool) -> Config:
-    """The config of a trial with what of the cluster it may use. One that goes on keeps its threads: they decide the
-    last bits."""
-    cluster, data = config.cluster, config.data
-    threads = cluster.threads_per_worker
-    if cluster.most_workers:
-        reserved = reserve(cluster, data, sweep.cpus_per_trial, sweep.largest_node)
-        data = data.model_copy(update={"cpus_per_task": reserved.cpus_per_task, "num_proc": reserved.num_tasks})
-        cluster = cluster.model_copy(update={"cpus_per_worker": reserved.cpus_per_worker})
-        threads = reserved.threads_per_worker
-    if is_new:
-        cluster = cluster.model_copy(update={"threads_per_worker": threads or max(1, int(sweep.cpus_per_trial))})
-    return config.model_copy(update={"cluster": cluster, "data": data})
+FINAL_FIGURES = {"eval_kl_mean": "kl_mean", "eval_accuracy": "accuracy"}
+"""What metrics.jsonl and evaluation.json call the same figures."""
+NO_RESULT = {"step": 0}
+"""Reported where there is nothing to report: without any result Tune says so in the middle of the table."""
 
 
 def run_trials(config: Config, sweep: Sweep, trials: list[Trial], table: SweepTable, at_once: int) -> None:
@@ -84,6 +50,7 @@ def run_trials(config: Config, sweep: Sweep, trials: list[Trial], table: SweepTa
         return
     scheduler = None
     if options.scheduler == "asha":
+        # trials end by themselves, so `max_t` is out of reach; none is stopped before it was measured once
         scheduler = ray_tune.schedulers.ASHAScheduler(
             time_attr="step", max_t=10**9, grace_period=config.evaluation.every_steps, reduction_factor=3
         )
@@ -99,7 +66,7 @@ def run_trials(config: Config, sweep: Sweep, trials: list[Trial], table: SweepTa
             max_concurrent_trials=at_once,
         ),
         run_config=ray_tune.RunConfig(
-            name=f"attempt-{time.time_ns()}",
+            name=f"attempt-{time.time_ns()}",  # a new one each time, so that Tune finds nothing to resume
             storage_path=str(sweep.folder / "ray"),
             failure_config=ray_tune.FailureConfig(max_failures=config.cluster.max_failures),
             verbose=0,
@@ -122,9 +89,10 @@ def run_trial(parameters: dict[str, Any], *, sweep: Sweep) -> None:
     trial = trial_of(values_of(parameters))
     folder = sweep.trials / trial.name
     if sweep.stop_file.exists():
-        ray_tune.report(NOTHING)
+        ray_tune.report(NO_RESULT)
         return
     folder.mkdir(parents=True, exist_ok=True)
+    # before `run_on_ray` would: it finds Ray running, and takes that for a cluster that was joined
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", str(int(sweep.joined)))
 
     def tell(metrics: dict[str, Any]) -> None:
@@ -134,34 +102,31 @@ def run_trial(parameters: dict[str, Any], *, sweep: Sweep) -> None:
     with open(folder / LOG, "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         try:
             is_new = not newest_step(folder / "checkpoints")
-            if os.path.isdir(sweep.working_dir):
+            if os.path.isdir(sweep.working_dir):  # another machine may lack it
                 os.chdir(sweep.working_dir)
             config = with_share(sweep.config_of(trial), sweep, is_new)
             status = train(config, num_samples=sweep.num_samples, on_metrics=tell)
         except ValueError as error:
             print(printable_lines(str(error)))
             status = FAILED
-    if status > 128:
-        ray_tune.report(NOTHING)
+    if status > 128:  # ended by a signal: asked to stop, it is saved and has not come to its end
+        ray_tune.report(NO_RESULT)
     elif status == DONE:
         run = read_run(folder)
         answers = at(run.evaluation, "student") or at(run.evaluation, "sft_model") or {}
-        end(folder, trial, TRIAL_DONE, num_samples=sweep.num_samples)
-        figures = {name: answers.get(key) for name, key in FINAL.items()}
+        write_outcome(folder, trial, TRIAL_DONE, num_samples=sweep.num_samples)
+        figures = {name: answers.get(key) for name, key in FINAL_FIGURES.items()}
         ray_tune.report({"step": at(run.summary, "steps")} | {k: v for k, v in figures.items() if v is not None})
     else:
-        lines = (folder / LOG).read_text().strip().splitlines()
-        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
-        end(folder, trial, TRIAL_FAILED, reason.removeprefix("error: "))
-        ray_tune.report(NOTHING)
+        write_outcome(folder, trial, TRIAL_FAILED, reason_in(folder / LOG))
+        ray_tune.report(NO_RESULT)
 
 
-NOTHING = {"step": 0}
-"""Reported where there is nothing to report: without any result Tune says so in the middle of the table."""
-
-
-FINAL = {"eval_kl_mean": "kl_mean", "eval_accuracy": "accuracy"}
-"""What metrics.jsonl and evaluation.json call the same figures."""
+def reason_in(log: Path) -> str:
+    """Why a trial failed: the last error that its command printed, or the last line where it printed none."""
+    lines = log.read_text().strip().splitlines()
+    reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    return reason.removeprefix("error: ")
 
 
 def tune_callback(sweep: Sweep, table: SweepTable) -> Any:
@@ -170,19 +135,19 @@ def tune_callback(sweep: Sweep, table: SweepTable) -> Any:
 
     class Watcher(ray_tune.Callback):
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            table.begins(trial_of(values_of(trial.config)))
+            table.begin(trial_of(values_of(trial.config)))
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            ours = trial_of(values_of(trial.config))
+            ours = trial_of(values_of(trial.config))  # without an outcome, it is the scheduler that has ended it
             if outcome_of(sweep.trials / ours.name) is None and not sweep.stop_file.exists():
-                end(sweep.trials / ours.name, ours, STOPPED, num_samples=sweep.num_samples)
+                write_outcome(sweep.trials / ours.name, ours, TRIAL_STOPPED, num_samples=sweep.num_samples)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             ours = trial_of(values_of(trial.config))
             lines = [line for line in str(trial.get_error() or "").splitlines() if line.strip()]
             if not sweep.stop_file.exists():
                 reason = f"its process ended ({lines[-1].strip()})" if lines else "its process ended"
-                end(sweep.trials / ours.name, ours, TRIAL_FAILED, reason)
+                write_outcome(sweep.trials / ours.name, ours, TRIAL_FAILED, reason)
 
     return Watcher()
 
@@ -199,9 +164,9 @@ def optuna_search(config: Config, sweep: Sweep, metric: str, mode: str) -> Any:
     points, rewards = [], []
     for trial in known_trials(config, sweep, []):
         answers = at(read_run(sweep.trials / trial.name).evaluation, "student") or {}
-        if answers.get(FINAL[metric]) is not None:
+        if answers.get(FINAL_FIGURES[metric]) is not None:
             points.append(trial.values)
-            rewards.append(answers[FINAL[metric]])
+            rewards.append(answers[FINAL_FIGURES[metric]])
     known = {"points_to_evaluate": points, "evaluated_rewards": rewards} if points else {}
     seed = config.seed + len(points)  # the same seed would draw once more what was drawn first
     return OptunaSearch(space, metric=metric, mode=mode, seed=seed, **known)

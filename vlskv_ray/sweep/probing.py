@@ -23,9 +23,9 @@ from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.model.build import build_student, find_model
 from vlskv_ray.model.swiftkv import SwiftKVPass, check_layers, swiftkv_backbone
 from vlskv_ray.report.figures import decimal, percent
-from vlskv_ray.sweep.trials import aligned
 from vlskv_ray.training.distill import DivergenceAtHead, frozen_states, rows_per_chunk
 from vlskv_ray.training.step import autocast
+from vlskv_ray.words import terminal_table
 
 
 @dataclass
@@ -50,8 +50,9 @@ Setting = tuple[int, int]
 """N and group size."""
 
 
-def config_of(config: Config) -> Config:
+def probe_config(config: Config) -> Config:
     """The same samples and model without what only training needs: held-out samples where there are some."""
+    # N and group size are set for each setting anew, see `as_setting`; a cache has no states for other N than its own
     model = config.model.model_copy(
         update={"num_key_value_layers": 1, "key_value_group_size": 1, "teacher_cache": "off"}
     )
@@ -82,7 +83,9 @@ def settings_of(last: int, layers: Sequence[int], groups: Sequence[int]) -> list
     return found
 
 
-def distances_of(config: Config, loader: Loader, settings: Sequence[Setting], steps: int) -> dict[Setting, Distance]:
+def measure_distances(
+    config: Config, loader: Loader, settings: Sequence[Setting], steps: int
+) -> dict[Setting, Distance]:
     """The distance of each setting's untrained student, over the samples of so many steps of the plan."""
     torch.set_num_threads(config.cluster.threads_per_worker or torch.get_num_threads())
     model = build_student(
@@ -93,11 +96,11 @@ def distances_of(config: Config, loader: Loader, settings: Sequence[Setting], st
         dtype=getattr(torch, config.model.dtype),
     )
     distances = {setting: Distance() for setting in settings}
-    for batch in shown_progress(local_batches(loader, 0, steps), steps * loader.plan.micro_batches_per_step):
+    for batch in show_progress(local_batches(loader, 0, steps), steps * loader.plan.micro_batches_per_step):
         if batch.sample_ids and supervised_positions(batch.labels).any():
-            for setting, kl, agrees in of_batch(model, batch, settings, config.model.logits_memory_mib):
+            for setting, kl, agrees in measure_batch(model, batch, settings, config.model.logits_memory_mib):
                 sums = distances[setting]
-                sums.kl += kl.double().sum().item()
+                sums.kl += kl.double().sum().item()  # in float32 a long sum loses what small terms add
                 sums.agrees += float(agrees.sum())
                 sums.tokens += len(kl)
     if not any(sums.tokens for sums in distances.values()):
@@ -106,7 +109,7 @@ def distances_of(config: Config, loader: Loader, settings: Sequence[Setting], st
 
 
 @torch.no_grad()
-def of_batch(
+def measure_batch(
     model: Any, batch: Batch, settings: Sequence[Setting], logits_memory_mib: int
 ) -> Iterator[tuple[Setting, Tensor, Tensor]]:
     """For each setting KL(teacher || student) and whether the likeliest token is the same, [n] each.
@@ -149,7 +152,7 @@ def student_states(backbone: Any, batch: Batch, known: FrozenStates, keep: Tenso
     return states
 
 
-def shown_progress(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+def show_progress(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
     """The batches, with a line now and then on a long wait."""
     began = told = time.monotonic()
     for done, batch in enumerate(batches, 1):
@@ -160,7 +163,7 @@ def shown_progress(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
             told = now
 
 
-def table_of(distances: dict[Setting, Distance], last: int) -> str:
+def distance_table(distances: dict[Setting, Distance], last: int) -> str:
     """A line for each N: layers that a prompt token skips, and KL and agreement for each group size; nothing where
     groups of that size do not fit the layers above N."""
     groups = sorted({g for _, g in distances})
@@ -171,10 +174,10 @@ def table_of(distances: dict[Setting, Distance], last: int) -> str:
         of_n = [distances.get((n, g)) for g in groups]
         cells = [decimal(d.kl_mean) if d else "" for d in of_n] + [percent(d.top1_agreement) if d else "" for d in of_n]
         rows.append([str(n), f"{last - n} of {last}", *cells])
-    return "\n".join(aligned(rows))
+    return "\n".join(terminal_table(rows))
 
 
-def trained_of(sweep: Path, settings: Sequence[Setting]) -> list[tuple[Setting, float, float]]:
+def read_trained(sweep: Path, settings: Sequence[Setting]) -> list[tuple[Setting, float, float]]:
     """Setting, KL and accuracy of a sweep's trained students. ValueError where too few of them are to be probed."""
     try:
         points = json.loads((sweep / "frontier.json").read_text())["points"]

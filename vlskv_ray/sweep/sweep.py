@@ -1,27 +1,19 @@
-"""A sweep: its folder, its trials, and which of them are still to be made."""
+"""A sweep: its folder, and which of its trials are still to be made.
 
-import functools
-import importlib.util
-import math
+The folders of trials, named by their values, are all that a sweep is resumed from. So a trial that is there counts only
+where it was made with the options that it would have now.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vlskv_ray.config import Config, ConfigError, changed_keys, load_config
-from vlskv_ray.config.problems import no_option
-from vlskv_ray.model.build import find_model, swiftkv_config
-from vlskv_ray.model.build import load_config as load_model_config
-from vlskv_ray.report.figures import at, read_run
+from vlskv_ray.config import Config, changed_keys, load_config
 from vlskv_ray.report.finished import is_finished
-from vlskv_ray.sweep.trials import DONE as TRIAL_DONE
-from vlskv_ray.sweep.trials import FAILED as TRIAL_FAILED
-from vlskv_ray.sweep.trials import Trial, outcome_of, trials_of
+from vlskv_ray.sweep.trials import OUTCOME_FILE, TRIAL_DONE, TRIAL_FAILED, Trial, outcome_of
 
 LOG = "log.txt"
 """In a trial's folder: what its command would have printed."""
-
-
 METRICS = {"kl": "eval_kl_mean", "accuracy": "eval_accuracy"}
 """What `tune.metric` is called in metrics.jsonl."""
 
@@ -60,74 +52,6 @@ class Sweep:
         return config
 
 
-def check(config: Config) -> None:
-    """ValueError where a sweep would end with nothing to choose by."""
-    options = config.tune
-    if not options.space:
-        raise ValueError(
-            "tune.space: nothing to try; wanted options and their values, such as "
-            "{model.num_key_value_layers: [2, 4], optimizer.lr: {loguniform: [1e-4, 1e-2]}}"
-        )
-    for key in options.space:
-        if problem := no_option(key):
-            raise ValueError(f"tune.space: {key}: {problem}")
-    if not config.evaluation.sources:
-        raise ValueError("evaluation.sources: missing; trials are compared by what they answer to held-out samples")
-    if options.scheduler == "asha" and config.evaluation.every_steps is None:
-        raise ValueError("evaluation.every_steps: missing; tune.scheduler=asha stops trials by what is measured so")
-    if config.objective == "sft" and options.metric == "kl":
-        raise ValueError("tune.metric: kl, but objective=sft has no teacher; use accuracy")
-    if options.search == "optuna" and options.draws == 1:
-        raise ValueError(
-            "tune.draws: 1 trial; wanted as many as tune.search=optuna shall make, lists are drawn from too"
-        )
-    if options.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise ValueError("tune.search: optuna is not installed; `pip install optuna`, or use search=random")
-
-
-def possible_trials(config: Config, file: str, overrides: list[str]) -> tuple[list[Trial], dict[str, str]]:
-    """The trials that this model can have, and why it cannot have others.
-
-    ValueError where it can have none; ConfigError for values that no model could have.
-    """
-    if config.tune.search == "optuna":
-        return [], {}
-    possible, impossible = [], {}
-    for trial in trials_of(config):
-        try:
-            check_model(load_config(file, [*overrides, *trial.overrides]))
-            possible.append(trial)
-        except ConfigError as error:
-            raise ValueError(f"tune.space: {str(error).replace('command line: ', '')}") from error
-        except ValueError as error:
-            impossible[trial.name] = str(error)
-    if not possible:
-        raise ValueError(f"tune.space: none of its {len(impossible)} trials can be: {next(iter(impossible.values()))}")
-    return possible, impossible
-
-
-def check_model(config: Config) -> int:
-    """The N of a run, 0 where it trains all of a model. ValueError where the model cannot have it."""
-    if config.objective == "sft":
-        return 0
-    model = config.model
-    wanted = model_config_of(model.name_or_path, model.revision)
-    layers: int = swiftkv_config(
-        wanted, model.num_key_value_layers, model.key_value_group_size
-    ).text_config.num_key_value_layers
-    return layers
-
-
-@functools.lru_cache(maxsize=16)
-def model_config_of(name_or_path: str, revision: str | None) -> Any:
-    return load_model_config(find_model(name_or_path, revision))
-
-
-def accuracy_of(sweep: Sweep, trial: Trial) -> float:
-    accuracy = at(read_run(sweep.trials / trial.name).evaluation, "sft_model", "accuracy")
-    return -math.inf if accuracy is None else float(accuracy)
-
-
 def known_trials(config: Config, sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """The trials of the space; where optuna draws them, those that are there. What an earlier space had is none of it.
 
@@ -144,16 +68,23 @@ def known_trials(config: Config, sweep: Sweep, trials: Sequence[Trial]) -> list[
     return found
 
 
-def is_over(sweep: Sweep, trial: Trial) -> bool:
-    """Whether a trial has come to its end with the options that it would have now; one that failed is tried again."""
-    folder = sweep.trials / trial.name
-    status = (outcome_of(folder) or {}).get("status")
-    if status == TRIAL_FAILED or (status == TRIAL_DONE and not is_finished(folder)):
-        (folder / "trial.json").unlink()
-        return False
-    if status is not None:
-        refuse_other_options(sweep, trial)
-    return status is not None
+def missing_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that are still to be made; what says that one of them has ended is removed.
+
+    One that failed is made again. ValueError where one that is over was begun with other options.
+    """
+    missing = []
+    for trial in trials:
+        folder = sweep.trials / trial.name
+        status = (outcome_of(folder) or {}).get("status")
+        if status == TRIAL_FAILED or (status == TRIAL_DONE and not is_finished(folder)):
+            (folder / OUTCOME_FILE).unlink()
+            status = None
+        if status is None:
+            missing.append(trial)
+        else:
+            refuse_other_options(sweep, trial)
+    return missing
 
 
 def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
@@ -172,15 +103,15 @@ def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
         now = now.model_copy(update={"model": now.model.model_copy(update=same)})
     if now.data.max_length is None:
         now = now.model_copy(update={"data": now.data.model_copy(update={"max_length": before.data.max_length})})
-    changed = changed_keys(before, now)
+    differences = changed_keys(before, now)
     for name in ("sources", "num_samples", "max_new_tokens"):  # else figures of other questions would be compared
         was, wanted = getattr(before.evaluation, name), getattr(now.evaluation, name)
         if was != wanted:
-            changed[f"evaluation.{name}"] = (was, wanted)
+            differences[f"evaluation.{name}"] = (was, wanted)
     if outcome is not None and outcome.get("num_samples") != sweep.num_samples:
-        changed["--num-samples"] = (outcome.get("num_samples"), sweep.num_samples)
-    if changed:
-        told = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in changed.items())
+        differences["--num-samples"] = (outcome.get("num_samples"), sweep.num_samples)
+    if differences:
+        told = ", ".join(f"{key} was {was} and is {now}" for key, (was, now) in differences.items())
         raise ValueError(
             f"{file.parent}: this trial was begun with other options: {told}; use --resume never to start the sweep "
             f"anew, or another output.name"

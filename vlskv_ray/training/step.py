@@ -98,8 +98,7 @@ def train_step(
     sums, stop = sums_of_all_workers(of_micro_batches, asked_to_stop)  # 2. every worker holds the same numbers
     if sums.supervised_tokens:  # 3. divided once, by the global count
         gradients.flat /= sums.supervised_tokens
-    # in float64: it is a sum of millions of squares, and decides whether the gradient is clipped
-    grad_norm = torch.linalg.vector_norm(gradients.flat, dtype=torch.float64).item()
+    grad_norm = torch.linalg.vector_norm(gradients.flat, dtype=torch.float64).item()  # of millions of squares
     stop_if_not_finite(sums, grad_norm, micro_batches)  # 4. on every worker at once, before the update
     if max_grad_norm is not None and grad_norm > max_grad_norm:
         gradients.flat *= max_grad_norm / grad_norm

@@ -2,26 +2,29 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-cluster test-faults soak teacher figures clean
+.PHONY: train test test-cluster test-faults test-all soak teacher figures clean
 
 train: .venv/installed
 	$(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml
 
+# Linters, types and all tests but the two kinds below, two processes at a time.
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not faults and not cluster'
+	$(BIN)/python -m pytest -m 'not faults and not cluster' -n 2 --no-loadscope-reorder
 
-# Sweeps, jobs submitted to a head node, and nodes that share less than they should, on real clusters: about 20
-# minutes on 2 cores that have other work too.
+# Sweeps, jobs submitted to a head node, and nodes that share less than they should, on real clusters, one by one: about
+# 20 minutes on 2 cores that have other work too.
 test-cluster: .venv/installed-test
 	$(BIN)/python -m pytest -m cluster
 
-# Every process of a run killed at every moment, and nodes that are lost: about 40 minutes on 2 cores
-# that have other work too.
+# Every process of a run killed at every moment, nodes that are lost, and kills at random moments: about 45 minutes on
+# 2 cores that have other work too.
 test-faults: .venv/installed-test
 	$(BIN)/python -m pytest -m faults
+
+test-all: test test-cluster test-faults
 
 # Kills at random moments for ten minutes, while runs come to their end.
 soak: .venv/installed-test

@@ -18,7 +18,39 @@ from vlskv_ray.model import presets
 from vlskv_ray.model.build import build_student, find_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest.register_assert_rewrite("checkpoints", "pages", "waiting")
+pytest_plugins = ("runs", "clusters")
 torch.set_num_threads(1)
+
+
+TESTS = Path(__file__).parent
+WITH_RAY = {
+    path.relative_to(TESTS.parent).as_posix() for path in TESTS.rglob("test_*.py") if "mark.ray" in path.read_text()
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests are run by one process, and all files that start Ray by the same one, so that there is one cluster
+    at a time. (With pytest 9.2 the marks `xdist_group` of pytest-xdist 3.8 have no effect.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "with Ray" if file in WITH_RAY else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first: files that start Ray, then those of whole runs."""
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        file = item.nodeid.partition("::")[0]
+        return file not in WITH_RAY, file.count("/") > 1
+
+    items.sort(key=order)
 
 
 @pytest.fixture(autouse=True)

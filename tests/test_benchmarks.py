@@ -1,6 +1,8 @@
 """The benchmarks on a tiny model: equality and counted operations, which no noisy machine can change; no seconds."""
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +22,51 @@ def expected_flops(model: Any, batch: Batch) -> tuple[int, int]:
     return tower_flops(model, batch) + trunk_and_teacher + student, student
 
 
+OPTIONS = ("--model", "mid", "--micro-batch", "1", "4", "--repeats", "1", "--threads", "1")
+NO_TABLE = "<!-- speed: begin -->\n<!-- speed: end -->\n"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the command prints of a tiny model, and the folder of the page and the figures that it writes."""
+    folder = tmp_path_factory.mktemp("step")
+    (folder / "page.md").write_text(NO_TABLE)
+    files = ("--json", str(folder / "step.json"), "--into", str(folder / "page.md"))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setitem(workloads.CONFIGS, "mid", tiny_config)
+        assert step.main([*OPTIONS, *files]) == 0
+    return printed.getvalue(), folder
+
+
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)
 @pytest.mark.parametrize("size", [1, 4])
-def test_the_step_is_the_reference_recipes_at_the_work_it_must_take(workload: str, size: int) -> None:
+def test_the_step_is_the_reference_recipes_at_the_work_it_must_take(
+    measured: tuple[str, Path], workload: str, size: int
+) -> None:
     """To the last operation: a trunk run twice, padding, or logits that nothing needs would show."""
-    model = workloads.build(tiny_config())
-    batch = workloads.micro_batch(model.config, workload, size)
-    figures = step.measure(model, batch, repeats=1)
+    figures = json.loads((measured[1] / "step.json").read_text())["cells"][f"mid, {workload}, {size}"]
     assert figures["loss"] > 1e-4 and figures["loss_difference"] < 1e-6 and figures["gradient_difference"] < 1e-6
     counted = {name: round(gflop * 1e9) for name, gflop in figures["gflop"].items()}
+    model = workloads.build(tiny_config())
+    batch = workloads.micro_batch(model.config, workload, size)
     assert (counted["ours"], counted["cached"]) == expected_flops(model, batch)
     assert counted["reference"] > 1.5 * counted["ours"] and counted["forward"] > counted["floor"]
     assert figures["memory_ours_over_reference"] < 0.9  # far less where the vocabulary is a real one
 
 
 def test_the_command_writes_its_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    measured: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(workloads.CONFIGS, "mid", tiny_config)
-    options = ["--model", "mid", "--micro-batch", "1", "2", "--repeats", "1", "--threads", "1"]
-    page = tmp_path / "page.md"
-    page.write_text("<!-- speed: begin -->\n<!-- speed: end -->\n")
-    assert step.main([*options, "--json", str(tmp_path / "step.json"), "--into", str(page)]) == 0
-    printed, written = capsys.readouterr().out, page.read_text()
+    printed, written = measured[0], (measured[1] / "page.md").read_text()
     assert "| samples a second |" in written and written.count("visual\\_qa") == 2
-    figures = json.loads((tmp_path / "step.json").read_text())
+    figures = json.loads((measured[1] / "step.json").read_text())
     wanted = {"reference_over_ours", "ours_over_teacher_forward", "memory_ours_over_reference", "cached_epoch_speedup"}
     for workload in workloads.WORKLOADS:
         assert wanted <= figures[workload].keys()
         assert printed.count(f"| mid, {workload}, ") == 2
-    page.write_text("<!-- speed: begin -->\n<!-- speed: end -->\n")
-    assert step.main([*options, "--from", str(tmp_path / "step.json"), "--into", str(page)]) == 0
+    page = tmp_path / "page.md"
+    page.write_text(NO_TABLE)
+    assert step.main([*OPTIONS, "--from", str(measured[1] / "step.json"), "--into", str(page)]) == 0
     assert capsys.readouterr().out in printed and page.read_text() == written  # shown again, not measured again
     if not trl_step.available():
         assert trl_step.SET_UP in printed and "trl_over_ours" not in figures["visual_qa"]

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_run_page import SUMMARY, evaluation, run_folder
+from pages import SUMMARY, evaluation, run_folder
 
 from vlskv_ray import compare
 

@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from waiting import HANG_SECONDS
+from waiting import HANG_SECONDS, wait_until
 
 from vlskv_ray import __version__
 from vlskv_ray.cluster.shares import reserve
@@ -280,10 +279,7 @@ def slurm(machine: Path, *arguments: str, **environment: str) -> subprocess.Pope
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not path.exists() or not path.read_text():
-        assert time.monotonic() < deadline, path
-        time.sleep(0.02)
+    wait_until(lambda: path.exists() and path.read_text(), why=lambda: f"{path} did not come")
 
 
 def test_slurm_script_is_a_script() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import batch_of
+from runs import batches, final_weights, lines, run_of
 from stand_in import stand_in
-from test_train_loop import batches, final_weights, lines, run_of
 from torch import Tensor
 
 from vlskv_ray import evaluate, generate
@@ -69,7 +69,7 @@ def runs_of(teacher: Path, folder: Path, steps: int, **options: Any) -> tuple[Ru
 
 def assert_alike(here: Run, elsewhere: Run) -> None:
     """Steps, state on file, weights and answers; but for the last bits, since attention is another function there."""
-    for ours, its in zip(lines(here, "metrics"), lines(elsewhere, "metrics"), strict=True):
+    for ours, its in zip(lines(here.folder / "metrics.jsonl"), lines(elsewhere.folder / "metrics.jsonl"), strict=True):
         assert its["loss"] == pytest.approx(ours["loss"], rel=1e-4)
         assert its["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
         assert its.get("cached_samples") == ours.get("cached_samples")
@@ -109,7 +109,7 @@ def test_a_distillation_elsewhere_is_the_one_here(
 
         assert train_worker(run, Worker(), cached).status == "done"
     here, there = runs
-    assert lines(here, "metrics")[-1]["cached_samples"] > 0
+    assert lines(here.folder / "metrics.jsonl")[-1]["cached_samples"] > 0
     assert_alike(here, there)
     ours, its = (json.loads((run.folder / "evaluation.json").read_text()) for run in runs)
     for side in ("teacher", "student_before", "student"):

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_checkpoint import Evil
-from test_train import assert_same_run, lines, untimed, write_config, write_files
-from test_train_loop import free_port
-from waiting import HANG_SECONDS
+from checkpoints import Evil
+from clusters import free_ports
+from runs import assert_same_run, lines, untimed, write_config, write_files
+from waiting import HANG_SECONDS, wait_until
 
 import vlskv_ray.train
 from vlskv_ray.config import load_config_and_notices
@@ -31,13 +30,19 @@ from vlskv_ray.storage.checkpoint import newest_checkpoint
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.training import faults
 from vlskv_ray.training.run import Worker
+from vlskv_ray.training.watchdog import DEATHS
 
 LOCAL = {"num_workers": 0, "threads_per_worker": 1}
 STEPS, PER_EPOCH, EVERY = 14, 7, 4
 KILLED = -signal.SIGKILL
 # a process in which everything is imported, from which each command is forked: a second instead of six
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vlskv_ray.train", "transformers.models.llava_next.modeling_llava_next"])
+FORKS.set_forkserver_preload(
+    [
+        *("vlskv_ray.launch.driver", "vlskv_ray.report.run_page", "datasets"),
+        "transformers.models.llava_next.modeling_llava_next",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +82,7 @@ def started(files: Path, name: str, *arguments: str, **environment: str) -> Any:
 
 
 def wait_for(path: Path, process: Any) -> None:
-    until = time.monotonic() + HANG_SECONDS
-    while not path.exists():
-        assert process.is_alive() and time.monotonic() < until, path
-        time.sleep(0.01)
+    wait_until(path.exists, process.is_alive, lambda: f"{path} did not come")
 
 
 def run(files: Path, name: str, *arguments: str, **environment: str) -> int | None:
@@ -146,26 +148,30 @@ MOMENTS = [
 ]
 
 
+CHAINS = 4
+
+
+@pytest.mark.parametrize("chain", range(CHAINS))
+def test_killed_again_and_again(files: Path, alone: Path, chain: int) -> None:
+    """At every fourth of these moments in turn, until none is left."""
+    moments = MOMENTS[chain::CHAINS]
+    planted = plant(files / f"faults-chain-{chain}", *((phase, step, 0) for phase, step in moments))
+    ends = []
+    while not ends or ends[-1] == KILLED:
+        ends.append(run(files, f"chain-{chain}", **{faults.FOLDER: planted}))
+    assert ends == [KILLED] * len(moments) + [0], (files / f"chain-{chain}.log").read_text()
+    assert_same_end(files / "runs" / f"chain-{chain}", alone)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(("phase", "step"), MOMENTS)
 def test_killed_at_any_moment_it_ends_with_the_same_bits(files: Path, alone: Path, phase: str, step: int) -> None:
+    """Once, and left alone from then on."""
     name = f"{phase}-{step}"
     planted = plant(files / f"faults-{name}", (phase, step, 0))
     assert run(files, name, **{faults.FOLDER: planted}) == KILLED
     assert run(files, name, **{faults.FOLDER: planted}) == 0, (files / f"{name}.log").read_text()
     assert_same_end(files / "runs" / name, alone)
-
-
-OFTEN = [moment for moment in MOMENTS if not moment[0].startswith("save") or moment[1] == 2 * EVERY][::2]
-
-
-def test_killed_again_and_again(files: Path, alone: Path) -> None:
-    """At each of these moments in turn, until none is left."""
-    planted = plant(files / "faults-often", *((phase, step, 0) for phase, step in OFTEN))
-    ends = []
-    while not ends or ends[-1] == KILLED:
-        ends.append(run(files, "often", **{faults.FOLDER: planted}))
-    assert ends == [KILLED] * len(OFTEN) + [0], (files / "often.log").read_text()
-    assert_same_end(files / "runs" / "often", alone)
 
 
 def test_a_step_that_ends_its_worker_three_times_is_not_tried_again(files: Path, alone: Path) -> None:
@@ -181,10 +187,10 @@ def test_a_step_that_ends_its_worker_three_times_is_not_tried_again(files: Path,
 
 def test_an_end_from_outside_between_steps_is_not_the_steps_doing(files: Path, alone: Path) -> None:
     """However often it comes: while answers are measured, and after an update that was made."""
-    moments = [("evaluate_on_the_way", 5, 0)] * 4 + [("updated", 7, 0)] * 4
+    moments = [("evaluate_on_the_way", 5, 0)] * DEATHS + [("updated", 7, 0)] * DEATHS
     planted = plant(files / "faults-outside", *moments)
-    ends = [run(files, "outside", **{faults.FOLDER: planted}) for _ in range(9)]
-    assert ends == [KILLED] * 8 + [0], (files / "outside.log").read_text()
+    ends = [run(files, "outside", **{faults.FOLDER: planted}) for _ in range(len(moments) + 1)]
+    assert ends == [KILLED] * len(moments) + [0], (files / "outside.log").read_text()
     assert_same_end(files / "runs" / "outside", alone)
 
 
@@ -356,7 +362,7 @@ def run_on(files: Path, name: str, workers: int, stop_after: int | None = None) 
     options = [str(files / "run.yaml"), f"output.name={name}", f"cluster.num_workers={workers}"]
     options += [f"gradient_accumulation_steps={12 // workers}", "cluster.bit_identical=true", "micro_batch_size=1"]
     options += ["evaluation.sources=[]", "evaluation.every_steps=null"]
-    port = free_port()
+    port = free_ports(1)[0]
     processes = [FORKS.Process(target=work, args=(rank, workers, port, options, stop_after)) for rank in range(workers)]
     for process in processes:
         process.start()
@@ -366,14 +372,13 @@ def run_on(files: Path, name: str, workers: int, stop_after: int | None = None) 
 
 
 def test_any_number_of_workers_gives_the_same_bits(files: Path) -> None:
-    """From the start, and going on: 1 after 2, 2 after 1, 3 after 2 after 4."""
+    """From the start, and going on: 2 after 4, 1 after 2, 2 after 1, 3 after 2."""
     run_on(files, "on-1", 1)
     run_on(files, "on-3", 3)
-    for name, parts in {"on-2-1": (2, 1), "on-1-2": (1, 2), "on-4-2-3": (4, 2, 3)}.items():
-        for i, workers in enumerate(parts):
-            run_on(files, name, workers, stop_after=None if i + 1 == len(parts) else 2 + 2 * i)
+    for workers, stop_after in ((4, 2), (2, 4), (1, 6), (2, 8), (3, None)):
+        run_on(files, "on-4-2-1-2-3", workers, stop_after)
     one = files / "runs" / "on-1"
-    for name in ("on-3", "on-2-1", "on-1-2", "on-4-2-3"):
+    for name in ("on-3", "on-4-2-1-2-3"):
         other = files / "runs" / name
         (last,) = (path.name for path in (one / "checkpoints").iterdir() if not (path.name < "step-00000010"))
         for file in ("trainable", "optimizer"):

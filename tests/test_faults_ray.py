@@ -14,27 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
-from test_train import (  # noqa: F401 - some of them fixtures
-    assert_ended_as,
-    assert_same_run,
-    cluster,
-    files,
-    left_alone,
-    lines,
-    plan_faults,
-    planned,
-    start,
-    untimed,
-    wait_until,
-    worker_processes,
-    write_config,
-    write_files,
-)
+from clusters import Command, plan_faults, worker_processes
+from runs import assert_ended_as, assert_same_run, lines, write_config, write_files
 from waiting import HANG_SECONDS
 
 from benchmarks.recovery import last_step
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 MOMENTS = [
     ("step", 0),
     ("micro_batch", 2),
@@ -54,14 +40,9 @@ VICTIMS = {"worker 0": b"RayTrainWorker", "worker 1": b"RayTrainWorker", "data w
 VICTIMS |= {"controller": b"TrainController", "command": b""}
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_each_process_killed_at_each_moment(
-    cluster: dict[str, str],  # noqa: F811
-    files: Path,  # noqa: F811
-    left_alone: Path,  # noqa: F811
-    planned: Path,  # noqa: F811
-    victim: str,
+    cluster: dict[str, str], files: Path, left_alone: Path, planned: Path, victim: str
 ) -> None:
     """One run that loses the same kind of process at all of these moments."""
     rank = int(victim[-1]) if victim[-1].isdigit() else 0
@@ -71,43 +52,24 @@ def test_each_process_killed_at_each_moment(
     of_a_worker = victim.startswith("worker")
     plan_faults(planned, *((phase, step, rank, "kill" if of_a_worker else "wait") for phase, step in moments))
     name = f"output.name=matrix-{victim.replace(' ', '-')}"
-    arguments = (name, f"cluster.max_failures={2 * len(moments)}")
-    process = start(cluster, files, *arguments)
+    arguments = ("--config", str(files / "run.yaml"), name, f"cluster.max_failures={2 * len(moments)}")
+    process = Command("train", *arguments, env=cluster)
     for i in range(0 if of_a_worker else len(moments)):
-        wait_until((planned / f"{i:02}.json.done").exists, process)
+        process.wait_until((planned / f"{i:02}.json.done").exists)
         title = VICTIMS[victim]
         for pid in worker_processes(title)[:1] if title else [process.pid]:
             os.kill(pid, signal.SIGKILL)
         (planned / f"{i:02}.json.go").touch()  # whatever outlives it goes on
         if victim == "command":
-            process.communicate()
-            process = start(cluster, files, *arguments)
-    out, _ = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 0, out
+            process.wait()
+            process = Command("train", *arguments, env=cluster)
+    process.ended()
     assert len(list(planned.glob("*.done"))) == len(moments)
     assert_ended_as(files / "runs" / name.partition("=")[2], left_alone)
 
 
-def command(folder: Path, environment: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
-    log = open(folder / "log.txt", "a")  # noqa: SIM115 - the process has its own
-    return subprocess.Popen(
-        [sys.executable, "-m", "vlskv_ray.train", "--config", str(folder / "run.yaml"), *arguments],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(happened: Callable[[], bool], process: "subprocess.Popen[str]", folder: Path) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not happened():
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
-        time.sleep(0.1)
-
-
 @contextmanager
-def two_nodes(folder: Path, teacher: Path, every_steps: int) -> Iterator[tuple[Any, Any, "subprocess.Popen[str]"]]:
+def two_nodes(folder: Path, teacher: Path, every_steps: int) -> Iterator[tuple[Any, Any, Command]]:
     """Two nodes on one machine, the second of them, and a run of 1 or 2 workers that has begun on them."""
     from ray.cluster_utils import Cluster
 
@@ -132,26 +94,29 @@ def two_nodes(folder: Path, teacher: Path, every_steps: int) -> Iterator[tuple[A
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         try:
             second = nodes.add_node(num_cpus=2)
-            yield nodes, second, command(folder, os.environ | {"RAY_ADDRESS": nodes.address})
+            yield (
+                nodes,
+                second,
+                Command("train", "--config", str(folder / "run.yaml"), env=os.environ | {"RAY_ADDRESS": nodes.address}),
+            )
         finally:
             nodes.shutdown()
 
 
-@pytest.mark.faults
 def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
     """1 or 2 workers on two nodes: one goes on alone, and shares the work when the other is back."""
     run = tmp_path / "runs" / "run"
     with two_nodes(tmp_path, teacher_folder(), every_steps=20) as (nodes, second, process):
-        wait_for(lambda: last_step(run) >= 50, process, tmp_path)
+        process.wait_until(lambda: last_step(run) >= 50)
         assert len(worker_processes()) == 2
         nodes.remove_node(second, allow_graceful=False)
         lost_at = last_step(run)
-        wait_for(lambda: len(worker_processes()) == 1 and last_step(run) > lost_at + 50, process, tmp_path)
+        process.wait_until(lambda: len(worker_processes()) == 1 and last_step(run) > lost_at + 50)
         nodes.add_node(num_cpus=2)
         back_at = last_step(run)
-        wait_for(lambda: len(worker_processes()) == 2 and last_step(run) > back_at + 50, process, tmp_path)
+        process.wait_until(lambda: len(worker_processes()) == 2 and last_step(run) > back_at + 50)
         process.send_signal(signal.SIGTERM)  # it has shown what it can; stop and look
-        assert process.wait(HANG_SECONDS) == 143, (tmp_path / "log.txt").read_text()
+        process.ended(143)
     order = lines(run / "order.jsonl")
     assert [line["step"] for line in order] == list(range(1, len(order) + 1))
     bad = {"chat.jsonl:9", "chat.jsonl:14", "chat.jsonl:22"}
@@ -161,29 +126,28 @@ def test_a_node_is_lost_and_comes_back(tmp_path: Path, teacher_folder: Callable[
         assert len(seen) == 49 and set(seen.values()) == {1} and not bad & set(seen)
 
 
-@pytest.mark.faults
 def test_a_node_that_is_about_to_go_is_saved_for(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
     """Told that a node is drained, the run saves at once, and goes on from there with the workers that are left."""
     run = tmp_path / "runs" / "run"
     with two_nodes(tmp_path, teacher_folder(), every_steps=100_000) as (nodes, second, process):
-        wait_for(lambda: last_step(run) >= 20, process, tmp_path)
+        process.wait_until(lambda: last_step(run) >= 20)
         drain = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
         drain += ["--node-id", second.node_id, "--deadline-remaining-seconds", "600"]
         ray_command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address]
         subprocess.run([*ray_command, *drain], check=True, capture_output=True, text=True)
         checkpoints = run / "checkpoints"
-        wait_for(lambda: any(checkpoints.glob("step-*/COMMIT")), process, tmp_path)
+        process.wait_until(lambda: any(checkpoints.glob("step-*/COMMIT")))
         nodes.remove_node(second, allow_graceful=False)
-        wait_for(lambda: len(worker_processes()) == 1 and last_step(run) > 0, process, tmp_path)
+        process.wait_until(lambda: len(worker_processes()) == 1 and last_step(run) > 0)
         (saved,) = (int(path.name[5:]) for path in checkpoints.iterdir())
-        wait_for(lambda: last_step(run) > saved + 20, process, tmp_path)
+        process.wait_until(lambda: last_step(run) > saved + 20)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(HANG_SECONDS) == 143, (tmp_path / "log.txt").read_text()
+        process.ended(143)
     order = lines(run / "order.jsonl")
     assert [line["step"] for line in order] == list(range(1, len(order) + 1))
 
 
-def kill_one(process: "subprocess.Popen[str]", dice: random.Random) -> str:
+def kill_one(process: Command, dice: random.Random) -> str:
     """Ends a process of the run at once; its kind, empty where there was none of that kind."""
     title = dice.choice(list(VICTIMS.values()))
     pids = worker_processes(title) if title else [process.pid]
@@ -210,20 +174,24 @@ def test_killed_at_random_moments(tmp_path: Path, teacher_folder: Callable[..., 
     content["data"]["sources"].append({"name": "shapes", "num_samples": 800})
     config.write_text(yaml.dump(content))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    assert command(tmp_path, environment).wait(HANG_SECONDS) == 0, (tmp_path / "log.txt").read_text()
+
+    def start(name: str) -> Command:
+        return Command("train", "--config", str(config), f"output.name={name}", env=environment)
+
+    start("alone").ended()
     alone, dice = tmp_path / "runs" / "alone", random.Random(0)
     kills: Counter[str] = Counter()
-    finished, process = 0, command(tmp_path, environment, "output.name=run-0")
+    finished, process = 0, start("run-0")
     until = time.monotonic() + float(os.environ.get("SOAK_SECONDS", "90"))
     while time.monotonic() < until or process is not None:
         pause = time.monotonic() + dice.expovariate(1 / 20)
         while process.poll() is None and time.monotonic() < (pause if pause < until else until + HANG_SECONDS):
             time.sleep(0.05)
-        assert time.monotonic() < until + HANG_SECONDS, (tmp_path / "log.txt").read_text()  # it hangs
+        assert time.monotonic() < until + HANG_SECONDS, process.printed()  # it hangs
         if process.poll() is None:
             kills[kill_one(process, dice)] += 1
             continue
-        log = (tmp_path / "log.txt").read_text()
+        log = process.printed()
         if process.returncode == 0:
             assert_same_run(tmp_path / "runs" / f"run-{finished}", alone)
             finished += 1
@@ -231,6 +199,6 @@ def test_killed_at_random_moments(tmp_path: Path, teacher_folder: Callable[..., 
                 break
         else:  # killed itself, or the same step three times by chance
             assert process.returncode == -signal.SIGKILL or "was begun 3 times" in log.splitlines()[-1], log
-        process = command(tmp_path, environment, f"output.name=run-{finished}")
+        process = start(f"run-{finished}")
     print(f"{sum(kills.values())} kills ({dict(kills)}), {finished} runs ended as the one left alone")
     assert finished and sum(kills.values()) >= 2

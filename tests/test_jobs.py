@@ -5,21 +5,20 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from test_train import assert_same_run, lines, plan_faults
-from waiting import HANG_SECONDS
+from clusters import HOLDER, free_ports, plan_faults
+from runs import assert_same_run, lines
+from waiting import HANG_SECONDS, wait_until
 
 import vlskv_ray.train
 from vlskv_ray.training import faults
@@ -66,21 +65,6 @@ def ended(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
     return process.returncode, out.decode()
 
 
-def wait_for(happened: Callable[[], object], seconds: float = HANG_SECONDS, why: Callable[[], str] = str) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for found in sockets:
-            found.bind(("127.0.0.1", 0))
-        return [found.getsockname()[1] for found in sockets]
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head node of two CPUs that wants a token; nothing of it is left behind, and no other run comes to join it."""
@@ -94,7 +78,7 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(HANG_SECONDS),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     gcs, dashboard, agent, client = free_ports(4)
@@ -108,7 +92,7 @@ def head() -> Iterator[Head]:
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_for(lambda: process.poll() is not None or ended(head.job("list"))[0] == 0, why=log.read_text)
+        wait_until(lambda: process.poll() is not None or ended(head.job("list"))[0] == 0, why=log.read_text)
         assert process.poll() is None, log.read_text()
         yield head
         assert process.poll() is None, log.read_text()
@@ -118,7 +102,7 @@ def head() -> Iterator[Head]:
     finally:
         process.terminate()
         with suppress(AssertionError):
-            wait_for(lambda: not head.processes(), seconds=60)
+            wait_until(lambda: not head.processes())
         left = head.processes()
         for pid in left:
             os.kill(pid, signal.SIGKILL)
@@ -253,10 +237,10 @@ def test_a_stopped_job_has_saved_and_goes_on(
     def log() -> str:
         return ended(head.job("logs", "first"))[1]
 
-    wait_for((planned / "00.json.done").exists, why=log)
+    wait_until((planned / "00.json.done").exists, why=log)
     assert not list((run / "checkpoints").iterdir())
     stop = head.job("stop", "first")
-    wait_for((run / "STOP").exists, why=log)
+    wait_until((run / "STOP").exists, why=log)
     (planned / "00.json.go").touch()
     status, out = ended(stop)
     assert status == 0 and "Job 'first' was stopped" in out, log()
@@ -271,20 +255,6 @@ def test_a_stopped_job_has_saved_and_goes_on(
 
 
 # ----------------------------------------------------------------------------------------- a cluster that others are on
-HOLDER = """
-import pathlib, sys, time, ray
-ray.init(log_to_driver=False)
-@ray.remote(num_cpus=float(sys.argv[2]))
-class Holder:
-    def holds(self): return True
-holder = Holder.remote()
-ray.get(holder.holds.remote())
-file = pathlib.Path(sys.argv[1])
-file.touch()
-while file.exists(): time.sleep(0.1)
-"""
-
-
 NEEDED = r"1 worker and a data task must have 1\.5 CPUs at once"
 
 
@@ -292,7 +262,7 @@ NEEDED = r"1 worker and a data task must have 1\.5 CPUs at once"
 def held(head: Head, file: Path, cpus: float) -> Iterator[None]:
     """A job that is none of ours holds CPUs meanwhile."""
     process = head.job("submit", "--", "python", "-c", HOLDER, str(file), str(cpus))
-    wait_for(file.exists)
+    wait_until(file.exists)
     try:
         yield
     finally:
@@ -323,20 +293,20 @@ def test_the_second_of_two_runs_says_what_it_waits_for(
     head: Head, runs: Path, tmp_path: Path, left_alone: tuple[Path, int, str]
 ) -> None:
     """And begins when the first has ended; its result is that of a run which had the cluster for itself."""
-    moments = range(3, STEPS)  # at each of which it waits a minute at most
+    moments = range(3, STEPS)  # at each of which it waits
     plan_faults(tmp_path, *(("micro_batch", step, 0, "wait") for step in moments))
     variables = f'{{"env_vars": {{"{faults.FOLDER}": "{tmp_path}"}}}}'
     first = waiting(head, runs, "holds", settings=variables)
-    wait_for((tmp_path / "00.json.done").exists, why=first)
+    wait_until((tmp_path / "00.json.done").exists, why=first)
     second = waiting(head, runs, "waits")
-    wait_for(lambda: "waiting  " in second(), why=second)
+    wait_until(lambda: "waiting  " in second(), why=second)
     told = rf"waiting       {NEEDED}, and (0|0\.5|1) of the cluster's 2 CPUs are free; for "
     assert re.search(rf"^{told}\d+ s by now, 600 s at most$", second(), re.MULTILINE), second()
     assert not is_over(head, "holds") and not (runs / "waits" / "metrics.jsonl").exists()
     for i in range(len(moments)):
         (tmp_path / f"{i:02}.json.go").touch()
     for name, log in (("holds", first), ("waits", second)):
-        wait_for(lambda name=name: is_over(head, name), why=log)
+        wait_until(lambda name=name: is_over(head, name), why=log)
         assert status_of(head, name) == "SUCCEEDED", log()
     assert_same_run(runs / "waits", left_alone[0])
 
@@ -347,7 +317,7 @@ def test_two_runs_that_each_get_half_of_what_they_need(head: Head, runs: Path) -
     each = ("cluster.cpus_per_worker=1", "data.cpus_per_task=1", "max_steps=2")
     logs = {name: waiting(head, runs, name, *each) for name in ("half", "other-half")}
     for name, log in logs.items():
-        wait_for(lambda name=name: is_over(head, name), why=log)
+        wait_until(lambda name=name: is_over(head, name), why=log)
         assert status_of(head, name) == "SUCCEEDED", log()
 
 
@@ -360,6 +330,6 @@ def test_what_others_do_not_give_back_ends_the_run(head: Head, runs: Path, tmp_p
         told = rf"error: cluster\.wait_seconds: {NEEDED}, and 0 of the cluster's 2 CPUs are"
         assert re.search(rf"^{told} free after 3 s; wait for what else runs on the cluster, ", out, re.MULTILINE), out
         log = waiting(head, runs, "stops")
-        wait_for(lambda: "waiting  " in log(), why=log)
+        wait_until(lambda: "waiting  " in log(), why=log)
         ended(head.job("stop", "stops"))
         assert is_over(head, "stops") and "ended at once; the same command goes on" in log(), log()

@@ -1,7 +1,6 @@
 """One worker's life, in this process: what moves, what is written, what stops it, and going on as if never stopped."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from clusters import free_ports
 from conftest import batch_of, norms_in_their_own_dtype
-from safetensors.torch import load_file
+from runs import MICRO_BATCHES, batches, final_weights, lines, run_of
 from transformers import AutoModelForImageTextToText
-from waiting import HANG_SECONDS
+from waiting import wait_until
 
-from vlskv_ray.config import Config, changed
+from vlskv_ray.config import changed
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import Batch, Encoded
 from vlskv_ray.data.questions import HeldOut
@@ -29,50 +29,11 @@ from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run, Worker
 from vlskv_ray.training.step import GradientBuffer, build_optimizer, learning_rate_schedule, train_step
 
-MICRO_BATCHES = 4
-
 
 @pytest.fixture
 def run(teacher_folder: Callable[..., Path], tmp_path: Path) -> Run:
     """6 steps of 4 micro-batches of 2 samples, a checkpoint every 2 steps."""
     return run_of(teacher_folder(), tmp_path / "run")
-
-
-def run_of(teacher: Path, folder: Path, **options: Any) -> Run:
-    config = Config.model_validate(
-        {
-            "micro_batch_size": 2,
-            "model": {"name_or_path": str(teacher), "num_key_value_layers": 2},
-            "data": {"sources": [{"name": "shapes"}]},
-            "optimizer": {"lr": 1e-2, "weight_decay": 0.1},
-            "cluster": {"num_workers": 0, "threads_per_worker": 1},
-            "checkpoint": {"every_steps": 2},
-            "output": {"dir": str(folder.parent), "name": folder.name, "order": True},
-        }
-        | options
-    )
-    (folder / "checkpoints").mkdir(parents=True)
-    return Run(config, folder, MICRO_BATCHES, 3, 6, {})
-
-
-def batches(encoded: list[Encoded], worker: Worker = Worker()) -> Callable[[int], Iterator[Batch]]:  # noqa: B008
-    """Steps of 4 micro-batches of 2 of the eight samples, dealt in turn to the workers."""
-
-    def from_step(start: int) -> Iterator[Batch]:
-        for step in range(start, 100):
-            for j in range(worker.rank, MICRO_BATCHES, worker.world_size):
-                chosen = [encoded[(2 * j + step) % 8], encoded[(2 * j + 3 * step + 1) % 8]]
-                yield batch_of(chosen, step=step, micro_batch=j)
-
-    return from_step
-
-
-def final_weights(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.folder / "final" / "model.safetensors")
-
-
-def lines(run: Run, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 def test_only_the_students_own_weights_move(
@@ -98,14 +59,14 @@ def test_only_the_students_own_weights_move(
 
 def test_a_run_writes_what_it_promises(run: Run, encoded: list[Encoded]) -> None:
     train_worker(run, Worker(), batches(encoded))
-    metrics = lines(run, "metrics")
+    metrics = lines(run.folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 7))
     assert set(metrics[0]) >= {
         "step", "epoch", "loss", "kl_vision", "kl_text", "teacher_ce", "student_ce", "top1_agreement", "learning_rate",
         "grad_norm", "samples", "supervised_tokens", "tokens_per_second", "data_wait_seconds", "step_seconds",
     }  # fmt: skip
     assert metrics[-1]["loss"] < metrics[0]["loss"] and metrics[2]["epoch"] == 1
-    assert [len(line["micro_batches"]) for line in lines(run, "order")] == [4] * 6
+    assert [len(line["micro_batches"]) for line in lines(run.folder / "order.jsonl")] == [4] * 6
     assert [p.name for p in sorted(run.checkpoints.iterdir())] == ["step-00000004", "step-00000006"]
     assert list((run.folder / "tensorboard").iterdir())
     assert {p.name for p in (run.folder / "final").iterdir()} >= {
@@ -124,10 +85,8 @@ def test_the_same_seed_gives_the_same_bits(run: Run, encoded: list[Encoded]) -> 
 
 
 def wait_for_checkpoint(run: Run, step: int) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while step and not (run.checkpoints / f"step-{step:08d}" / "COMMIT").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    if step:
+        wait_until((run.checkpoints / f"step-{step:08d}" / "COMMIT").exists)
 
 
 @pytest.mark.parametrize("killed_in_step", [0, 1, 2, 3, 5])
@@ -160,8 +119,11 @@ def test_going_on_equals_not_stopping(
     moments, others = a.tensors("optimizer"), b.tensors("optimizer")
     assert moments.keys() == others.keys() and all(torch.equal(moments[name], others[name]) for name in moments)
     timed = ("tokens_per_second", "data_wait_seconds", "step_seconds")
-    plain = [[{k: v for k, v in m.items() if k not in timed} for m in lines(r, "metrics")] for r in (whole, halves)]
-    assert plain[0] == plain[1] and lines(whole, "order") == lines(halves, "order")
+    plain = [
+        [{k: v for k, v in m.items() if k not in timed} for m in lines(r.folder / "metrics.jsonl")]
+        for r in (whole, halves)
+    ]
+    assert plain[0] == plain[1] and lines(whole.folder / "order.jsonl") == lines(halves.folder / "order.jsonl")
 
 
 def test_asked_to_stop_it_saves_first(run: Run, encoded: list[Encoded]) -> None:
@@ -246,7 +208,7 @@ def test_too_many_rows_left_out_stop_the_run(run: Run, encoded: list[Encoded]) -
     assert outcome.status == "failed"
     assert "4 of the 20 samples so far had to be left out (4 x too_long)" in outcome.message
     assert "For one, x:7: 900 tokens" in outcome.message
-    assert [line["id"] for line in lines(run, "rejected")] == ["x:7"] * 4
+    assert [line["id"] for line in lines(run.folder / "rejected.jsonl")] == ["x:7"] * 4
 
     def allowing(fraction: float) -> Outcome:
         folder = run.folder.with_name(f"allowing-{fraction}")
@@ -338,7 +300,7 @@ def test_two_workers_make_the_step_of_one(
     """Over gloo, loss and gradient are those of one process with all samples; both workers hold the same bits."""
     torch.multiprocessing.start_processes(
         distributed_steps,
-        args=(free_port(), str(teacher_folder()), encoded, str(tmp_path)),
+        args=(free_ports(1)[0], str(teacher_folder()), encoded, str(tmp_path)),
         nprocs=2,
         start_method="spawn",
     )
@@ -350,11 +312,3 @@ def test_two_workers_make_the_step_of_one(
             wanted_loss, _, wanted = one_step(str(teacher_folder()), encoded, size, dtype)
             assert loss == pytest.approx(wanted_loss, rel=tolerance)
             assert ((gradient - wanted).norm() / wanted.norm()).item() < tolerance
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

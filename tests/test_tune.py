@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from waiting import HANG_SECONDS
+from clusters import Command, has_ended
+from waiting import wait_until
 
 from benchmarks.recovery import processes
 from vlskv_ray.cluster.shares import Cluster
@@ -51,28 +50,9 @@ def write_config(folder: Path, teacher: Path, space: dict[str, Any], **changes: 
     return folder / "sweep.yaml"
 
 
-def start(config: Path, *arguments: str) -> "subprocess.Popen[str]":
+def start(config: Path, *arguments: str) -> Command:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "vlskv_ray.tune", "--config", str(config), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]", status: int = 0) -> str:
-    out, _ = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == status, out
-    return out
-
-
-def wait_until(happened: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not happened():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    return Command("tune", "--config", str(config), *arguments, env=environment)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +68,7 @@ def points(sweep: Path) -> list[dict[str, Any]]:
 def test_a_sweep_killed_and_stopped_ends_as_one_left_alone(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:
     """The same trials, figures and best; what fails is told and harms no other; no trial runs a teacher."""
     config = write_config(tmp_path, teacher_folder(), {N: [2, 4, 6], "data.max_length": [500, 6]})
-    out = finish(start(config, "output.name=alone"))
+    out = start(config, "output.name=alone").ended()
     alone = tmp_path / "runs" / "alone"
     assert "4 trials" in out and "left out      N6_max_length-500: model.num_key_value_layers: 6, but the text" in out
     assert "120 made, 0 were there, 0 left out" in out and "\x1b" not in out
@@ -106,19 +86,20 @@ def test_a_sweep_killed_and_stopped_ends_as_one_left_alone(teacher_folder: Calla
 
     often, trials = tmp_path / "runs" / "often", tmp_path / "runs" / "often" / "trials"
     process = start(config, "output.name=often")
-    wait_until(lambda: any(len(lines(path)) >= 15 for path in trials.glob("*/metrics.jsonl")), process)
+    process.wait_until(lambda: any(len(lines(path)) >= 15 for path in trials.glob("*/metrics.jsonl")))
+    left = processes(b"ray::", process.pid)
     process.kill()
-    process.communicate()
-    time.sleep(5)  # until the last of its processes has ended
+    process.wait()
+    wait_until(lambda: all(has_ended(pid) for pid in left))
     before = {path.parent.name: path.stat().st_mtime_ns for path in trials.glob("*/trial.json")}
     process = start(config, "output.name=often", "--resume", "must")
     began = time.time()
-    wait_until(lambda: any(path.stat().st_mtime > began for path in trials.glob("*/metrics.jsonl")), process)
+    process.wait_until(lambda: any(path.stat().st_mtime > began for path in trials.glob("*/metrics.jsonl")))
     process.send_signal(signal.SIGTERM)
-    out = finish(process, 128 + signal.SIGTERM)
+    out = process.ended(128 + signal.SIGTERM)
     assert "of 4 trials are done; the same command goes on with the others" in out
     assert "teacher cache 120 samples are there" in out
-    finish(start(config, "output.name=often"))
+    start(config, "output.name=often").ended()
     assert points(often) == points(alone)
     assert json.loads((often / "frontier.json").read_text())["recommended"] == of_alone["recommended"]
     resumed = "".join((trials / point["name"] / "log.txt").read_text() for point in points(often))
@@ -142,7 +123,7 @@ def test_trials_with_workers_that_are_stopped_early_leave_their_cpus(
         tune={"space": {"optimizer.lr": [1e-3, 30.0, 20.0, 2e-3]}, "scheduler": "asha"},
         optimizer={"lr": 1e-3, "max_grad_norm": None},
     )
-    finish(start(config))
+    start(config).ended()
     found = json.loads((tmp_path / "runs" / "sweep" / "frontier.json").read_text())
     assert "stopped early" in {outcome["status"] for outcome in found["others"].values()}
     assert {"lr-0.001"} <= {point["name"] for point in found["points"]}
@@ -160,18 +141,18 @@ def test_a_trial_whose_process_dies_is_told_of_and_tried_again(
     )
     sweep = tmp_path / "runs" / "sweep"
     process = start(config, "tune.max_concurrent_trials=1")
-    wait_until(lambda: len(lines(sweep / "trials" / "N2" / "metrics.jsonl")) > 3, process)
+    process.wait_until(lambda: len(lines(sweep / "trials" / "N2" / "metrics.jsonl")) > 3)
     (victim,) = processes(b"ray::ImplicitFunc", process.pid)
     os.kill(victim, signal.SIGKILL)
-    finish(process)
+    process.ended()
     found = json.loads((sweep / "frontier.json").read_text())
     assert [point["name"] for point in found["points"]] == ["N4"]
     assert found["others"]["N2"]["status"] == "failed" and "its process ended" in found["others"]["N2"]["reason"]
     for other in (["evaluation.num_samples=8"], ["--num-samples", "8"], ["optimizer.lr=0.5"]):
-        assert "this trial was begun with other options" in finish(start(config, *other), 2)
-    finish(start(config))
+        assert "this trial was begun with other options" in start(config, *other).ended(2)
+    start(config).ended()
     assert [point["name"] for point in points(sweep)] == ["N2", "N4"]
-    finish(start(config, "tune.space={model.num_key_value_layers: [4]}"))
+    start(config, "tune.space={model.num_key_value_layers: [4]}").ended()
     assert [point["name"] for point in points(sweep)] == ["N4"]  # the other one is not of this space
 
 
@@ -180,11 +161,11 @@ def test_optuna_goes_on_with_what_is_there(teacher_folder: Callable[..., Path], 
     """Four trials in two goes of two: the second one is told of the first one's, and names are of their values."""
     space = {N: [2, 4], "optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
     tune = {"space": space, "search": "optuna", "draws": 2}
-    out = finish(start(write_config(tmp_path, teacher_folder(), space, tune=tune, epochs=1)))
+    out = start(write_config(tmp_path, teacher_folder(), space, tune=tune, epochs=1)).ended()
     assert "up to 2 trials over model.num_key_value_layers, optimizer.lr" in out
     first = {point["name"]: point for point in points(tmp_path / "runs" / "sweep")}
     assert len(first) == 2
-    finish(start(write_config(tmp_path, teacher_folder(), space, tune=tune | {"draws": 4}, epochs=1)))
+    start(write_config(tmp_path, teacher_folder(), space, tune=tune | {"draws": 4}, epochs=1)).ended()
     found = {point["name"]: point for point in points(tmp_path / "runs" / "sweep")}
     assert len(found) == 4 and all(found[name] == point for name, point in first.items())
     for point in found.values():

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_jobs import HOLDER
-from test_preflight import command, head_node, last_step, small_run, wait_for
-from waiting import HANG_SECONDS
+from clusters import HOLDER, Command, head_node, small_run
+from waiting import HANG_SECONDS, wait_until
 
+from benchmarks.recovery import last_step
 from vlskv_ray.cluster import placement
 from vlskv_ray.cluster.placement import Wait, shortage, write_waits_to
 from vlskv_ray.errors import NoRoom
@@ -83,7 +83,7 @@ def test_commands_that_take_a_cluster_do_not_wait_for_ever(tmp_path: Path, teach
             holder = subprocess.Popen(
                 [sys.executable, "-c", HOLDER, str(held), "2"], env=environment, stdout=file, stderr=file
             )
-        wait_for(held.exists, holder, tmp_path)
+        wait_until(held.exists, lambda: holder.poll() is None, log.read_text)
         for command, workers, told in COMMANDS.values():
             options = [workers, "cluster.wait_seconds=7", *([space] if command == "tune" else [])]
             found = subprocess.run(
@@ -110,24 +110,18 @@ def test_a_machine_that_is_lost_for_good_is_not_waited_for_in_silence(
     seconds = 600 if asked_to_stop else 8
     cluster = {"num_workers": 2, "threads_per_worker": 1, "cpus_per_worker": 1.5, "wait_seconds": seconds}
     small_run(tmp_path, teacher_folder(), epochs=100, cluster=cluster, checkpoint={"every_steps": 20})
-    log = tmp_path / "log.txt"
-
     needed = "2 workers and a data task must have 3.5 CPUs at once, and "  # what is free Ray learns by and by
-
-    def says_so() -> bool:
-        return f"\nwaiting       {needed}" in log.read_text()
-
+    arguments = ("train", "--config", str(tmp_path / "run.yaml"))
     with head_node() as (nodes, environment):
         second = nodes.add_node(num_cpus=2)
-        process = command(tmp_path, environment)
-        wait_for(lambda: last_step(tmp_path / "runs" / "run") >= 21, process, tmp_path)
+        process = Command(*arguments, env=environment)
+        process.wait_until(lambda: last_step(tmp_path / "runs" / "run") >= 21)
         nodes.remove_node(second, allow_graceful=False)
         if asked_to_stop:
-            wait_for(says_so, process, tmp_path)
+            process.wait_until(lambda: f"\nwaiting       {needed}" in process.printed())
             process.send_signal(signal.SIGINT)
-        assert process.wait(HANG_SECONDS) == (130 if asked_to_stop else 1), log.read_text()
-        told = log.read_text()
-        assert says_so(), told
+        told = process.ended(130 if asked_to_stop else 1)
+        assert f"\nwaiting       {needed}" in told, told
         end = next(line for line in reversed(told.splitlines()) if line.startswith(("error: ", "ended ")))
         if asked_to_stop:
             assert end.startswith("ended at once; "), told
@@ -135,6 +129,5 @@ def test_a_machine_that_is_lost_for_good_is_not_waited_for_in_silence(
             assert re.match(
                 rf"error: cluster.wait_seconds: {needed}[\d.]+ of the cluster's [24] CPUs are free after", end
             ), told
-            again = command(tmp_path, environment, "cluster.cpus_per_worker=0.5")
-            assert again.wait(HANG_SECONDS) == 0, log.read_text()
-            assert "resume        from step " in log.read_text()
+            again = Command(*arguments, "cluster.cpus_per_worker=0.5", env=environment)
+            assert "resume        from step " in again.ended()

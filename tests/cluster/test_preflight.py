@@ -1,13 +1,10 @@
 """Before any worker loads a model: what is judged of what nodes say, and nodes that share nothing or all they need."""
 
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_faults_ray import command, wait_for
-from test_train import worker_processes, write_config, write_files
-from waiting import HANG_SECONDS
+from clusters import Command, head_node, small_run, worker_processes
+from waiting import HANG_SECONDS, wait_until
 
 from benchmarks.recovery import last_step
 from vlskv_ray.cluster import node, preflight
@@ -188,12 +184,12 @@ def test_a_model_that_cannot_be_had_is_told_not_raised(teacher_folder: Callable[
 
 def test_a_node_that_reaches_no_other_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """And leaves no process group behind."""
-    monkeypatch.setattr(node, "REDUCE_SECONDS", 1)
     monkeypatch.setenv(node.INTERFACE, "lo")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert node.all_reduce(0, 1, "127.0.0.1", port, None) == {"error": ""}
+    monkeypatch.setattr(node, "REDUCE_SECONDS", 1)
     assert node.all_reduce(0, 2, "127.0.0.1", port, None)["error"]
     assert not torch.distributed.is_initialized()
 
@@ -218,24 +214,6 @@ def test_memory_that_comes_free_in_a_moment_is_waited_for(monkeypatch: pytest.Mo
 
 
 @contextmanager
-def head_node() -> Iterator[tuple[Any, dict[str, str]]]:
-    """A cluster of one node so far, with a folder of its own, and the environment that makes commands join it."""
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="vlskv-")  # short: paths of sockets are at most 107 characters long
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("PYTHONUNBUFFERED", "1")
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        try:
-            yield nodes, os.environ | {"RAY_ADDRESS": nodes.address}
-        finally:
-            nodes.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
 def blind_node(nodes: Any, environment: dict[str, str], hidden: Path) -> Iterator[None]:
     """A second node of its own view of the file system, in which `hidden` is an empty folder."""
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", nodes.address, "--num-cpus=2"]
@@ -247,10 +225,10 @@ def blind_node(nodes: Any, environment: dict[str, str], hidden: Path) -> Iterato
         stderr=subprocess.DEVNULL,
     ) as process:
         try:
-            deadline = time.monotonic() + HANG_SECONDS
-            while len([one for one in nodes.global_state.node_table() if one["Alive"]]) < 2:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.2)
+            wait_until(
+                lambda: sum(one["Alive"] for one in nodes.global_state.node_table()) == 2,
+                lambda: process.poll() is None,
+            )
             yield
         finally:
             process.terminate()
@@ -261,13 +239,6 @@ def may_hide_folders() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(hide, capture_output=True).returncode == 0
 
 
-def small_run(folder: Path, teacher: Path, **options: Any) -> None:
-    write_files(folder)
-    output = {"dir": str(folder / "runs"), "name": "run", "tensorboard": False}
-    cluster = {"num_workers": 2, "threads_per_worker": 1}
-    write_config(folder, teacher, **({"cluster": cluster, "evaluation": {}, "output": output} | options))
-
-
 @pytest.mark.cluster
 def test_two_nodes_that_share_what_they_need(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
     """A run on two nodes comes to its end, with a worker on each, whose gradients go by the address of their nodes."""
@@ -276,15 +247,14 @@ def test_two_nodes_that_share_what_they_need(tmp_path: Path, teacher_folder: Cal
         import psutil  # comes with Ray
 
         second = nodes.add_node(num_cpus=2)
-        process = command(tmp_path, environment)
-        wait_for(lambda: last_step(tmp_path / "runs" / "run") >= 2, process, tmp_path)
+        process = Command("train", "--config", str(tmp_path / "run.yaml"), env=environment)
+        process.wait_until(lambda: last_step(tmp_path / "runs" / "run") >= 2)
         workers = [psutil.Process(pid) for pid in worker_processes()]
         assert len(workers) == 2 and len({worker.ppid() for worker in workers}) == 2
         ends = [{(c.laddr, c.raddr) for c in worker.net_connections("tcp") if c.raddr} for worker in workers]
         between = {here for here, there in ends[0] if (there, here) in ends[1]}
         assert {end.ip.removeprefix("::ffff:") for end in between} == {second.node_ip_address}
-        assert process.wait(HANG_SECONDS) == 0, (tmp_path / "log.txt").read_text()
-    log = (tmp_path / "log.txt").read_text()
+        log = process.ended()
     assert "nodes         output.dir is shared; versions are the same; " in log
     assert "gloo adds up over 2 nodes\n" in log and not list(tmp_path.glob("runs/run/.preflight*"))
 
@@ -296,8 +266,7 @@ def test_storage_that_a_node_does_not_see(tmp_path: Path, teacher_folder: Callab
     small_run(tmp_path, teacher_folder())
     (tmp_path / "runs").mkdir()
     with head_node() as (nodes, environment), blind_node(nodes, environment, hidden=tmp_path / "runs"):
-        process = command(tmp_path, environment)
-        assert process.wait(HANG_SECONDS) == 2, (tmp_path / "log.txt").read_text()
+        log = Command("train", "--config", str(tmp_path / "run.yaml"), env=environment).ended(2)
         doctor = [sys.executable, "-m", "vlskv_ray.doctor", "--config", str(tmp_path / "run.yaml")]
         told = subprocess.run(doctor, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
         start = "from vlskv_ray.cluster import start\nwith start.ray_cluster(None): 1"
@@ -307,7 +276,7 @@ def test_storage_that_a_node_does_not_see(tmp_path: Path, teacher_folder: Callab
     assert f"  problem  storage       output.dir: {tmp_path}/runs is another folder on node " in told.stdout
     assert len(re.findall(r"\n  warning  node .* token authentication off; whoever", told.stdout)) == 2
     assert "ValueError: cluster.address: the cluster at " in refused.stderr and "Ray: 1.0 Python:" in refused.stderr
-    *_, before, problem = (tmp_path / "log.txt").read_text().splitlines()
+    *_, before, problem = log.splitlines()
     assert problem.startswith(f"output.dir: {tmp_path}/runs/run is missing on node ")
     assert "wanted storage that all nodes share" in problem and before.startswith("cluster ")
     assert not list((tmp_path / "runs").iterdir())

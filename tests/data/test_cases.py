@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_templates import HUB_MISTRAL
+from templates import HUB_MISTRAL
 from waiting import HANG_SECONDS
 
 from vlskv_ray.config import SourceConfig

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import conversation, picture, tiny_config
 from reference import rendered_by_prefixes
+from templates import HUB_MISTRAL
 from tokenizers.processors import TemplateProcessing
 
 from vlskv_ray.data.chat import Limits, check_template, encode
@@ -38,13 +39,6 @@ VICUNA = (
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }} {% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-HUB_MISTRAL = (  # what public copies of llava-v1.6-mistral carry does the same: images first, of others the first part
-    "{% for message in messages %}{% if message['role'] == 'system' %}<<SYS>>\n{{ message['content'][0]['text'] }}\n"
-    "<</SYS>>\n\n{% elif message['role'] == 'user' %}[INST] "
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %} [/INST]"
-    "{% else %} {{ message['content'][0]['text'] }}{{ eos_token }} {% endif %}{% endfor %}"
 )
 TRIMMING = CHATML.replace("{{ part['text'] }}", "{{ part['text'] | trim }}")
 SYSTEM_IN_USER = (

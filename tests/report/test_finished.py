@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import main, write_config, write_files
+from runs import main, write_config, write_files
 
 from vlskv_ray.report.finished import CARD, PAGES, is_finished, is_untouched, seals, unfinished, unmade
 from vlskv_ray.report.run_files import read_run

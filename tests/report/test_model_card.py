@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_run_page import SAVINGS, SUMMARY, evaluation, planted, planted_run, run_folder, sft_evaluation, written
+from pages import SAVINGS, SUMMARY, evaluation, planted, planted_run, run_folder, sft_evaluation, written
 
 from vlskv_ray.report.model_card import write_model_card
 

@@ -1,7 +1,5 @@
 """A checkpoint is real once committed, and used only if every byte is what was written."""
 
-import hashlib
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import Evil, commit, entry_of, seal, with_state
 
 from vlskv_ray.storage.checkpoint import (
     has_checkpoints,
@@ -98,14 +97,6 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, file: str, damage: str) ->
     assert not (tmp_path / "canary").exists()
 
 
-class Evil:
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.canary,)
-
-
 def test_what_a_kill_leaves_is_swept(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     (tmp_path / "step-00000002" / "COMMIT").unlink()
@@ -150,28 +141,6 @@ def test_of_another_format_is_not_guessed_at(tmp_path: Path, monkeypatch: pytest
 
 
 # ---------------------------------------------------------------------------------- evil or senseless, the hashes right
-def seal(folder: Path, **more: Any) -> None:
-    """Makes manifest and COMMIT fit what lies there; `more` stands in the manifest too."""
-    files = [path for path in folder.iterdir() if path.name not in ("manifest.json", "COMMIT")]
-    manifest = {path.name: entry_of(path) for path in files if path.is_file()}
-    (folder / "manifest.json").write_text(json.dumps(manifest | more))
-    commit(folder)
-
-
-def entry_of(path: Path) -> dict[str, Any]:
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
-
-
-def commit(folder: Path) -> None:
-    (folder / "COMMIT").write_text(hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest())
-
-
-def with_state(folder: Path, **changed: Any) -> None:
-    state = json.loads((folder / "state.json").read_text()) | changed
-    (folder / "state.json").write_text(json.dumps({k: v for k, v in state.items() if v is not ...}, default=str))
-    seal(folder)
-
-
 def with_file(folder: Path, name: str, content: str | bytes) -> None:
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     commit(folder) if name == "manifest.json" else seal(folder)

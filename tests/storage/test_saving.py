@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import seal, with_state
 from safetensors.torch import load_file, save_file
-from test_checkpoint import seal, with_state
 
 from vlskv_ray.config import Config
 from vlskv_ray.storage.checkpoint import newest_checkpoint, save_checkpoint

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import batch_of
+from runs import MICRO_BATCHES, batches, lines, run_of
 from safetensors.torch import load_file, save_file
-from test_train_loop import MICRO_BATCHES, batches, lines, run_of
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
@@ -153,7 +153,7 @@ def test_all_weights_train_and_the_result_is_a_stock_model(
     still = [name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])]
     # the tower's last layer and norm lie behind the features that are taken; its class token is dropped
     assert all("layers.1." in name or "post_layernorm" in name for name in still), still
-    first, *_, last = lines(run, "metrics")
+    first, *_, last = lines(run.folder / "metrics.jsonl")
     assert {"ce_vision", "ce_text", "token_accuracy", "loss"} <= {*first, *last}
     assert not {"kl_vision", "teacher_ce", "top1_agreement"} & {*first, *last}
 

@@ -53,8 +53,6 @@ def numbers(text: str) -> list[int]:
 def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
     """Does what the options say. ValueError for what the user can mend."""
     config = load_config(options.config, overrides)
-    if config.objective == "sft":
-        raise ValueError("objective: sft has no student; wanted distill")
     return probe(config, options)
 
 
@@ -72,7 +70,10 @@ def probe(config: Config, options: argparse.Namespace) -> int:
         read_trained,
         settings_of,
     )
+    from vlskv_ray.training.objective import objective_of
 
+    if not objective_of(config).has_student:
+        raise ValueError(f"objective: {config.objective} has no student; wanted distill")
     teacher = load_model_config(find_model(config.model.name_or_path, config.model.revision))
     if has_swiftkv(teacher):
         raise ValueError(f"model.name_or_path: {config.model.name_or_path} is a student already; wanted its teacher")

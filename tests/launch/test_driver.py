@@ -23,10 +23,10 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from vlskv_ray.evaluation.evaluator import SIDES
 from vlskv_ray.report.figures import decimal, percent
 from vlskv_ray.storage.lease import own_run_folder
 from vlskv_ray.training import faults
+from vlskv_ray.training.objective import SIDES
 
 ONE_EPOCH = ("epochs=1", "data.max_rejected_fraction=0.2")
 SHORT = (*NO_ANSWERS, "epochs=1")

@@ -23,9 +23,9 @@ from vlskv_ray import evaluate
 from vlskv_ray.cluster.shares import Reserved
 from vlskv_ray.config import ClusterConfig
 from vlskv_ray.data.images import load_image
-from vlskv_ray.evaluation.evaluator import SIDES
 from vlskv_ray.launch.on_ray import backend_of, is_lost_controller, share_of_worker
 from vlskv_ray.model.swiftkv import swiftkv_backbone
+from vlskv_ray.training.objective import SIDES
 
 
 @pytest.mark.ray

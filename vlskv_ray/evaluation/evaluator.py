@@ -28,8 +28,6 @@ from vlskv_ray.data.sample import Sample
 from vlskv_ray.model.swiftkv import SwiftKVPass, has_swiftkv, swiftkv_backbone
 from vlskv_ray.training.distill import kl_divergence, rows_per_chunk, shared_pass
 
-SIDES = ("teacher", "student_before", "student")
-"""Who answers where there is a student."""
 NUM_EXAMPLES = 8
 SAMPLES_HELD = 8
 """Batches of samples that are held prepared at a time: enough to sort by length, few enough for memory."""

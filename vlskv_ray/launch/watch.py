@@ -13,6 +13,7 @@ from vlskv_ray.config import changed, dump_config
 from vlskv_ray.errors import RunFailed
 from vlskv_ray.files import write_text
 from vlskv_ray.launch.progress import ProgressLine
+from vlskv_ray.training.objective import objective_of
 from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run
 
@@ -126,7 +127,7 @@ def measuring(run: Run) -> str:
     """What happens after the last step."""
     samples = len(run.held_out.rows()) if run.held_out else 0
     answers = [f"answers to {samples} held-out samples"] if samples else []
-    savings = ["what the student saves"] if run.config.objective == "distill" else []
+    savings = ["what the student saves"] if objective_of(run.config).has_student else []
     return f"measuring     {' and '.join(answers + savings)}" if answers or savings else ""
 
 

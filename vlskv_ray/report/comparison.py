@@ -6,7 +6,7 @@ from typing import Any
 
 from vlskv_ray.report.figures import (
     MEASURES,
-    SIDES,
+    SIDE_TITLES,
     decimal,
     held_out,
     is_number,
@@ -61,13 +61,13 @@ def _summary_lines(run: RunFiles) -> list[str]:
     rows.insert(1, ("accuracy kept", ["", "", kept(evaluation, "accuracy")]))
     for label, (its, mine, share) in savings_rows(evaluation)[:2]:  # prefill: time and operations
         rows.append((label, [its, "", f"{mine} ({share} of the teacher's)"]))
-    table = markdown_table([SIDES[side] for side in who], rows)
+    table = markdown_table([SIDE_TITLES[side] for side in who], rows)
     return [table, "", escape_markdown(f"{held_out(run)} {savings_note(evaluation)}")]
 
 
 def _with_student(run: RunFiles) -> RunFiles:
     """The run itself. ValueError for one that distils nothing."""
-    if run.is_sft:
+    if not run.objective.has_student:
         raise ValueError(f"{run.folder}: distils nothing, so it has no student to compare; --result shows a run")
     return run
 

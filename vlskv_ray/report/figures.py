@@ -10,7 +10,7 @@ from typing import Any
 
 from vlskv_ray.report.run_files import DASH, RunFiles, at, base_name
 
-SIDES = {
+SIDE_TITLES = {
     "teacher": "teacher",
     "student_before": "student before",
     "student": "student after",
@@ -60,12 +60,12 @@ def _three_digits(value: float) -> str:
 # ------------------------------------------------------------------------------------------------------ the evaluation
 def sides(evaluation: dict[str, Any]) -> list[str]:
     """Who was measured, as keys of evaluation.json."""
-    return [side for side in SIDES if isinstance(evaluation.get(side), dict)]
+    return [side for side in SIDE_TITLES if isinstance(evaluation.get(side), dict)]
 
 
 def columns(evaluation: dict[str, Any]) -> list[str]:
     """Titles of the columns of `result_rows` and `kind_rows`; none where no answers were measured."""
-    return [SIDES[side] for side in sides(evaluation)]
+    return [SIDE_TITLES[side] for side in sides(evaluation)]
 
 
 MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -162,10 +162,11 @@ def _at_longest(values: Any) -> Any:
 def headline(run: RunFiles) -> Rows:
     """The few figures that say how the run went; those that were not measured are left out."""
     evaluation, saved = run.evaluation, at(run.evaluation, "savings", "prefill_flops_ratio")
-    if run.is_sft:
+    if not run.objective.has_student:
+        side = run.objective.trained_side
         rows = [
-            ("accuracy", percent(at(evaluation, "sft_model", "accuracy"))),
-            ("cross-entropy", decimal(at(evaluation, "sft_model", "cross_entropy"))),
+            ("accuracy", percent(at(evaluation, side, "accuracy"))),
+            ("cross-entropy", decimal(at(evaluation, side, "cross_entropy"))),
         ]
     else:
         rows = [
@@ -191,9 +192,8 @@ def training_rows(run: RunFiles) -> Rows:
     )
     swiftkv = f"from text layer {first}" + (f" of {layers}" if layers != DASH else "") + f", in groups of {group}"
     rejected = at(summary, "rejected")
-    objective = "supervised fine-tuning" if run.is_sft else "distillation of the model from itself"
     facts = [
-        ("objective", objective if config else DASH),
+        ("objective", run.objective.description if config else DASH),
         ("from", run.model + (f", revision {summary['revision']}" if at(summary, "revision") else "")),
         ("SwiftKV", swiftkv if first != DASH else DASH),
         ("data", "; ".join(map(_source, at(config, "data", "sources") or [])) or DASH),
@@ -204,7 +204,11 @@ def training_rows(run: RunFiles) -> Rows:
         ("learning rate", decimal(at(config, "optimizer", "lr"))),
         ("training", seconds(at(summary, "training_seconds"))),
     ]
-    return [(label, [text]) for label, text in facts if text != DASH and not (run.is_sft and label in DISTILLED)]
+    return [
+        (label, [text])
+        for label, text in facts
+        if text != DASH and (run.objective.has_student or label not in DISTILLED)
+    ]
 
 
 def _source(source: Any) -> str:

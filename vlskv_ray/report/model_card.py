@@ -72,7 +72,7 @@ def front_matter(run: RunFiles) -> str:
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["vlskv_ray"] if run.is_sft else ["swiftkv", "vlskv_ray", "knowledge-distillation"],
+        "tags": ["swiftkv", "vlskv_ray", "knowledge-distillation"] if run.objective.has_student else ["vlskv_ray"],
         **({"base_model": base} if HUB_ID.fullmatch(base) else {}),
         **({"datasets": datasets} if datasets else {}),
     }
@@ -80,7 +80,7 @@ def front_matter(run: RunFiles) -> str:
 
 
 def what_it_is(run: RunFiles) -> str:
-    if run.is_sft:
+    if not run.objective.has_student:
         return f"This is a vision-language model, fine-tuned from {escape_markdown(run.model)} on answers."
     layers = (at(run.config, "model", key) for key in ("num_key_value_layers", "key_value_group_size"))
     model, first, group = map(escape_markdown, (run.model, *layers))
@@ -94,7 +94,7 @@ def what_it_is(run: RunFiles) -> str:
 
 def usage(run: RunFiles) -> str:
     folder = f"{run.folder.parent.name}/{run.folder.name}/final"
-    registers = "" if run.is_sft else "import vlskv_ray  # registers the SwiftKV model types\n"
+    registers = "import vlskv_ray  # registers the SwiftKV model types\n" if run.objective.has_student else ""
     return f"""```python
 {registers}from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -54,7 +54,7 @@ STYLE: dict[Any, Any] = {
 
 def loss_plot(run: RunFiles) -> str:
     """What is learnt, of samples with images and without."""
-    prefix, what = ("ce", "cross-entropy") if run.is_sft else ("kl", "KL from the teacher")
+    prefix, what = run.objective.prefix, run.objective.loss_title
     curves = [
         ("with images", curve(run.metrics, f"{prefix}_vision"), STUDENT, "-"),
         ("text only", curve(run.metrics, f"{prefix}_text"), THIRD, "--"),
@@ -69,7 +69,7 @@ def learning_rate_plot(run: RunFiles) -> str:
 
 def agreement_plot(run: RunFiles) -> str:
     """How often the likeliest token is the right one, in training and on held-out samples, and how often the answer."""
-    key, label = ("token_accuracy", "right tokens") if run.is_sft else ("top1_agreement", "top-1 agreement")
+    key, label = run.objective.agreement, run.objective.agreement_title
     curves = [
         (f"{label}, training", curve(run.metrics, key), STUDENT, "-"),
         (f"{label}, held out", curve(run.metrics, f"eval_{key}"), STUDENT, "o:"),

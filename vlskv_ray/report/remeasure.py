@@ -16,12 +16,13 @@ from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.errors import StoppedRun
-from vlskv_ray.evaluation.evaluator import SIDES, Evaluator, evaluation_of
+from vlskv_ray.evaluation.evaluator import Evaluator, evaluation_of
 from vlskv_ray.evaluation.loading import device_asked_for, load
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 from vlskv_ray.report.model_card import card
 from vlskv_ray.report.run_files import as_written, read_run
+from vlskv_ray.training.objective import SIDES
 
 
 def num_samples_in(file: Path) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from vlskv_ray.training.objective import OBJECTIVES, Objective
+
 DASH = "–"
 
 
@@ -35,8 +37,9 @@ class RunFiles:
         return base_name(str(at(self.summary, "model") or at(self.config, "model", "name_or_path") or DASH))
 
     @property
-    def is_sft(self) -> bool:
-        return at(self.config, "objective") == "sft"
+    def objective(self) -> Objective:
+        name = at(self.config, "objective")
+        return OBJECTIVES.get(str(name), OBJECTIVES["distill"])  # a file from elsewhere may hold anything
 
 
 def read_run(folder: Path) -> RunFiles:

@@ -12,7 +12,7 @@ from typing import Any
 from vlskv_ray.files import write_text
 from vlskv_ray.report.figures import (
     SAVINGS_COLUMNS,
-    SIDES,
+    SIDE_TITLES,
     columns,
     environment_rows,
     headline,
@@ -71,7 +71,7 @@ def report_page(run: RunFiles) -> str:
         if content
     )
     tiles = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, [text] in headline(run))
-    objective = "supervised fine-tuning" if run.is_sft else "SwiftKV by distillation"
+    objective = run.objective.title
     header = (
         f'<h1>{escape(run.name)}</h1>\n<p>{escape(run.model)}: {objective}</p>\n<dl class="headline">{tiles}</dl>\n'
     )
@@ -83,7 +83,7 @@ def result_section(run: RunFiles) -> str:
     note = held_out(run)
     if not columns(run.evaluation):
         return f"<p>{escape(note)}</p>"
-    if not run.is_sft:
+    if run.objective.has_student:
         note += " KL in nats per token of the reference answers; agreement is with the teacher."
     return html_table(columns(run.evaluation), result_rows(run.evaluation), note) + html_table(
         columns(run.evaluation),
@@ -125,7 +125,9 @@ def sample_article(example: dict[str, Any]) -> str:
         pictures += f"<p>{len(uris) - len(shown)} not shown: no PNG, JPEG or WebP data URI.</p>"
     lines = [("question", example.get("question"), ""), ("expected", reference, "")]
     lines += [
-        (title, example[side], MARKS[example[side] == reference]) for side, title in SIDES.items() if side in example
+        (title, example[side], MARKS[example[side] == reference])
+        for side, title in SIDE_TITLES.items()
+        if side in example
     ]
     rows = "".join(
         f'<tr><th scope="row">{label}</th><td>{escape(DASH if text is None else str(text))}{mark}</td></tr>\n'

@@ -90,7 +90,7 @@ def closing_lines(run: RunFiles) -> list[str]:
 def closing(folder: Path) -> str:
     """What a finished run says at its end: `closing_lines`, and where things are."""
     run = read_run(folder)
-    final = f"{'model' if run.is_sft else 'student'}: {short_path(folder / 'final')}"
+    final = f"{'student' if run.objective.has_student else 'model'}: {short_path(folder / 'final')}"
     return "\n".join([*closing_lines(run), "", final, f"report: {short_path(folder / 'report.html')}"])
 
 

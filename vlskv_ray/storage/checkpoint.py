@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlskv_ray.files import flush, make_readable, write_json, write_text
+from vlskv_ray.files import flush, make_readable, reject_duplicate_keys, write_json, write_text
 from vlskv_ray.training.faults import fault_point
 
 FORMAT = 3
@@ -275,16 +275,9 @@ def _read(path: Path) -> bytes:
 
 def _json(path: Path) -> dict[str, Any]:
     """An object whose keys are given once; DamagedCheckpoint for anything else."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key is given twice")
-        return found
-
     content = _read(path)
     try:
-        value = json.loads(content, object_pairs_hook=unique)
+        value = json.loads(content, object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path.parent}: {path.name} cannot be read ({error})") from error
     if not isinstance(value, dict):

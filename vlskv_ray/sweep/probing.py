@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlskv_ray.config import Config
+from vlskv_ray.config import Config, changed
 from vlskv_ray.data.collate import Batch, FrozenStates, supervised_positions
 from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.model.build import build_student, find_model
@@ -53,16 +53,10 @@ Setting = tuple[int, int]
 def probe_config(config: Config) -> Config:
     """The same samples and model without what only training needs: held-out samples where there are some."""
     # N and group size are set for each setting anew, see `as_setting`; a cache has no states for other N than its own
-    model = config.model.model_copy(
-        update={"num_key_value_layers": 1, "key_value_group_size": 1, "teacher_cache": "off"}
-    )
-    data = config.data
-    if config.evaluation.sources:
-        data = data.model_copy(update={"sources": config.evaluation.sources})
-    evaluation = config.evaluation.model_copy(update={"sources": ()})
-    output = config.output.model_copy(update={"level": "warning"})
-    changed = {"model": model, "data": data, "evaluation": evaluation, "output": output, "epochs": 1}
-    return config.model_copy(update=changed)
+    model = {"num_key_value_layers": 1, "key_value_group_size": 1, "teacher_cache": "off"}
+    values = {f"model.{name}": value for name, value in model.items()}
+    values |= {"data.sources": config.evaluation.sources or config.data.sources, "evaluation.sources": ()}
+    return changed(config, values | {"output.level": "warning", "epochs": 1})
 
 
 def settings_of(last: int, layers: Sequence[int], groups: Sequence[int]) -> list[Setting]:

@@ -17,7 +17,7 @@ from vlskv_ray.cluster.placement import Wait, room_for
 from vlskv_ray.cluster.shares import Cluster
 from vlskv_ray.cluster.start import has_unmet_requests, ray_cluster, release_dead_placement_groups
 from vlskv_ray.command import DONE, FAILED, print_info
-from vlskv_ray.config import Config
+from vlskv_ray.config import Config, changed
 from vlskv_ray.launch.caches import check_cache, teacher_cache_of
 from vlskv_ray.launch.fill_cache import SeveralCaches, fill_ahead, samples_seen
 from vlskv_ray.launch.prepare import prepare
@@ -30,7 +30,11 @@ from vlskv_ray.sweep.space import num_key_value_layers_of
 from vlskv_ray.sweep.sweep import Sweep, known_trials, missing_trials, refuse_other_options
 from vlskv_ray.sweep.table import SweepTable
 from vlskv_ray.sweep.trials import TRIAL_DONE, Trial, outcome_of
+from vlskv_ray.training.objective import objective_of
 from vlskv_ray.words import plural, short_path
+
+ANY_STUDENT = {"model.num_key_value_layers": None, "model.key_value_group_size": None}
+"""Left open: the teacher is the same, whatever its students are."""
 
 
 def run_sweep(config: Config, sweep: Sweep, trials: list[Trial], command: Callable[[Trial], str]) -> int:
@@ -54,7 +58,7 @@ def run_sweep(config: Config, sweep: Sweep, trials: list[Trial], command: Callab
     if asked_by:
         print(f"stopped, {done} of {plural(len(trials), 'trial')} are done; the same command goes on with the others")
         return 128 + asked_by
-    if config.objective == "distill":
+    if objective_of(config).has_student:
         lines = write_frontier(sweep.folder, trials, config.tune.max_accuracy_drop, command)
         print_info(config, "\n".join(["", *lines, "", f"frontier: {short_path(sweep.folder / 'frontier.html')}"]))
     elif done:
@@ -130,7 +134,7 @@ def fill_caches(
     for trial in trials:
         of_trial = sweep.config_of(trial)
         if of_trial.model.teacher_cache != "off":
-            model = of_trial.model.model_copy(update={"num_key_value_layers": None, "key_value_group_size": None})
+            model = changed(of_trial, ANY_STUDENT).model
             of_plan = (of_trial.seed, of_trial.epochs, of_trial.max_steps, of_trial.micro_batch_size)
             together.setdefault(str((model, of_trial.data, of_plan)), []).append(of_trial)
     for configs in together.values():

@@ -1,7 +1,9 @@
 """What each trial of a sweep may use of the cluster."""
 
+from typing import Any
+
 from vlskv_ray.cluster.shares import Cluster, check_gpus, reserve
-from vlskv_ray.config import Config
+from vlskv_ray.config import Config, changed
 from vlskv_ray.sweep.sweep import Sweep
 
 
@@ -36,13 +38,13 @@ def trial_takes(config: Config, sweep: Sweep) -> list[dict[str, float]]:
 def with_share(config: Config, sweep: Sweep, is_new: bool) -> Config:
     """The config of a trial with what of the cluster it may use. One that goes on keeps its threads: they decide the
     last bits."""
-    cluster, data = config.cluster, config.data
-    threads = cluster.threads_per_worker
-    if cluster.most_workers:
-        reserved = reserve(cluster, data, sweep.cpus_per_trial, sweep.largest_node)
-        data = data.model_copy(update={"cpus_per_task": reserved.cpus_per_task, "num_proc": reserved.num_tasks})
-        cluster = cluster.model_copy(update={"cpus_per_worker": reserved.cpus_per_worker})
+    share: dict[str, Any] = {}
+    threads = config.cluster.threads_per_worker
+    if config.cluster.most_workers:
+        reserved = reserve(config.cluster, config.data, sweep.cpus_per_trial, sweep.largest_node)
+        share = {"data.cpus_per_task": reserved.cpus_per_task, "data.num_proc": reserved.num_tasks}
+        share["cluster.cpus_per_worker"] = reserved.cpus_per_worker
         threads = reserved.threads_per_worker
     if is_new:
-        cluster = cluster.model_copy(update={"threads_per_worker": threads or max(1, int(sweep.cpus_per_trial))})
-    return config.model_copy(update={"cluster": cluster, "data": data})
+        share["cluster.threads_per_worker"] = threads or max(1, int(sweep.cpus_per_trial))
+    return changed(config, share)

@@ -16,6 +16,7 @@ from vlskv_ray.config.problems import no_option
 from vlskv_ray.model.build import find_model, swiftkv_config
 from vlskv_ray.model.build import load_config as load_model_config
 from vlskv_ray.sweep.trials import Trial, trial_of
+from vlskv_ray.training.objective import objective_of
 
 
 def check_sweep(config: Config) -> None:
@@ -33,8 +34,8 @@ def check_sweep(config: Config) -> None:
         raise ValueError("evaluation.sources: missing; trials are compared by what they answer to held-out samples")
     if options.scheduler == "asha" and config.evaluation.every_steps is None:
         raise ValueError("evaluation.every_steps: missing; tune.scheduler=asha stops trials by what is measured so")
-    if config.objective == "sft" and options.metric == "kl":
-        raise ValueError("tune.metric: kl, but objective=sft has no teacher; use accuracy")
+    if options.metric == "kl" and not objective_of(config).has_student:
+        raise ValueError(f"tune.metric: kl, but objective={config.objective} has no teacher; use accuracy")
     if options.search == "optuna" and options.draws == 1:
         raise ValueError(
             "tune.draws: 1 trial; wanted as many as tune.search=optuna shall make, lists are drawn from too"
@@ -66,7 +67,7 @@ def possible_trials(config: Config, file: str, overrides: list[str]) -> tuple[li
 
 def num_key_value_layers_of(config: Config) -> int:
     """The N of a run, 0 where it trains all of a model. ValueError where the model cannot have it."""
-    if config.objective == "sft":
+    if not objective_of(config).has_student:
         return 0
     model = config.model
     wanted = model_config_of(model.name_or_path, model.revision)

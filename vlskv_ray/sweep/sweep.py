@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlskv_ray.config import Config, changed_keys, load_config
+from vlskv_ray.config import Config, changed, changed_keys, load_config
 from vlskv_ray.report.finished import is_finished
 from vlskv_ray.sweep.trials import OUTCOME_FILE, TRIAL_DONE, TRIAL_FAILED, Trial, outcome_of
 
@@ -45,10 +45,8 @@ class Sweep:
         """What a trial runs, but for its share of the cluster."""
         ours = [f"output.dir={self.trials}", f"output.name={trial.name}", "output.level=warning"]
         config = load_config(self.folder / "config.yaml", [*trial.overrides, *ours])
-        model = config.model
-        if model.teacher_cache == "disk" and model.teacher_cache_dir is None:
-            shared = self.folder.parent / ".teacher-cache"
-            config = config.model_copy(update={"model": model.model_copy(update={"teacher_cache_dir": str(shared)})})
+        if config.model.teacher_cache == "disk" and config.model.teacher_cache_dir is None:
+            config = changed(config, {"model.teacher_cache_dir": str(self.folder.parent / ".teacher-cache")})
         return config
 
 
@@ -96,13 +94,13 @@ def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
     before, now = load_config(file), sweep.config_of(trial)
     if before.model.num_key_value_layers is not None:  # a run writes down what was left open
         same = {
-            name: getattr(before.model, name)
+            f"model.{name}": getattr(before.model, name)
             for name in ("num_key_value_layers", "key_value_group_size", "revision", "dtype")
             if getattr(now.model, name) in (None, "auto")
         }
-        now = now.model_copy(update={"model": now.model.model_copy(update=same)})
+        now = changed(now, same)
     if now.data.max_length is None:
-        now = now.model_copy(update={"data": now.data.model_copy(update={"max_length": before.data.max_length})})
+        now = changed(now, {"data.max_length": before.data.max_length})
     differences = changed_keys(before, now)
     for name in ("sources", "num_samples", "max_new_tokens"):  # else figures of other questions would be compared
         was, wanted = getattr(before.evaluation, name), getattr(now.evaluation, name)

@@ -28,6 +28,9 @@ from vlskv_ray.training.sft import cross_entropy_loss
 Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
 """Of model and micro-batch: the loss as a sum with a graph, and all sums; see `distillation_loss`."""
 
+SIDES = ("teacher", "student_before", "student")
+"""Who answers where there is a student."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -36,7 +39,8 @@ class Objective:
     name: str
     """Its value in the config."""
     title: str
-    """What the run does, for a reader."""
+    description: str
+    """What the run does, for a reader: above its report, and in full."""
     has_student: bool
     """A student trains, whose teacher is the same model with SwiftKV off; else all weights of a plain model do."""
     configure: Callable[[PreTrainedConfig, ModelFiles, Config], PreTrainedConfig]
@@ -49,9 +53,11 @@ class Objective:
     metrics: Callable[[LossSums, Config], dict[str, float]]
     """The means of a step by their names in metrics.jsonl; those of which the step has none are left out."""
     prefix: str
-    """Of the metrics of samples with and without images: `PREFIX_vision`, `PREFIX_text`."""
+    loss_title: str
+    """Of the metrics of samples with and without images, `PREFIX_vision` and `PREFIX_text`, and what they measure."""
     agreement: str
-    """The metric of how many tokens the model gets right."""
+    agreement_title: str
+    """The metric of how many tokens the model gets right, and what it measures."""
 
     @property
     def trained_side(self) -> str:
@@ -138,19 +144,23 @@ OBJECTIVES = {
     for objective in (
         Objective(
             name="distill",
-            title="distillation of the model from itself",
+            title="SwiftKV by distillation",
+            description="distillation of the model from itself",
             has_student=True,
             configure=configure_student,
             build=build_the_student,
             loss=distillation_loss_of,
-            sides=("teacher", "student_before", "student"),
+            sides=SIDES,
             metrics=distillation_metrics,
             prefix="kl",
+            loss_title="KL from the teacher",
             agreement="top1_agreement",
+            agreement_title="top-1 agreement",
         ),
         Objective(
             name="sft",
             title="supervised fine-tuning",
+            description="supervised fine-tuning",
             has_student=False,
             configure=configure_plain,
             build=build_the_plain,
@@ -158,7 +168,9 @@ OBJECTIVES = {
             sides=("sft_model",),
             metrics=fine_tuning_metrics,
             prefix="ce",
+            loss_title="cross-entropy",
             agreement="token_accuracy",
+            agreement_title="right tokens",
         ),
     )
 }

@@ -130,7 +130,6 @@ def test_without_transformers_importing_registers_once_it_comes() -> None:
         f"assert not {HEAVY} & set(sys.modules), sys.modules\n"
         f"{REGISTERED}\n"
         "import transformers\n"
-        "assert type(transformers.__spec__.loader).__module__ == '_frozen_importlib_external'\n"
         "importlib.reload(transformers)\n"
         f"{REGISTERED}\n"
         "assert transformers.AutoConfig.for_model('llama_swiftkv').model_type == 'llama_swiftkv'\n"

@@ -48,14 +48,12 @@ class _RegisteringLoader(Loader):
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __getattr__(self, name: str) -> Any:  # for those who read files through the loader of a module they only found
+    def __getattr__(self, name: str) -> Any:  # of a module that is only found, files can be read
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader  # as importlib.util.LazyLoader: the module is its own
         self.loader.exec_module(module)
         import vlskv_ray.model.swiftkv  # noqa: F401 - which registers

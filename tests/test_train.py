@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import conversation
-from runs import (
-    NO_ANSWERS,
-    main,
-)
+from runs import NO_ANSWERS, main
 
 import vlskv_ray.train
 

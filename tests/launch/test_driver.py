@@ -14,13 +14,7 @@ import pytest
 import torch
 from clusters import Command, plan_faults
 from pages import PLOTS, SECTIONS
-from runs import (
-    LOCAL,
-    NO_ANSWERS,
-    assert_same_weights,
-    lines,
-    main,
-)
+from runs import LOCAL, NO_ANSWERS, assert_same_weights, lines, main
 from safetensors.torch import load_file
 
 from vlskv_ray.report.figures import decimal, percent

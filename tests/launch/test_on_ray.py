@@ -12,10 +12,7 @@ import pytest
 import torch
 from clusters import Command, plan_faults, worker_processes
 from conftest import conversation, picture
-from runs import (
-    assert_ended_as,
-    lines,
-)
+from runs import assert_ended_as, lines
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -84,7 +84,7 @@ def test_the_student_answers_about_a_new_image(left_alone: Path) -> None:
 @pytest.mark.ray
 def test_the_readmes_snippet_runs(left_alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On this run's student, as it stands there; the random model says something, if only syllables."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(snippet.replace("runs/quickstart/final", str(left_alone / "final")), {})
     question, _, answer = capsys.readouterr().out.partition("ASSISTANT:\n")

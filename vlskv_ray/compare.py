@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlskv_ray.command import DONE, command_parser, exit_status
-from vlskv_ray.report.markdown import write_block
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def compare(options: argparse.Namespace) -> int:
     """Shows or writes what was asked for. ValueError for what the user can mend."""
     from vlskv_ray.report.comparison import closing_texts, comparison, finished, summaries
+    from vlskv_ray.report.markdown import write_block
 
     runs = [finished(Path(folder)) for folder in options.runs]
     show = closing_texts if options.result else summaries if options.summary else comparison

@@ -14,7 +14,6 @@ from pathlib import Path
 from vlskv_ray.command import DONE, exit_status, number_up_to, print_info, run_parser
 from vlskv_ray.config import Config, load_config
 from vlskv_ray.files import write_json
-from vlskv_ray.report.markdown import write_block
 from vlskv_ray.words import plural
 
 NUM_SAMPLES = 256
@@ -62,6 +61,7 @@ def probe(config: Config, options: argparse.Namespace) -> int:
     from vlskv_ray.model.build import find_model
     from vlskv_ray.model.build import load_config as load_model_config
     from vlskv_ray.model.swiftkv import has_swiftkv
+    from vlskv_ray.report.markdown import write_block
     from vlskv_ray.sweep.probing import (
         agreement_with,
         distance_table,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from vlskv_ray.command import DONE, exit_status, print_info, run_parser
 from vlskv_ray.config import Config, dump_config, load_config_and_notices
+from vlskv_ray.config.sweep import check_sweep
 from vlskv_ray.files import write_text
 from vlskv_ray.storage.lease import own_run_folder
 from vlskv_ray.storage.run_folder import move_aside, run_folder
@@ -43,16 +44,16 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
     config, notices = load_config_and_notices(options.config, overrides)
     if notices:
         print_info(config, "\n".join(notices))
+    check_sweep(config)
     return tune(config, options, overrides)
 
 
 def tune(config: Config, options: argparse.Namespace, overrides: list[str]) -> int:
     """A whole sweep, or the list of its trials; the exit status. ValueError for what the user can mend."""
     from vlskv_ray.sweep.run_sweep import run_sweep, train_command
-    from vlskv_ray.sweep.space import check_sweep, possible_trials
+    from vlskv_ray.sweep.space import possible_trials
     from vlskv_ray.sweep.sweep import Sweep
 
-    check_sweep(config)
     trials, impossible = possible_trials(config, options.config, overrides)
     folder = run_folder(config)
     is_drawn = config.tune.search == "optuna"

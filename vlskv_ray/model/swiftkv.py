@@ -474,8 +474,8 @@ class SwiftKVModel(Stock):
             group = [x.self_attn for x in layers if self.config.key_value_leader(x.layer_idx) == layer.layer_idx]
             teachers = {"q_proj": [attention], "k_proj": group, "v_proj": group}
             for name, weight in attention.named_parameters():
-                projection, _, key = name.partition("_swiftkv.")  # only a group's first layer has those of keys, values
-                if key and starts(weight):
+                projection, _, key = name.partition("_swiftkv.")
+                if key and teachers[projection] and starts(weight):  # keys and values are a group's first layer's
                     copied = [getattr(x, projection).get_parameter(key) for x in teachers[projection]]
                     weight.copy_(torch.stack(copied).mean(0))
 

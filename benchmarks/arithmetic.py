@@ -17,7 +17,7 @@ from vlskv_ray.data.collate import Batch, supervised_positions, to_row
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import swiftkv_config
 from vlskv_ray.model.wrappers import llava_next
-from vlskv_ray.training.counting import flop_counter
+from vlskv_ray.training.profiling import flop_counter
 
 WORKERS = (1, 2, 16, 64, 512)
 GIGABITS = (1, 10, 25, 100)

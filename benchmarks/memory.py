@@ -21,9 +21,9 @@ import torch
 from benchmarks.workloads import CONFIGS, WORKLOADS, build, micro_batch
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.model import presets
-from vlskv_ray.training.counting import flop_counter, peak_bytes
 from vlskv_ray.training.distill import DistillationLoss
 from vlskv_ray.training.objective import Loss
+from vlskv_ray.training.profiling import flop_counter, peak_bytes
 from vlskv_ray.training.sft import cross_entropy_loss
 from vlskv_ray.training.step import GradientBuffer, recompute, train_step
 

@@ -39,8 +39,8 @@ from vlskv_ray.data.teacher_cache import TeacherCache
 from vlskv_ray.evaluation.evaluator import toggled
 from vlskv_ray.model import presets
 from vlskv_ray.report.markdown import markdown_table, write_block
-from vlskv_ray.training.counting import flop_counter, peak_bytes
 from vlskv_ray.training.distill import DistillationLoss, distillation_loss
+from vlskv_ray.training.profiling import flop_counter, peak_bytes
 from vlskv_ray.training.step import GradientBuffer, train_step
 
 TEMPERATURE = 2.0

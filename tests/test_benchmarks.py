@@ -13,7 +13,7 @@ from benchmarks import memory, same_numbers, step, trl_step, workloads
 from benchmarks.arithmetic import lengths_of, step_flops, tower_flops
 from vlskv_ray.data.collate import Batch, supervised_positions
 from vlskv_ray.model.wrappers import llava_next
-from vlskv_ray.training.counting import flop_counter
+from vlskv_ray.training.profiling import flop_counter
 
 
 def expected_flops(model: Any, batch: Batch) -> tuple[int, int]:

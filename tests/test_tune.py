@@ -21,10 +21,10 @@ from vlskv_ray.config import ClusterConfig, load_config
 from vlskv_ray.data.pipeline import local_batches
 from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.model.build import build_student, find_model
-from vlskv_ray.sweep.shares import concurrent_trials
 from vlskv_ray.sweep.space import trials_of
-from vlskv_ray.training.counting import flop_counter
+from vlskv_ray.sweep.trial_resources import concurrent_trials
 from vlskv_ray.training.distill import cached_pass, frozen_states, shared_pass
+from vlskv_ray.training.profiling import flop_counter
 from vlskv_ray.tune import main
 
 ROOT = Path(__file__).parent.parent

@@ -33,7 +33,7 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
 def fill(config: Config, options: argparse.Namespace) -> int:
     """Makes what is missing; returns the exit status. ValueError for what the user can mend."""
     from vlskv_ray.cluster.start import ray_cluster
-    from vlskv_ray.launch.caches import check_cache
+    from vlskv_ray.launch.cache_room import check_cache
     from vlskv_ray.launch.fill_cache import SeveralCaches, fill_ahead
     from vlskv_ray.launch.prepare import prepare
 

@@ -72,7 +72,7 @@ def train(
 
 def try_out(config: Config, num_samples: int | None) -> int:
     """Checks everything up to one step, and says what it takes. ValueError for what the user can mend."""
-    from vlskv_ray.launch.caches import check_cache
+    from vlskv_ray.launch.cache_room import check_cache
     from vlskv_ray.launch.dry_run import dry_run
     from vlskv_ray.launch.prepare import prepare
 

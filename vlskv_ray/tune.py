@@ -14,8 +14,8 @@ from vlskv_ray.command import DONE, exit_status, print_info, run_parser
 from vlskv_ray.config import Config, dump_config, load_config_and_notices
 from vlskv_ray.config.sweep import check_sweep
 from vlskv_ray.files import write_text
-from vlskv_ray.storage.lease import own_run_folder
 from vlskv_ray.storage.run_folder import move_aside, run_folder
+from vlskv_ray.storage.run_lock import own_run_folder
 from vlskv_ray.words import plural, short_path
 
 

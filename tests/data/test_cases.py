@@ -19,8 +19,9 @@ from waiting import HANG_SECONDS
 
 from vlskv_ray.config import SourceConfig
 from vlskv_ray.data import layouts
-from vlskv_ray.data.chat import Limits, check_template
+from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch
+from vlskv_ray.data.labels import check_template
 from vlskv_ray.data.pipeline import Loader, begin_at, local_batches, ray_batches, ray_dataset
 from vlskv_ray.data.plan import Plan, Table, Tokens
 from vlskv_ray.data.sample import SourceError

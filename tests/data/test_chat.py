@@ -10,9 +10,10 @@ import torch
 from conftest import conversation, picture, tiny_config
 from transformers import AutoModelForImageTextToText
 
-from vlskv_ray.data.chat import Limits, check_template, encode, render
+from vlskv_ray.data.chat import Limits, encode, render
 from vlskv_ray.data.collate import IGNORE_INDEX, collate
 from vlskv_ray.data.images import load_image
+from vlskv_ray.data.labels import check_template
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.model import presets
 from vlskv_ray.model.wrappers import llava_next

@@ -419,7 +419,7 @@ def config_of(folder: Path, teacher: Path, name: str, **model: Any) -> Config:
 
 @pytest.fixture
 def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr("vlskv_ray.launch.caches.IN_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr("vlskv_ray.launch.cache_room.IN_MEMORY", tmp_path / "shm")
     yield tmp_path / "shm"
 
 

@@ -11,8 +11,9 @@ from reference import rendered_by_prefixes
 from templates import HUB_MISTRAL
 from tokenizers.processors import TemplateProcessing
 
-from vlskv_ray.data.chat import Limits, check_template, encode
+from vlskv_ray.data.chat import Limits, encode
 from vlskv_ray.data.collate import IGNORE_INDEX
+from vlskv_ray.data.labels import check_template
 from vlskv_ray.data.rows import sample_of
 from vlskv_ray.data.sample import Rejected, Sample
 from vlskv_ray.data.templates import Rendering, render

@@ -18,7 +18,7 @@ from runs import LOCAL, NO_ANSWERS, assert_same_weights, lines, main
 from safetensors.torch import load_file
 
 from vlskv_ray.report.figures import decimal, percent
-from vlskv_ray.storage.lease import own_run_folder
+from vlskv_ray.storage.run_lock import own_run_folder
 from vlskv_ray.training import faults
 from vlskv_ray.training.objective import SIDES
 

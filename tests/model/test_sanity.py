@@ -21,7 +21,7 @@ from vlskv_ray.generate import main as generate
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import build_student, find_model, parameter_counts
 from vlskv_ray.model.processor import load_processor
-from vlskv_ray.model.trial import MAX_TEXT, MEMORY, SECONDS
+from vlskv_ray.model.sandbox import MAX_TEXT, MEMORY, SECONDS
 from vlskv_ray.model.wrappers.llava_next import num_image_features
 from vlskv_ray.train import main as train
 
@@ -486,7 +486,7 @@ def test_a_tokenizer_is_tried_within_limits(folder: Path, edit: Edit, message: s
 
 def test_what_comes_with_the_package_and_what_was_tried_is_not_tried_again(folder: Path, tmp_path: Path) -> None:
     """The same files are tried once in a process, wherever they lie."""
-    from vlskv_ray.model.trial import _problem_of
+    from vlskv_ray.model.sandbox import _problem_of
 
     load_processor(find_model(str(folder)))
     before = _problem_of.cache_info().misses

@@ -14,7 +14,6 @@ from torch import Tensor
 from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded, parts
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
-from vlskv_ray.training.counting import peak_bytes
 from vlskv_ray.training.distill import (
     DistillationLoss,
     DivergenceAtHead,
@@ -26,6 +25,7 @@ from vlskv_ray.training.distill import (
     shared_pass,
 )
 from vlskv_ray.training.objective import Loss
+from vlskv_ray.training.profiling import peak_bytes
 from vlskv_ray.training.step import autocast, recompute
 
 OBJECTIVE = DistillationLoss(temperature=2.0, vision_loss_weight=0.7, text_loss_weight=1.3, hidden_loss_weight=0.4)

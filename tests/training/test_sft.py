@@ -21,8 +21,8 @@ from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded
 from vlskv_ray.model.build import build_plain, find_model
 from vlskv_ray.model.swiftkv import BACKBONES
 from vlskv_ray.train_loop import train_worker
-from vlskv_ray.training.counting import peak_bytes
 from vlskv_ray.training.objective import Loss
+from vlskv_ray.training.profiling import peak_bytes
 from vlskv_ray.training.run import Run, Worker
 from vlskv_ray.training.sft import cross_entropy_loss
 from vlskv_ray.training.step import recompute

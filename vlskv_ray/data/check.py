@@ -4,7 +4,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlskv_ray.data.chat import check_template
+from vlskv_ray.data.labels import check_template
 from vlskv_ray.model.build import LIBRARY_ERRORS, ModelFiles, load_config
 from vlskv_ray.model.wrappers import wrapper_of
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from vlskv_ray.data.lookalikes import nearest_to
+from vlskv_ray.data.missing_images import nearest_to
 from vlskv_ray.data.sample import ImageFile, Refused, Rejected
 
 MAX_BYTES = 32 * 2**20

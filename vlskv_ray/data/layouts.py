@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from vlskv_ray.data.pictures import IMAGE_COLUMNS
+from vlskv_ray.data.image_columns import IMAGE_COLUMNS
 from vlskv_ray.data.sample import Rejected, SourceError
 
 TEXT = "text"

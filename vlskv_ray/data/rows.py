@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlskv_ray.data.image_columns import picture_in_part, picture_of, unread_in
 from vlskv_ray.data.layouts import TEXT, Layout, find_layout, no_fit
-from vlskv_ray.data.pictures import picture_in_part, picture_of, unread_in
 from vlskv_ray.data.sample import ImageFile, Notice, Rejected, Sample
 
 MARKER = "<image>"

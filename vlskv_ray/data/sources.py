@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlskv_ray.data.json_files import open_binary, open_json
-from vlskv_ray.data.other_formats import refuse_other_formats
+from vlskv_ray.data.refused_formats import refuse_other_formats
 from vlskv_ray.data.sample import Sample, SourceError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate
 from vlskv_ray.model.swiftkv import swiftkv_backbone
-from vlskv_ray.training.counting import flop_counter
+from vlskv_ray.training.profiling import flop_counter
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 """Tokens of the prompts that are tried."""

@@ -14,16 +14,16 @@ from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.data.plan import ROWS_IN_MEMORY
 from vlskv_ray.errors import RunFailed
 from vlskv_ray.files import write_text
-from vlskv_ray.launch.caches import check_cache
+from vlskv_ray.launch.cache_room import check_cache
 from vlskv_ray.launch.on_ray import run_on_ray
 from vlskv_ray.launch.prepare import prepare
-from vlskv_ray.launch.resumable import REMEDY
+from vlskv_ray.launch.resume import find_start
 from vlskv_ray.launch.watch import OnMetrics, watch, with_threads
 from vlskv_ray.report.finished import is_untouched, seals, unfinished, unmade, write_pages
 from vlskv_ray.report.summary import closing, write_summary
-from vlskv_ray.storage.checkpoint import has_checkpoints, newest_checkpoint, remove_unfinished
-from vlskv_ray.storage.lease import own_run_folder
+from vlskv_ray.storage.checkpoint import remove_unfinished
 from vlskv_ray.storage.run_folder import move_aside, run_folder, unused_name
+from vlskv_ray.storage.run_lock import own_run_folder
 from vlskv_ray.storage.run_log import truncate_logs
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.training.faults import fault_point
@@ -40,30 +40,13 @@ def train(
     resume: str = "auto",
     on_metrics: OnMetrics = None,
 ) -> int:
-    """A whole run, from config to `final/` and summary.json.
-
-    Args:
-        config: of the run.
-        num_samples: use only the first so many samples of the mixture.
-        resume: "auto", "never" or "must", as on the command line.
-        on_metrics: told every line of metrics.jsonl, in the calling thread; what it raises ends the run.
-
-    Returns:
-        the exit status of the command.
-
-    Raises:
-        ValueError: for what the user can mend.
-    """
+    """A whole run, as `vlskv_ray.train.train` has it."""
     began = time.monotonic()
     folder = run_folder(config)
     if resume == "never" and folder.exists():
         print_info(config, f"moved the older run to {short_path(move_aside(folder))}")
     with own_run_folder(folder) as owner:  # first of all: what is looked at from here on is this command's alone
-        saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print_error(f"warning: {text}"))
-        if saved is None and resume == "must":
-            raise ValueError(f"{folder}: --resume must was given, but there is no checkpoint to go on from")
-        if saved is None and ((folder / "summary.json").exists() or has_checkpoints(folder / "checkpoints")):
-            raise ValueError(f"{folder}: holds a run, but no checkpoint of it that is whole; {REMEDY}")
+        saved = find_start(folder, resume)
         run, loader = prepare(config, saved, num_samples, owner)
         if len(loader.plan.lengths) > ROWS_IN_MEMORY:
             loader = replace(loader, plan=loader.plan.with_lengths_in(folder / "lengths.npy"))

@@ -21,9 +21,9 @@ from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import StoppedRun
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.training.counting import flop_counter, peak_bytes
 from vlskv_ray.training.distill import shared_pass
 from vlskv_ray.training.objective import build_model
+from vlskv_ray.training.profiling import flop_counter, peak_bytes
 from vlskv_ray.training.run import Run
 from vlskv_ray.training.step import GradientBuffer, StepResult, autocast, build_optimizer, loss_of, train_step
 from vlskv_ray.words import format_bytes, format_duration, plural, printable

@@ -21,10 +21,10 @@ from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.plan import Plan, Table, Tokens, first_of_mixture
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.launch.caches import teacher_cache_of
-from vlskv_ray.launch.lengths import lengths_of, tokens_of
-from vlskv_ray.launch.resumable import check_resumable, check_unchanged
+from vlskv_ray.launch.cache_room import teacher_cache_of
+from vlskv_ray.launch.resume import check_resumable, check_unchanged
 from vlskv_ray.launch.start_block import start_block
+from vlskv_ray.launch.token_estimate import lengths_of, tokens_of
 from vlskv_ray.model.build import (
     ModelFiles,
     find_model,
@@ -35,8 +35,8 @@ from vlskv_ray.model.processor import load_processor
 from vlskv_ray.report.run_files import at
 from vlskv_ray.storage.checkpoint import SavedState
 from vlskv_ray.storage.run_folder import run_folder
-from vlskv_ray.training.counting import matmul_seconds
 from vlskv_ray.training.objective import objective_of
+from vlskv_ray.training.profiling import matmul_seconds
 from vlskv_ray.training.run import Run
 
 LARGEST_STEP = 2**24

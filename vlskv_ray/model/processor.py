@@ -7,8 +7,8 @@ from transformers import AutoProcessor, PreTrainedConfig
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import LIBRARY_ERRORS, ModelFiles, load_config, naming_model, one_line
 from vlskv_ray.model.folder import check_classes
+from vlskv_ray.model.sandbox import problem_of
 from vlskv_ray.model.sanity import image_token_key
-from vlskv_ray.model.trial import problem_of
 from vlskv_ray.model.wrappers import Wrapper, wrapper_of
 
 

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from vlskv_ray.config import Config
-from vlskv_ray.storage.lease import own_run_folder
+from vlskv_ray.storage.run_lock import own_run_folder
 from vlskv_ray.words import short_path
 
 

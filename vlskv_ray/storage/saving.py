@@ -18,7 +18,7 @@ from vlskv_ray.errors import StoppedRun, TakenOver
 from vlskv_ray.files import make_readable
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.storage.checkpoint import SavedState, newest_checkpoint, save_checkpoint
-from vlskv_ray.storage.lease import is_owner
+from vlskv_ray.storage.run_lock import is_owner
 from vlskv_ray.storage.run_log import RunLog
 from vlskv_ray.training.distill import LossSums
 from vlskv_ray.training.faults import fault_point

@@ -15,9 +15,9 @@ from vlskv_ray.config import Config
 from vlskv_ray.launch.driver import train
 from vlskv_ray.report.run_files import at, read_run
 from vlskv_ray.storage.checkpoint import newest_step
-from vlskv_ray.sweep.shares import trial_takes, with_share
 from vlskv_ray.sweep.sweep import LOG, METRICS, Sweep, known_trials
 from vlskv_ray.sweep.table import SweepTable
+from vlskv_ray.sweep.trial_resources import trial_takes, with_share
 from vlskv_ray.sweep.trials import TRIAL_DONE, TRIAL_FAILED, TRIAL_STOPPED, Trial, outcome_of, trial_of, write_outcome
 from vlskv_ray.words import printable_lines
 

@@ -18,17 +18,17 @@ from vlskv_ray.cluster.shares import Cluster
 from vlskv_ray.cluster.start import has_unmet_requests, ray_cluster, release_dead_placement_groups
 from vlskv_ray.command import DONE, FAILED, print_info
 from vlskv_ray.config import Config, changed
-from vlskv_ray.launch.caches import check_cache, teacher_cache_of
+from vlskv_ray.launch.cache_room import check_cache, teacher_cache_of
 from vlskv_ray.launch.fill_cache import SeveralCaches, fill_ahead, samples_seen
 from vlskv_ray.launch.prepare import prepare
 from vlskv_ray.launch.watch import run_in_thread, signals_to
 from vlskv_ray.report.run_files import at, read_run
 from vlskv_ray.sweep.frontier_page import write_frontier
 from vlskv_ray.sweep.on_tune import QUIET, run_trials
-from vlskv_ray.sweep.shares import concurrent_trials, trial_takes
 from vlskv_ray.sweep.space import num_key_value_layers_of
 from vlskv_ray.sweep.sweep import Sweep, known_trials, missing_trials, refuse_other_options
 from vlskv_ray.sweep.table import SweepTable
+from vlskv_ray.sweep.trial_resources import concurrent_trials, trial_takes
 from vlskv_ray.sweep.trials import TRIAL_DONE, Trial, outcome_of
 from vlskv_ray.training.objective import objective_of
 from vlskv_ray.words import plural, short_path

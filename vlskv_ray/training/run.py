@@ -36,7 +36,7 @@ class Run:
     watches_nodes: bool = False
     """The cluster may tell that a node is about to be taken away."""
     owner: str = ""
-    """Whose the run folder is while this holds, see `lease`."""
+    """Whose the run folder is while this holds, see `storage/run_lock.py`."""
     cache: TeacherCache | None = None
     """Where the frozen states of samples are kept; None: nowhere."""
     held_out: HeldOut | None = None

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from vlskv_ray.training.counting import flop_counter, peak_bytes
+from vlskv_ray.training.profiling import flop_counter, peak_bytes
 
 
 def test_operations_of_products_and_attention_forward_and_back() -> None:

@@ -1,11 +1,13 @@
 """What a run must have in common with the checkpoint that it goes on from."""
 
 import math
+from pathlib import Path
 
 from pydantic import ValidationError
 
+from vlskv_ray.command import print_error
 from vlskv_ray.config import Config, changed_keys
-from vlskv_ray.storage.checkpoint import SavedState
+from vlskv_ray.storage.checkpoint import SavedState, has_checkpoints, newest_checkpoint
 from vlskv_ray.training.run import Run
 
 FIXED = {"objective", "micro_batch_size", "gradient_accumulation_steps"} | {
@@ -15,6 +17,24 @@ FIXED = {"objective", "micro_batch_size", "gradient_accumulation_steps"} | {
 
 
 REMEDY = "use --resume never to start anew, or another output.name"
+
+
+def find_start(folder: Path, resume: str) -> SavedState | None:
+    """The checkpoint that a run goes on from, None for a new run. Damaged ones are passed over, and told.
+
+    Args:
+        folder: of the run.
+        resume: "auto" or "must", as on the command line; "never" has moved an older run aside before.
+
+    Raises:
+        ValueError: there is none and there must be, or a run would be written over that has none that is whole.
+    """
+    saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print_error(f"warning: {text}"))
+    if saved is None and resume == "must":
+        raise ValueError(f"{folder}: --resume must was given, but there is no checkpoint to go on from")
+    if saved is None and ((folder / "summary.json").exists() or has_checkpoints(folder / "checkpoints")):
+        raise ValueError(f"{folder}: holds a run, but no checkpoint of it that is whole; {REMEDY}")
+    return saved
 
 
 def check_resumable(config: Config, saved: SavedState | None) -> int:

@@ -9,7 +9,7 @@ from vlskv_ray.command import print_info
 from vlskv_ray.data.collate import IGNORE_INDEX
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.teacher_cache import IN_MEMORY, TeacherCache
-from vlskv_ray.launch.lengths import some_samples
+from vlskv_ray.launch.token_estimate import some_samples
 from vlskv_ray.model.build import (
     load_config,
 )

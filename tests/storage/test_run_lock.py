@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from vlskv_ray.storage import lease
-from vlskv_ray.storage.lease import is_owner, own_run_folder
+from vlskv_ray.storage import run_lock
+from vlskv_ray.storage.run_lock import is_owner, own_run_folder
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.1)
 
 
 def test_the_second_one_is_told_who_has_it(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def elsewhere(folder: Path, beats: int) -> None:
 
 
 def test_an_owner_on_another_machine_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 5.0)  # listened for 15 s at most, and a second where all goes well
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 5.0)  # listened for 15 s at most, and a second where all goes well
     elsewhere(tmp_path, 0)
     ended = threading.Event()
 
@@ -69,7 +69,7 @@ def test_an_owner_on_another_machine_that_is_dead_or_has_left(tmp_path: Path, mo
         assert listened
         assert is_owner(tmp_path, owner)
         (tmp_path / "config.yaml").touch()
-    elsewhere(tmp_path, lease.LEFT)
+    elsewhere(tmp_path, run_lock.LEFT)
     listened.clear()
     with own_run_folder(tmp_path):
         assert not listened

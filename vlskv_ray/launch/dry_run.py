@@ -108,9 +108,10 @@ def print_prediction(run: Run, step: float, later: float) -> None:
     first = min(run.steps_per_epoch, run.total_steps) if run.cache else run.total_steps
     whole = first * step + (run.total_steps - first) * later
     of_later = f", {later:.3g} s from the second epoch on" if first < run.total_steps else ""
+    steps = plural(run.total_steps, "step")
     print(
-        f"prediction    {step:.3g} s a step{of_later}, {format_duration(whole)} for {run.total_steps} steps; starting "
-        f"and measuring come on top"
+        f"prediction    {step:.3g} s a step{of_later}, {format_duration(whole)} for {steps}; starting and measuring "
+        f"come on top"
     )
     if run.config.cluster.most_workers and step < SHORT_STEP:
         print("              and what Ray itself does for a step, 0.05 s and more, counts in one so short")

@@ -23,6 +23,7 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
     what = "all weights train on the answers"
     if objective_of(config).has_student:
         what = f"SwiftKV from layer {text.num_key_value_layers} in groups of {text.key_value_group_size}"
+    steps = plural(run.total_steps, "step")
     return (
         f"vlskv_ray {vlskv_ray.__version__}  {versions}  python {platform.python_version()}\n"
         f"model         {model.name_or_path}{revision}: {text.num_hidden_layers} text layers, {what}, "
@@ -30,5 +31,5 @@ def start_block(run: Run, plan: Plan, text: Any) -> str:
         f"data          {plan.samples_per_epoch} samples an epoch, of {rows} rows{held_out}\n"
         f"global batch  {config.micro_batch_size * run.micro_batches_per_step} = {config.micro_batch_size} samples x "
         f"{accumulation} accumulation x {plural(workers, 'worker')}\n"
-        f"run           {run.total_steps} steps, {run.steps_per_epoch} an epoch, into {short_path(run.folder)}"
+        f"run           {steps}, {run.steps_per_epoch} an epoch, into {short_path(run.folder)}"
     )

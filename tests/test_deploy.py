@@ -320,7 +320,7 @@ def test_slurm_passes_arguments_and_leaves_a_token_as_it_is(machine: Path) -> No
 # ----------------------------------------------------------------------------------------------------------- the page
 def test_page_names_what_exists() -> None:
     page = (ROOT / "docs" / "clusters.md").read_text()
-    assert len(page.splitlines()) < 170
+    assert len(page.splitlines()) < 180  # with what README had of clusters
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page):
         assert (ROOT / "docs" / target).exists(), target
     for path in re.findall(r"\b(?:deploy|configs)/[\w.-]+\w", page):

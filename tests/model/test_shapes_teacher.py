@@ -1,9 +1,9 @@
 """The teacher that ships with the package answers as well as is said of it."""
 
 import json
+from typing import Any
 
 import pytest
-import torch
 
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.questions import HeldOut
@@ -16,23 +16,34 @@ from vlskv_ray.model.processor import load_processor
 FOLDER = SHIPPED["shapes-teacher"]
 
 
+STATED = json.loads((FOLDER / "evaluation.json").read_text())
+
+
+@pytest.mark.faults
 def test_it_reaches_what_is_stated() -> None:
     """On the held-out samples of the figures that ship with it: these figures, overall and by kind of question."""
-    stated = json.loads((FOLDER / "evaluation.json").read_text())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        files, count = find_model("shapes-teacher"), stated["samples"]
-        held_out = HeldOut((ShapesSource("test", count),), count, Limits(), batch_size=100)
-        results = Evaluator(build_plain(files), load_processor(files), held_out).results("sft_model")
-    finally:
-        torch.set_num_threads(threads)
-    figures = figures_of(results, "sft_model")
-    assert count >= 2000 and stated["questions"] == len(results)
-    assert figures["accuracy"] >= 0.95
+    assert STATED["samples"] >= 2000
+    figures = measure(STATED["samples"])
+    assert figures["questions"] == STATED["questions"]
     assert min(figures["by_kind"].values()) >= 0.9, figures["by_kind"]
-    assert figures["accuracy"] == pytest.approx(stated["sft_model"]["accuracy"], abs=0.003)
-    assert figures["by_kind"] == pytest.approx(stated["sft_model"]["by_kind"], abs=0.03)
+    assert figures["accuracy"] == pytest.approx(STATED["sft_model"]["accuracy"], abs=0.003)
+    assert figures["by_kind"] == pytest.approx(STATED["sft_model"]["by_kind"], abs=0.03)
+
+
+def test_a_part_of_them_is_near_what_is_stated() -> None:
+    """The first quarter of these samples, in a quarter of the time."""
+    figures = measure(STATED["samples"] // 4)
+    assert figures["accuracy"] == pytest.approx(STATED["sft_model"]["accuracy"], abs=0.01)
+    assert figures["by_kind"] == pytest.approx(STATED["sft_model"]["by_kind"], abs=0.1)
+
+
+def measure(count: int) -> dict[str, Any]:
+    held_out = HeldOut((ShapesSource("test", STATED["samples"]),), count, Limits(), batch_size=100)
+    files = find_model("shapes-teacher")
+    results = Evaluator(build_plain(files), load_processor(files), held_out).results("sft_model")
+    figures = figures_of(results, "sft_model") | {"questions": len(results)}
+    assert figures["accuracy"] >= 0.95
+    return figures
 
 
 def test_it_is_small_and_whole() -> None:

@@ -102,3 +102,11 @@ def test_they_go_into_a_wheel() -> None:
         *(f"config/shipped/{file.name}" for file in CONFIGS.iterdir()),
         *(f"model/shapes_teacher/{file.name}" for file in (package / "model" / "shapes_teacher").iterdir()),
     }
+
+
+def test_a_package_without_them_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose link to them was not copied."""
+    monkeypatch.setattr(configs, "FOLDER", tmp_path / "gone")
+    for name in (None, "quickstart"):
+        with pytest.raises(ValueError, match="gone: holds no configs; this copy of the package lacks them"):
+            configs.show(name)

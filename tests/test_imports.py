@@ -121,11 +121,12 @@ def test_importing_registers_the_models_and_does_nothing_else() -> None:
 def test_without_transformers_importing_registers_once_it_comes() -> None:
     """To import the package, even twice, and to ask whether transformers is there, imports nothing heavy."""
     run_code(
-        "import sys, importlib.util, vlskv_ray\n"
+        "import copy, sys, importlib.util, vlskv_ray\n"
         "finders = len(sys.meta_path)\n"
         "importlib.reload(vlskv_ray)\n"
         "assert len(sys.meta_path) == finders\n"
         "spec = importlib.util.find_spec('transformers')\n"
+        "assert copy.copy(spec.loader).get_data(spec.origin)\n"
         "assert spec.origin.endswith('__init__.py') and b'transformers' in spec.loader.get_data(spec.origin)\n"
         f"assert not {HEAVY} & set(sys.modules), sys.modules\n"
         f"{REGISTERED}\n"

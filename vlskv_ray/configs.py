@@ -31,6 +31,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def show(name: str | None) -> int:
     """Prints one config, or the names of all with the first line of each. ValueError for a name that is none."""
     configs = {file.stem: file.read_text() for file in sorted(FOLDER.glob("*.yaml"))}
+    if not configs:  # the link of a checkout was not copied with it
+        raise ValueError(f"{FOLDER}: holds no configs; this copy of the package lacks them, install it by pip")
     if name is None:
         width = max(map(len, configs))
         for known, text in configs.items():

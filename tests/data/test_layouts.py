@@ -195,6 +195,40 @@ TURNS = Layout(
 )  # fmt: skip
 
 
+def stop(row: Mapping[str, Any]) -> list[Row]:
+    raise StopIteration
+
+
+@pytest.mark.parametrize(
+    "make_turns",
+    [
+        lambda row: None,
+        lambda row: "hello",
+        lambda row: [None],
+        lambda row: {"role": "user"},
+        lambda row: (turn for turn in make_turns(row)),
+        lambda row: 1 / 0,
+        stop,
+    ],
+)
+def test_a_layout_that_makes_no_turns_leaves_its_rows_out(make_turns: Any, tmp_path: Path) -> None:
+    with registered(Layout("odd", {"prompt": TEXT}, make_turns)):
+        source = open_source(SourceConfig(path=str(write(tmp_path / "a.jsonl", [{"prompt": "x"}]))))
+        with pytest.raises(Rejected, match="schema: the layout odd .*wanted "):
+            source.read(0)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_column_of_pictures_may_be_needed(suffix: str, tmp_path: Path) -> None:
+    """One that is declared twice is read once."""
+    layout = Layout("shown", {"prompt": TEXT, "answer": TEXT, "image": "a path"}, make_turns, optional=("image",))
+    (tmp_path / "a.png").write_bytes(PNG)
+    row = {"prompt": "x", "answer": "y", "image": "a.png"}
+    with registered(layout):
+        source = open_source(SourceConfig(path=str(write(tmp_path / f"rows.{suffix}", [row]))))
+        assert len(source.read(0).images) == 1
+
+
 def test_what_a_list_of_objects_holds_is_declared(tmp_path: Path) -> None:
     """Keys that are not read are looked at, and an object that lacks one costs its row."""
     entry = {"user": "x", "assistant": "y"}
@@ -263,6 +297,7 @@ def test_files_of_two_layouts_are_two_sources(prompt_answer: None, suffix: str, 
         (Layout("messages", {"chat": TEXT}, make_turns), "'messages' has the name of the layout 'messages'"),
         (Layout("other", {"messages": TEXT}, make_turns), "'other' has the columns of the layout 'messages'"),
         (Layout("empty", {}, make_turns), "'empty' needs no column"),
+        (Layout("both", {"q": TEXT}, make_turns, image_columns=("q",)), "'both' has 'q' for text and for pictures"),
     ],
 )
 def test_a_layout_that_nothing_tells_from_another_is_no_layout(layout: Layout, message: str) -> None:

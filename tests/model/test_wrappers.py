@@ -133,6 +133,8 @@ def test_an_unknown_family_is_one_clear_error(llava: Llava, monkeypatch: pytest.
     assert wrapper_of("llava_next").MODEL_TYPE == "llava_next" and isinstance(wrapper_of("llava"), Llava)
     with pytest.raises(ValueError, match=r"^model_type 'blip' is not supported; supported: llava_next, llava$"):
         wrapper_of("blip")
+    with pytest.raises(ValueError, match=r"^model_type \['llava'\] is not supported"):
+        wrapper_of(["llava"])  # type: ignore[arg-type] # a file from elsewhere may hold anything
     monkeypatch.delitem(wrappers.FAMILIES, "llava")
     with pytest.raises(ValueError, match=r"^model_type 'llava' is not supported; supported: llava_next$"):
         wrapper_of("llava")

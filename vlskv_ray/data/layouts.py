@@ -37,7 +37,7 @@ class Layout:
     @functools.cached_property  # asked for each row
     def columns(self) -> tuple[str, ...]:
         """All that is read."""
-        return (*self.required, *self.optional, *self.image_columns)
+        return tuple(dict.fromkeys((*self.required, *self.optional, *self.image_columns)))
 
     def __str__(self) -> str:
         """What is wanted, for a reader."""
@@ -57,11 +57,14 @@ def register(layout: Layout) -> None:
     """Adds a layout to those in which sources are opened from now on.
 
     Raises:
-        ValueError: it needs no column, has the name of another, or needs the very columns of another, so that no source
-            could tell them apart.
+        ValueError: it needs no column, takes pictures from a column of text, has the name of another, or needs the very
+            columns of another, so that no source could tell them apart.
     """
     if not layout.required:
         raise ValueError(f"the layout {layout.name!r} needs no column, so it would fit every source")
+    texts = {column for column, what in layout.required.items() if what == TEXT}
+    if both := texts & set(layout.image_columns):
+        raise ValueError(f"the layout {layout.name!r} has {min(both)!r} for text and for pictures; wanted one of them")
     for other in LAYOUTS.values():
         if layout.name == other.name or layout.required.keys() == other.required.keys():
             same = "name" if layout.name == other.name else "columns"

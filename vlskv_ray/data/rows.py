@@ -72,13 +72,16 @@ def _check_columns(row: Mapping[str, Any], layout: Layout) -> None:
 def _make_turns(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
     """A row's turns. Rejected, too, where its layout stumbles over a value: no row harms another."""
     try:
-        turns: list[dict[str, Any]] = layout.make_turns(row)
+        turns = layout.make_turns(row)
     except Rejected:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # it is anybody's function, and may raise anything
         problem = f"the layout {layout.name} cannot make turns of it, {type(error).__name__}: {error}"
         raise Rejected("schema", f"{problem}; wanted {layout}") from error
-    return turns
+    if not isinstance(turns, list | tuple) or not all(isinstance(turn, Mapping) for turn in turns):
+        made = type(turns).__name__
+        raise Rejected("schema", f"the layout {layout.name} makes {made} of it; wanted a list of turns, each an object")
+    return list(turns)
 
 
 def unread_pictures(row: Mapping[str, Any], layout: Layout, ignored: Collection[str] = ()) -> list[str]:

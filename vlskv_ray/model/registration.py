@@ -49,6 +49,8 @@ class _RegisteringLoader(Loader):
         self.loader = loader
 
     def __getattr__(self, name: str) -> Any:  # of a module that is only found, files can be read
+        if name == "loader":  # a copy that is being made has none yet
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

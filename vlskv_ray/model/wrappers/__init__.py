@@ -20,7 +20,7 @@ def register(wrapper: Wrapper) -> None:
 
 def wrapper_of(model_type: str | None) -> Wrapper:
     """The family of models of this type. ValueError where it is none of those known."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 

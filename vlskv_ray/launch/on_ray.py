@@ -19,7 +19,6 @@ from vlskv_ray.data.pipeline import Loader, begin_at, executions, ray_batches, r
 from vlskv_ray.errors import NoRoom, RunFailed
 from vlskv_ray.launch.watch import OnMetrics, watch, with_threads
 from vlskv_ray.storage.checkpoint import newest_step
-from vlskv_ray.storage.run_log import truncate_logs
 from vlskv_ray.train_loop import train_worker
 from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run, Worker
@@ -62,8 +61,9 @@ def fit_again(run: Run, loader: Loader, reserved: Reserved, on_metrics: OnMetric
                 raise
         failures += 1
         print_info(run.config, "Ray's controller of this run was lost or gave up; it is started again with the workers")
-        release_dead_placement_groups()  # the workers' CPUs, which the next ones need
-        truncate_logs(run.folder, newest_step(run.checkpoints))
+        # the workers' CPUs, which the next ones need. The logs are left to these: a worker that outlives the controller
+        # by a moment may yet commit a checkpoint, and lines of its steps must not be gone then
+        release_dead_placement_groups()
 
 
 def missing_room(error: BaseException | None) -> NoRoom | None:

@@ -51,7 +51,7 @@ class ProgressLine:
             self.on_metrics(json.loads(line))  # type: ignore[misc]
         if not self.shown:
             return
-        if self.metrics.taken_back:  # by new workers, which go on from their checkpoint
+        if self.metrics.taken_back and self.latest:  # by new workers, which go on from their checkpoint
             self._write("a worker was lost; all were started again from the newest checkpoint", lasting=True)
         if not lines:
             if self.live and not self.latest:

@@ -13,13 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from vlskv_ray.data.collate import Encoded
-from vlskv_ray.model.build import (
-    build_student,
-    find_model,
-    load_config,
-    swiftkv_config,
-    trainable_parameters,
-)
+from vlskv_ray.model.build import build_student, find_model, load_config, swiftkv_config, trainable_parameters
 from vlskv_ray.model.presets import PRESETS, build_teacher
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone

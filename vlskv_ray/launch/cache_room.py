@@ -10,9 +10,7 @@ from vlskv_ray.data.collate import IGNORE_INDEX
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.teacher_cache import IN_MEMORY, TeacherCache
 from vlskv_ray.launch.token_estimate import some_samples
-from vlskv_ray.model.build import (
-    load_config,
-)
+from vlskv_ray.model.build import load_config
 from vlskv_ray.training.run import Run
 from vlskv_ray.words import format_bytes, short_path
 

@@ -24,20 +24,10 @@ from vlskv_ray.training.run import Run
 from vlskv_ray.words import format_bytes, plural
 
 PACKAGES = ("ray", "torch", "transformers", "datasets", "pillow", "pyarrow", "numpy")
-
-
 LITTLE_SHARED_MEMORY = 512 * 2**20
-
-
 LITTLE_DISK = 2**30
-
-
 FEW_FILES = 4096
-
-
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-
-
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 

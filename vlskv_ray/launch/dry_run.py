@@ -213,7 +213,7 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
     rejected: list[dict[str, Any]] = []
     notices: list[dict[str, str]] = []
     found = []
-    for batch in describe_spread(run, loader):
+    for batch in batches_of_epoch(run, loader):
         made, seen = made + 1, seen + len(batch.sample_ids) + len(batch.rejected)
         rejected += batch.rejected
         notices += batch.notices
@@ -245,7 +245,7 @@ def try_data(run: Run, loader: Loader) -> tuple[list[Batch], float]:
     return found, seconds
 
 
-def describe_spread(run: Run, loader: Loader) -> Iterator[Batch]:
+def batches_of_epoch(run: Run, loader: Loader) -> Iterator[Batch]:
     """The first micro-batch of steps all over an epoch, then those of the steps between, then the second ones, ..."""
     steps = min(run.steps_per_epoch, run.total_steps)
     stride = max(1, steps // max(TIMED_MICRO_BATCHES, TRIED_SAMPLES // run.config.micro_batch_size))

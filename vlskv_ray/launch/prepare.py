@@ -25,12 +25,7 @@ from vlskv_ray.launch.cache_room import teacher_cache_of
 from vlskv_ray.launch.resume import check_resumable, check_unchanged
 from vlskv_ray.launch.start_block import start_block
 from vlskv_ray.launch.token_estimate import lengths_of, tokens_of
-from vlskv_ray.model.build import (
-    ModelFiles,
-    find_model,
-    fingerprint_of,
-    load_config,
-)
+from vlskv_ray.model.build import ModelFiles, find_model, fingerprint_of, load_config
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.report.run_files import at
 from vlskv_ray.storage.checkpoint import SavedState

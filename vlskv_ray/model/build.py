@@ -24,13 +24,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.model import presets

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlskv_ray.files import write_text
-from vlskv_ray.report.figures import (
-    Rows,
-)
+from vlskv_ray.report.figures import Rows
 
 
 def markdown_table(head: Sequence[str], rows: Rows, corner: str = "") -> str:

@@ -85,7 +85,7 @@ def probe(config: Config, options: argparse.Namespace) -> int:
             raise ValueError(f"{option}: there is no folder {Path(file).absolute().parent}")
     run, loader = prepare(probe_config(config), num_samples=options.num_samples)
     began = time.monotonic()
-    distances = measure_distances(run.config, loader, settings, run.steps_per_epoch)
+    distances = measure_distances(run, loader, settings)
     print_info(
         config, f"{options.num_samples} samples, {plural(len(settings), 'setting')} in {time.monotonic() - began:.0f} s"
     )

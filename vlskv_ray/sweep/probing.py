@@ -20,10 +20,11 @@ from torch import Tensor
 from vlskv_ray.config import Config, changed
 from vlskv_ray.data.collate import Batch, FrozenStates, supervised_positions
 from vlskv_ray.data.pipeline import Loader, local_batches
-from vlskv_ray.model.build import build_student, find_model
+from vlskv_ray.model.build import build_student
 from vlskv_ray.model.swiftkv import SwiftKVPass, check_layers, swiftkv_backbone
 from vlskv_ray.report.figures import decimal, percent
 from vlskv_ray.training.distill import DivergenceAtHead, frozen_states, rows_per_chunk
+from vlskv_ray.training.run import Run
 from vlskv_ray.training.step import autocast
 from vlskv_ray.words import terminal_table
 
@@ -77,13 +78,12 @@ def settings_of(last: int, layers: Sequence[int], groups: Sequence[int]) -> list
     return found
 
 
-def measure_distances(
-    config: Config, loader: Loader, settings: Sequence[Setting], steps: int
-) -> dict[Setting, Distance]:
-    """The distance of each setting's untrained student, over the samples of so many steps of the plan."""
+def measure_distances(run: Run, loader: Loader, settings: Sequence[Setting]) -> dict[Setting, Distance]:
+    """The distance of each setting's untrained student, over the samples of an epoch of the run."""
+    config, steps = run.config, run.steps_per_epoch
     torch.set_num_threads(config.cluster.threads_per_worker or torch.get_num_threads())
     model = build_student(
-        find_model(config.model.name_or_path, config.model.revision),
+        run.model_files,
         1,
         1,  # so that every layer has all weights that any setting needs
         attn_implementation=config.model.attn_implementation,

@@ -16,6 +16,39 @@ from vlskv_ray.cluster.start import address_of_ray_start, has_token, short_folde
 
 
 @pytest.mark.cluster
+def test_actors_that_are_ended_are_this_processs_own_of_one_class() -> None:
+    """Who waits for one is told, which a thread must be before Ray is taken down under it."""
+    mine = """
+import ray, time
+from vlskv_ray.cluster.start import end_actors, ray_cluster
+
+class Sleeper:
+    def sleeps(self): time.sleep(600)
+    def answers(self): return 3
+
+class Controller(Sleeper): pass
+
+class Starter:
+    def starts(self):
+        self.controller = ray.remote(num_cpus=0)(Controller).remote()
+        return ray.get(self.controller.answers.remote())
+    def asks(self): return ray.get(self.controller.answers.remote())
+
+with ray_cluster("local"):
+    other, starter = (ray.remote(num_cpus=0)(kind).remote() for kind in (Sleeper, Starter))
+    assert ray.get(starter.starts.remote()) == 3
+    controller = ray.remote(num_cpus=0)(Controller).remote()  # ended while it is started
+    sleeps = controller.sleeps.remote()
+    end_actors("Controller")
+    try: ray.get(sleeps, timeout=60)
+    except ray.exceptions.RayActorError: print("ended")
+    print(ray.get(other.answers.remote()), ray.get(starter.asks.remote()))
+"""
+    found = subprocess.run([sys.executable, "-c", mine], capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert found.stdout.split() == ["ended", "3", "3"], found
+
+
+@pytest.mark.cluster
 def test_the_cluster_of_another_run_is_not_joined() -> None:
     """Runs side by side on one machine each have their own: one that joined the other's would end with it. Nor is one
     waited for that `ray start` has left the address of and that has ended."""

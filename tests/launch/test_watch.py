@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 from waiting import HANG_SECONDS
@@ -55,9 +56,11 @@ def test_what_the_work_raises_is_kept_for_who_asks() -> None:
 
 
 def test_work_can_be_left_and_what_a_look_raises_leaves_it_too() -> None:
-    """It goes on in its thread, which does not keep the process alive."""
+    """It is told of then, to be ended if possible; else it goes on in its thread, which does not keep the process
+    alive."""
     let_go = threading.Event()
     threads: list[threading.Thread] = []
+    left: list[Future[None]] = []
 
     def work() -> None:
         threads.append(threading.current_thread())
@@ -67,12 +70,17 @@ def test_work_can_be_left_and_what_a_look_raises_leaves_it_too() -> None:
         raise ValueError("the look")
 
     try:
-        assert run_in_thread(work, lambda: True, every=0.01) is None
+        assert run_in_thread(work, lambda: True, 0.01, left.append) is None
         with pytest.raises(ValueError, match="the look"):
-            run_in_thread(work, look, every=0.01)
+            run_in_thread(work, look, 0.01, left.append)
         assert [(thread.is_alive(), thread.daemon) for thread in threads] == [(True, True)] * 2
+        assert [future.done() for future in left] == [False, False]
     finally:
         let_go.set()
+    for future in left:
+        assert future.result(HANG_SECONDS) is None
+    assert run_in_thread(work, lambda: False, 0.01, left.append) is not None
+    assert len(left) == 2  # this one has ended
 
 
 def test_signals_are_taken_while_work_goes_on_and_given_back(handlers: list[object]) -> None:

@@ -165,6 +165,21 @@ def release_dead_placement_groups() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
+def end_actors(class_name: str) -> None:
+    """Ends the actors of a class that this process itself has started; who waits for one gets RayActorError."""
+    import ray
+    from ray.core.generated.gcs_pb2 import ActorTableData
+
+    context = ray.get_runtime_context()
+    job = ray.JobID.from_hex(context.get_job_id())
+    # neither the public table nor Ray Train tells which actor its controller is
+    for entry in ray._private.state.state._connect_and_get_accessor().get_actor_table(job, None):
+        actor = ActorTableData.FromString(entry)
+        own = actor.owner_address.worker_id.hex() == context.get_worker_id()
+        if own and actor.class_name.rpartition(".")[2] == class_name and actor.state != ActorTableData.DEAD:
+            ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID(actor.actor_id), True)
+
+
 def has_unmet_requests() -> bool:
     """Whether something that this job has asked Ray to reserve is not there yet."""
     return any(state == "PENDING" for _, state in _groups_of_this_job())

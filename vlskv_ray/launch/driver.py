@@ -167,4 +167,4 @@ def run_here(run: Run, loader: Loader, on_metrics: OnMetrics = None) -> tuple[Ou
     def work() -> Outcome:
         return train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps))
 
-    return watch(run, work, apart=False, on_metrics=on_metrics)
+    return watch(run, work, on_metrics=on_metrics)

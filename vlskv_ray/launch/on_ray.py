@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from vlskv_ray.cluster.node import process_group, send_by_value
 from vlskv_ray.cluster.placement import Bundles, Wait, ask_together, write_waits_to
 from vlskv_ray.cluster.preflight import check_nodes
 from vlskv_ray.cluster.shares import Reserved, check_gpus, describe, reserve
-from vlskv_ray.cluster.start import ray_cluster, release_dead_placement_groups
+from vlskv_ray.cluster.start import end_actors, ray_cluster, release_dead_placement_groups
 from vlskv_ray.command import print_info
 from vlskv_ray.config import ClusterConfig
 from vlskv_ray.data.collate import Batch
@@ -25,6 +26,8 @@ from vlskv_ray.training.run import Run, Worker
 
 GROUP_TIMEOUT_SECONDS = 30 * 24 * 3600
 """Seconds that workers wait for each other: of one that ends they hear at once, and of one that stalls the watchdog."""
+LEAVE_SECONDS = 20.0
+"""Seconds to wait for a controller that is ended, at most."""
 RESIZE_CHECK_SECONDS = 30.0
 """Seconds, where the number of workers follows the cluster."""
 
@@ -53,7 +56,7 @@ def fit_again(run: Run, loader: Loader, reserved: Reserved, on_metrics: OnMetric
     failures = 0
     while True:
         try:
-            return watch(run, lambda: fit(run, loader, reserved), apart=True, on_metrics=on_metrics)
+            return watch(run, lambda: fit(run, loader, reserved), end_controller_of, on_metrics)
         except RunFailed as error:
             if lacks := missing_room(error.__cause__):
                 return Outcome("failed", message=str(lacks)), None
@@ -64,6 +67,17 @@ def fit_again(run: Run, loader: Loader, reserved: Reserved, on_metrics: OnMetric
         # the workers' CPUs, which the next ones need. The logs are left to these: a worker that outlives the controller
         # by a moment may yet commit a checkpoint, and lines of its steps must not be gone then
         release_dead_placement_groups()
+
+
+def end_controller_of(fitting: Future[Outcome]) -> None:
+    """Ends Ray's controller of a run that is left, and with it the workers, until the thread that waits for it knows.
+
+    Were that thread still waiting while Ray is shut down, the process would now and then end by SIGSEGV.
+    """
+    until = time.monotonic() + LEAVE_SECONDS
+    while not fitting.done() and time.monotonic() < until:  # again and again: it may be about to be started
+        end_actors("TrainController")
+        wait([fitting], 0.2)
 
 
 def missing_room(error: BaseException | None) -> NoRoom | None:

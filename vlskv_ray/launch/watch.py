@@ -22,13 +22,16 @@ OnMetrics = Callable[[dict[str, Any]], None] | None
 """What is told every line of metrics.jsonl."""
 
 
-def run_in_thread(work: Callable[[], T], look: Callable[[], bool], every: float) -> Future[T] | None:
+def run_in_thread(
+    work: Callable[[], T], look: Callable[[], bool], every: float, leave: Callable[[Future[T]], None] | None = None
+) -> Future[T] | None:
     """Runs `work` in a thread while this one looks after it.
 
     Args:
         work: what is to be done.
         look: called now and then, and once more when the work has ended; returns whether the work is to be left.
         every: seconds between two looks.
+        leave: told of work that is left, by `look` or by what it raised, to end what that work waits for.
 
     Returns:
         the work that has ended, with what it returned or raised; None where it was left.
@@ -42,11 +45,17 @@ def run_in_thread(work: Callable[[], T], look: Callable[[], bool], every: float)
             ended.set_exception(error)
 
     threading.Thread(target=target, daemon=True).start()  # a daemon: work that is left does not keep the process alive
-    while not ended.done():
-        wait([ended], every)
-        if look():
-            return None
-    return ended
+    left = True
+    try:
+        while not ended.done():
+            wait([ended], every)
+            if look():
+                return None
+        left = False
+        return ended
+    finally:
+        if left and leave is not None:
+            leave(ended)
 
 
 @contextmanager
@@ -64,14 +73,17 @@ def signals_to(handler: Callable[[int], None]) -> Iterator[None]:
 
 
 def watch(
-    run: Run, work: Callable[[], Outcome], apart: bool, on_metrics: OnMetrics = None
+    run: Run,
+    work: Callable[[], Outcome],
+    leave: Callable[[Future[Outcome]], None] | None = None,
+    on_metrics: OnMetrics = None,
 ) -> tuple[Outcome, int | None]:
     """Runs `work` in a thread while this one shows progress and takes signals.
 
     Args:
         run: whose folder to watch.
         work: returns the outcome.
-        apart: the work itself is done by other processes, so that it can be left before it has ended.
+        leave: where the work itself is done by other processes, so that it can be left before it has ended: ends them.
         on_metrics: told every line of metrics.jsonl.
 
     Returns:
@@ -81,6 +93,7 @@ def watch(
         RunFailed: `work` raised; the error is its cause.
     """
     asked: list[int] = []
+    apart = leave is not None
     run.checkpoints.mkdir(exist_ok=True)
     run.stop_file.unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", dump_config(run.config))
@@ -111,7 +124,7 @@ def watch(
 
     with signals_to(stop):
         try:
-            ended = run_in_thread(work, look, every=0.2)
+            ended = run_in_thread(work, look, 0.2, leave)
         finally:
             progress.close()
             run.stop_file.unlink(missing_ok=True)

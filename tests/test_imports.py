@@ -22,6 +22,7 @@ FLOORS = (
     {"command"},
     {"model"},
     {"data"},
+    {"assembly"},
     {"training"},
     {"storage"},
     {"evaluation"},

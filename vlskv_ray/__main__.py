@@ -14,6 +14,7 @@ COMMANDS = {
     "probe": "measures untrained students of every N and group size",
     "evaluate": "measures a student against its teacher on held-out samples",
     "generate": "asks a student, or its teacher, about a picture",
+    "assemble": "makes a vision-language model of a text model and a vision tower",
     "compare": "shows finished runs side by side, as Markdown",
     "cache": "fills a teacher cache ahead of its run",
     "doctor": "tells whether a run would start here, and what is in its way",

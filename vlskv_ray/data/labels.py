@@ -41,7 +41,7 @@ def check_template(processor: Any) -> list[str]:
         spans_by_prefixes(processor, messages, write(processor, messages))
         rendering = render(processor, messages)
     except Rejected as reason:
-        raise ValueError(reason.detail) from reason
+        raise ValueError(reason.detail + _of_text_model(processor, turns)) from reason
     for (start, end), answer in zip(rendering.answers, turns[1::2], strict=True):
         if answer not in rendering.text[start:end]:
             shown = repr(rendering.text)
@@ -56,6 +56,20 @@ def check_template(processor: Any) -> list[str]:
         if rendering.moves_images:
             notices.append(f"rows with {what} are learnt as the model's chat template has them: the images first")
     return notices
+
+
+def _of_text_model(processor: Any, turns: Sequence[str]) -> str:
+    """What a template must take where it takes texts alone, as those of text models do."""
+    texts = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    try:
+        write(processor, texts)
+    except Rejected:
+        return ""
+    return (
+        f"; it is a text model's, which takes a message's content as one text. Wanted one that takes a list of parts, "
+        f"such as {{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}{processor.image_token}"
+        f"{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}; `vlskv-ray assemble` makes one of it"
+    )
 
 
 def _less_usual(turns: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -71,6 +71,11 @@ def find_model(name_or_path: str, revision: str | None = None) -> ModelFiles:
         return _checked(ModelFiles(name_or_path, preset=False, folder=folder, revision=None))
     names = ", ".join([*presets.PRESETS, *presets.SHIPPED])
     wanted = f"a preset ({names}), a folder, or a hub id such as llava-hf/llava-v1.6-mistral-7b-hf"
+    if name_or_path.endswith(".gguf"):
+        raise ValueError(
+            f"model.name_or_path: {name_or_path} is a GGUF file, of which `vlskv-ray assemble --text {name_or_path} "
+            f"--output DIR` makes the folder of a model"
+        )
     if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/", "~")):
         raise ValueError(f"model.name_or_path: there is no folder {name_or_path!r}; wanted {wanted}")
     arguments: dict[str, Any] = {"repo_id": name_or_path, "revision": revision, "allow_patterns": DOWNLOADED}
@@ -188,7 +193,7 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
     try:
         wrapper = wrapper_of(declared.get("model_type"))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {error}{_of_text_model(files.name_or_path, declared)}") from error
     with naming_model(files):
         check_text_config(declared)
         wrapper.check_config(declared)
@@ -208,6 +213,16 @@ def load_config(files: ModelFiles) -> PreTrainedConfig:
         weight_bytes = sum((files.folder / name).stat().st_size for name in weight_files(files.folder))
         check_weight_bytes(config, wrapper.least_vision_weights(config), weight_bytes)
     return config
+
+
+def _of_text_model(name: str, declared: dict[str, Any]) -> str:
+    """What to do with a text model where a vision-language model is wanted."""
+    if declared.get("model_type") not in BACKBONES:
+        return ""
+    return (
+        f"; it is a text model, of which `vlskv-ray assemble --text {name} --output DIR` makes a vision-language model "
+        f"that can be converted"
+    )
 
 
 def swiftkv_config(
@@ -377,24 +392,20 @@ def _load_weights(
     if (files.folder / "generation_config.json").exists():  # read along with the weights
         with usable_generation_config(f"model.name_or_path: {files.name_or_path}"):
             GenerationConfig.from_pretrained(files.folder)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report lists the SwiftKV weights as missing: they are meant to be
-    transformers_logging.disable_progress_bar()
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            files.folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with quiet_transformers():  # its report lists the SwiftKV weights as missing: they are meant to be
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                files.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (*LIBRARY_ERRORS, SafetensorError) as error:
         where = f"model.name_or_path: {files.name_or_path}"
         raise ValueError(f"{where}: weights cannot be loaded: {one_line(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     missing = set(report["missing_keys"])
     text_model = next(name for name, module in model.named_modules() if module is model.get_decoder())
     of_text = [key for key in model.state_dict() if key.startswith(f"{text_model}.")]
@@ -411,6 +422,18 @@ def _load_weights(
                 f"such as {sorted(keys)[0]}; the checkpoint is damaged or does not belong to its config.json"
             )
     return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Its bars and reports of loading are not shown."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def one_line(error: BaseException) -> str:

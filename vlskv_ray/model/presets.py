@@ -17,7 +17,8 @@ from transformers import (
     LlavaNextProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from vlskv_ray.model.wrappers import llava_next
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
@@ -106,21 +107,8 @@ def llava_next_config(
 
 def llava_next_processor(config: LlavaNextConfig, **image_processor_options: Any) -> LlavaNextProcessor:
     """The stock processor, Pillow backend, that fits a config of `llava_next_config`."""
-    size = config.vision_config.image_size
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_grid_pinpoints=config.image_grid_pinpoints,
-        **image_processor_options,
-    )
-    return LlavaNextProcessor(
-        image_processor=image_processor,
-        tokenizer=byte_tokenizer(config.text_config.vocab_size),
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's class token
-        chat_template=CHAT_TEMPLATE,
-    )
+    tokenizer = byte_tokenizer(config.text_config.vocab_size)
+    return llava_next.make_processor(config, tokenizer, CHAT_TEMPLATE, **image_processor_options)
 
 
 def small_llava_next() -> LlavaNextConfig:

@@ -107,8 +107,9 @@ def main(folder: str) -> None:
                 raise ValueError(f"writes {len(text):,} characters for a few words; wanted {MAX_TEXT:,} at most")
             texts.append(text)
     _begin("tokenizer.json")
+    tokenizer = getattr(processor, "tokenizer", processor)  # a text model's folder has no other processor
     for text in texts:
-        processor.tokenizer(text)
+        tokenizer(text)
 
 
 def _limit(kind: int, wanted: int) -> None:

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from transformers import LlavaNextConfig, LlavaNextProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from vlskv_ray.model.folder import PROCESSOR_FILES, Damaged, read_json, shortened
@@ -199,6 +201,53 @@ def what_is_read(config: Any, processor: Any) -> dict[str, Any]:
         "choice of image features": config.vision_feature_select_strategy,
         "scale of pixels": (list(images.image_mean), list(images.image_std)),
     }
+
+
+# ------------------------------------------------------------------------------------------------------ made from parts
+def make_config(text_config: Any, vision_config: Any, image_token_id: int, grid: Sequence[tuple[int, int]]) -> Any:
+    """The config of a model of these parts.
+
+    Args:
+        text_config: of its text model.
+        vision_config: of a CLIP or SigLIP tower.
+        image_token_id: of the token that stands for a feature of an image.
+        grid: rows and columns of the tiles that a picture may be seen in, beside the whole of it.
+    """
+    side = vision_config.image_size
+    return LlavaNextConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        image_grid_pinpoints=[[rows * side, columns * side] for rows, columns in grid],
+        vision_feature_select_strategy=TOWERS[vision_config.model_type],
+        tie_word_embeddings=text_config.tie_word_embeddings,
+    )
+
+
+def make_processor(config: Any, tokenizer: Any, chat_template: str, **image_processor_options: Any) -> Any:
+    """The stock processor, Pillow backend, that fits a config.
+
+    Args:
+        config: of the model.
+        tokenizer: of its text model, which has the image token.
+        chat_template: which renders pictures.
+        image_processor_options: other than a stock one's; sizes follow from the config.
+    """
+    side, strategy = config.vision_config.image_size, config.vision_feature_select_strategy
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        **image_processor_options,
+    )
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),  # CLIP's class token
+        chat_template=chat_template,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- its images

@@ -1,0 +1,1 @@
+"""A text model and a vision tower made into one vision-language model."""

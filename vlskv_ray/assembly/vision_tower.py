@@ -1,0 +1,122 @@
+"""A vision tower: one that people have, or a small new one."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionModel
+
+from vlskv_ray.model import presets
+from vlskv_ray.model.build import LIBRARY_ERRORS, find_model, naming_model, one_line, quiet_transformers
+from vlskv_ray.model.folder import read_json
+from vlskv_ray.model.sanity import VISION, check_image_processor, check_sections, processor_files
+
+TOWERS = {
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+"""By the model_type of their config.json: a whole CLIP or SigLIP, or its vision tower alone."""
+READ = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize", "do_convert_rgb")
+"""What of a tower's image processor says how it sees a picture; sizes follow from the tower."""
+HEAD_SIZE = 32
+"""Of a new tower."""
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """A stock vision tower, and how its pictures are prepared."""
+
+    name: str
+    """As the user has it."""
+    model: Any
+    """A stock model, for evaluation."""
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    """What its image processor has other than a stock one: mean, deviation, filter."""
+    is_new: bool = False
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+
+@dataclass(frozen=True)
+class NewTower:
+    """The size of a CLIP tower that is drawn."""
+
+    image_size: int = 64
+    """Side of a picture in pixels."""
+    patch_size: int = 8
+    width: int = 192
+    layers: int = 6
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"--image-size: {self.image_size}; wanted a multiple of the --patch-size {self.patch_size}"
+            )
+        if self.width % HEAD_SIZE:
+            raise ValueError(f"--vision-width: {self.width}; wanted a multiple of {HEAD_SIZE}, the width of a head")
+
+
+def draw_tower(size: NewTower, seed: int, dtype: torch.dtype) -> VisionTower:
+    """A new tower with random weights, leaving the global random state as it was."""
+    config = CLIPVisionConfig(
+        image_size=size.image_size,
+        patch_size=size.patch_size,
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.width // HEAD_SIZE,
+        projection_dim=size.width,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPVisionModel(config)
+    return VisionTower(f"new, drawn from seed {seed}", model.to(dtype).eval(), is_new=True)
+
+
+def read_tower(name: str, dtype: torch.dtype) -> VisionTower:
+    """A CLIP or SigLIP tower.
+
+    Args:
+        name: a folder or a hub id, of the tower alone or of the whole model.
+        dtype: of its weights.
+
+    Raises:
+        ValueError: there is none, it is of another kind, or cannot be read.
+    """
+    files = find_model(name)
+    folder = files.folder
+    if folder is None or folder in presets.SHIPPED.values():
+        raise ValueError(
+            f"{name} is a whole vision-language model; wanted a vision tower, such as openai/clip-vit-base"
+        )
+    with naming_model(files):
+        declared = read_json(folder, "config.json")
+        check_sections(declared, {"": VISION, "vision_config": VISION})
+        for file, _, section, images in processor_files(folder):
+            check_image_processor(file, section, images)
+    kind = declared.get("model_type")
+    if not isinstance(kind, str) or kind not in TOWERS:
+        raise ValueError(f"{name} is a {kind!r}; wanted a vision tower: {', '.join(TOWERS)}")
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = getattr(config, "vision_config", config)
+            model, report = TOWERS[kind].from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+    except (*LIBRARY_ERRORS, SafetensorError) as error:
+        raise ValueError(f"{name}: cannot be loaded: {one_line(error)}") from error
+    if lacking := sorted(report["missing_keys"]):
+        raise ValueError(f"{name}: {len(lacking)} weights of the tower are missing, such as {lacking[0]}")
+    found = [images for _, _, _, images in processor_files(folder)]
+    if not found:
+        raise ValueError(
+            f"{name}: has no preprocessor_config.json, which says how its pictures are scaled; put the file of the "
+            f"original model there"
+        )
+    return VisionTower(name, model.eval(), {key: found[0][key] for key in READ if found[0].get(key) is not None})

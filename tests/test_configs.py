@@ -99,7 +99,7 @@ def test_they_go_into_a_wheel() -> None:
     globs = project["tool"]["setuptools"]["package-data"]["vlskv_ray"]
     packed = {file.relative_to(package).as_posix() for pattern in globs for file in package.glob(pattern)}
     assert packed == {
-        *(f"config/shipped/{file.name}" for file in CONFIGS.iterdir()),
+        *(f"config/shipped/{file.relative_to(CONFIGS)}" for file in CONFIGS.rglob("*") if file.is_file()),
         *(f"model/shapes_teacher/{file.name}" for file in (package / "model" / "shapes_teacher").iterdir()),
     }
 

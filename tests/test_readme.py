@@ -16,8 +16,16 @@ from vlskv_ray import train
 from vlskv_ray.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md") + tuple(
-    sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+PAGES = (
+    *(
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "benchmarks/README.md",
+        "configs/real/README.md",
+        "recipes/README.md",
+    ),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
 )
 README = (ROOT / "README.md").read_text()
 
@@ -110,7 +118,7 @@ def commands() -> tuple[tuple[str, str, tuple[str, ...]], ...]:
         text = (ROOT / page).read_text().replace("\\\n", " ")
         of_script = rf"\bvlskv-ray (?={'|'.join(COMMANDS)}\b)"  # see `__main__.py`
         text = re.sub(of_script, "python -m vlskv_ray.", text)
-        for module, rest in re.findall(r"python -m ((?:vlskv_ray|benchmarks)\.\w+)\b([^`\n]*)", text):
+        for module, rest in re.findall(r"python -m ((?:vlskv_ray|benchmarks|recipes)\.\w+)\b([^`\n]*)", text):
             for inner in (rest, rest.rstrip("'\"")):  # some stand in a quoted command of another program
                 try:
                     found[module, inner] = (page, module, tuple(shlex.split(inner, comments=True)))

@@ -1,0 +1,1 @@
+"""Data for real models, made of what package registries ship."""

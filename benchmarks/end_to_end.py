@@ -95,7 +95,7 @@ def bare_worker(folder: Path, rank: int, workers: int, steps: int, port: int, ra
     batches = [batch for batch in local_batches(loader, 0, steps) if batch.micro_batch % workers == rank]
     model = build_model(run)
     trained = trainable_parameters(model)
-    optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
+    optimizer, gradients = build_optimizer(run.config, model), GradientBuffer(trained.values())
     objective = loss_of(run.config)
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)

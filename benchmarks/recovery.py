@@ -105,7 +105,7 @@ def seconds_of_saving(folder: Path, times: int) -> dict[str, float]:
     run.checkpoints.mkdir(parents=True)
     student = build_model(run)
     trained = trainable_parameters(student)
-    optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
+    optimizer, gradients = build_optimizer(run.config, student), GradientBuffer(trained.values())
     gradients.flat.normal_()
     optimizer.step()  # which makes its moments
     saver = Saver(run, RunLog(run.folder, 0, order=False, tensorboard=False))

@@ -59,12 +59,14 @@ def same_random_numbers_each_time() -> None:
 
 
 def tiny_config(text_model_type: str = "llama", **text: Any) -> Any:
-    """6 text layers; one tile of 32 px in 8 px patches, up to 2 x 2 tiles more."""
+    """6 text layers; one tile of 32 px in 8 px patches, up to 2 x 2 tiles more; tie_word_embeddings is the whole's."""
+    tied = text.pop("tie_word_embeddings", False)
     return presets.llava_next_config(
         text_model_type,
         image_size=32,
         patch_size=8,
         image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+        tie_word_embeddings=tied,
         vision={
             "hidden_size": 32,
             "intermediate_size": 48,

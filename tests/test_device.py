@@ -194,8 +194,8 @@ def test_a_batch_moves_with_all_that_it_has(encoded: Encodings) -> None:
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_autocast_goes_by_where_the_weights_are() -> None:
     for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.bfloat16), ("cuda", torch.float32)):
-        head = SimpleNamespace(weight=SimpleNamespace(device=torch.device(device), dtype=dtype))
-        context = autocast(SimpleNamespace(get_output_embeddings=lambda head=head: head))
+        weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
+        context = autocast(SimpleNamespace(parameters=lambda weight=weight: iter([weight])))
         assert getattr(context, "device", None) == (device if dtype == torch.bfloat16 else None)
 
 

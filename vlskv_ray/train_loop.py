@@ -39,6 +39,7 @@ from vlskv_ray.training.step import (
     autocast,
     build_optimizer,
     learning_rate_schedule,
+    learning_rates_of,
     loss_of,
     set_learning_rate,
     stop_if_ruined,
@@ -108,7 +109,7 @@ def load(run: Run) -> tuple[Any, torch.optim.Optimizer, int, Counts]:
     """
     model = build_model(run)
     trained = trainable_parameters(model)
-    optimizer = build_optimizer(run.config, trained)
+    optimizer = build_optimizer(run.config, model)
     return model, optimizer, *resume(run, trained, optimizer)
 
 
@@ -159,7 +160,7 @@ def run_steps(training: Training, batches: Iterator[Batch]) -> str | None:
         return str(reason)
     if training.step < training.run.total_steps:
         return None
-    return counts.nothing_learnt(config.vision_loss_weight, config.text_loss_weight)
+    return counts.nothing_learnt(config.vision_loss_weight, config.text_loss_weight, config.trained_parts)
 
 
 def train(training: Training, batches: Iterator[Batch]) -> None:
@@ -212,7 +213,7 @@ def make_step(training: Training, micro_batches: Sequence[Batch]) -> StepResult:
         stop_if_taken_over(run)
         training.attempts.begin(step)
     training.watchdog.alive()
-    set_learning_rate(training.optimizer, config.optimizer.lr * training.learning_rate(step))
+    set_learning_rate(training.optimizer, training.learning_rate(step))
     result = train_step(
         training.model,
         training.optimizer,
@@ -287,7 +288,7 @@ def metrics_of(
     metrics = {
         "step": step,
         "epoch": round(step / run.steps_per_epoch, 6),
-        "learning_rate": optimizer.param_groups[0]["lr"],
+        **learning_rates_of(optimizer),
         "grad_norm": result.grad_norm,
         "samples": int(sums.samples),
         "supervised_tokens": int(sums.supervised_tokens),

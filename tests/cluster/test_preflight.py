@@ -7,19 +7,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from clusters import Command, head_node, small_run, worker_processes
+from runs import run_of
 from waiting import HANG_SECONDS, wait_until
 
 from benchmarks.recovery import last_step
 from vlskv_ray.cluster import node, preflight
 from vlskv_ray.cluster.findings import Need, findings_of, of_all_reduce, of_hub_model, problems_of, shares
+from vlskv_ray.cluster.preflight import need_of
+from vlskv_ray.cluster.shares import Reserved
 from vlskv_ray.cluster.start import ray_cluster
-from vlskv_ray.model.build import build_plain, build_student, find_model, parameter_counts, trainable_parameters
+from vlskv_ray.model.build import load_config, parameter_counts, trainable_parameters
+from vlskv_ray.training.objective import build_model, objective_of
 
 GIB = 2**30
 MODEL = ("some/model", "0" * 40)
@@ -133,15 +138,33 @@ def test_workers_are_spread(cpus: list[float], workers: int, per_worker: float, 
     assert shares(cpus, Need(workers=workers, cpus_per_worker=per_worker)) == given
 
 
-@pytest.mark.parametrize(("whole", "layers"), [(False, None), (True, None), (True, 7)])
+@pytest.mark.parametrize(
+    ("objective", "model"),
+    [
+        ("distill", {"num_key_value_layers": 2, "key_value_group_size": 2, "dtype": "bfloat16"}),
+        ("sft", {}),
+        ("sft", {"num_hidden_layers": 7}),
+        ("sft", {"trainable": ["projector"], "dtype": "bfloat16"}),
+        ("sft", {"trainable": ["swiftkv"], "dtype": "bfloat16"}),
+    ],
+)
 def test_weights_are_counted_without_loading_them(
-    teacher_folder: Callable[..., Path], whole: bool, layers: int | None
+    teacher_folder: Callable[..., Path], tmp_path: Path, objective: str, model: dict[str, Any]
 ) -> None:
-    files = find_model(str(teacher_folder()))
-    model = build_plain(files, layers) if whole else build_student(files, 2, 2)
-    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    assert parameter_counts(files, 2, 2, num_hidden_layers=layers, all_weights=whole) == (frozen, trained)
+    """What a worker needs is the bytes of its weights, gradients and moments, and of what it rounds once it is read."""
+    folder = teacher_folder(tie_word_embeddings=True)
+    run = run_of(folder, tmp_path / "run", objective=objective, model={"name_or_path": str(folder)} | model)
+    model_config = objective_of(run.config).configure(load_config(run.model_files), run.model_files, run.config)
+    run = replace(run, parameters=parameter_counts(run.model_files, model_config))
+    built = build_model(run)
+    trained = sum(parameter.numel() for parameter in trainable_parameters(built).values())
+    count = sum(parameter.numel() for parameter in built.parameters())
+    assert sum(run.trained_parameters.values()) == trained
+    assert sum(run.frozen_parameters.values()) == count - trained
+    held = sum(parameter.numel() * parameter.element_size() for parameter in built.parameters())
+    loading = held if objective_of(run.config).has_student else 4 * count
+    need = need_of(run, [], Reserved(1, 1, 1, 1))
+    assert (need.weight_bytes, need.worker_bytes) == (loading, max(loading, held + 12 * trained))
 
 
 # --------------------------------------------------------------------------------------------------- what a node says

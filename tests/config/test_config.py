@@ -1,11 +1,15 @@
 """What a config file may say, what it comes to, and what is answered to a wrong one."""
 
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from vlskv_ray.config import Config, ConfigError, changed_keys, dump_config, load_config, load_config_and_notices
+from vlskv_ray.config.options import PARTS, LearningRatesConfig, Trainable
+from vlskv_ray.model import parts
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 ORIGINAL = next(file for file in CONFIGS if file.stem == "small-llava-next-swiftkv-cpu")  # in the original layout
@@ -381,6 +385,80 @@ def test_only_a_teacher_in_the_making_grows() -> None:
         "command line: model.num_hidden_layers: only objective=sft can add layers; remove it"
     ]
     assert load(SMALL, "model.num_hidden_layers=8", "objective=sft").model.num_hidden_layers == 8
+
+
+def test_the_parts_that_train() -> None:
+    """In one order, however they are given; every one of them has a learning rate of its own."""
+    assert load(SMALL).trained_parts == ("swiftkv",)
+    for options in ([], ["model.trainable=[all]"], ["model.trainable=[text,projector,vision_tower]"]):
+        assert load(SMALL, "objective=sft", *options).trained_parts == ("vision_tower", "projector", "text")
+    assert load(SMALL, "objective=sft", "model.trainable=[projector,vision_tower]").trained_parts == PARTS[:2]
+    assert LearningRatesConfig.model_fields.keys() == {*PARTS}
+    assert PARTS == parts.PARTS and {*PARTS, "all"} == {*get_args(Trainable)}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("model.trainable=[text]", "model.trainable: distillation trains swiftkv alone, got text; remove it"),
+        ("model.trainable=[all]", "model.trainable: distillation trains swiftkv alone, got all; remove it"),
+        (
+            "objective=sft model.trainable=[tower]",
+            "model.trainable.0: wanted one of vision_tower, projector, text, swiftkv, all, got 'tower'",
+        ),
+        ("objective=sft model.trainable=text", "model.trainable: wanted a list, got 'text'"),
+        (
+            "objective=sft model.trainable=[text,all]",
+            "model.trainable: all holds every part of a plain model; give it by itself",
+        ),
+        (
+            "objective=sft model.trainable=[text,swiftkv]",
+            "model.trainable: swiftkv trains by itself, all else stays the teacher's; give no other part",
+        ),
+        (
+            "objective=sft model.trainable=[projector] model.num_hidden_layers=9",
+            "model.num_hidden_layers: layers are added to the text model, and only projector would train",
+        ),
+        (
+            "objective=sft model.trainable=[projector] data.max_images_per_sample=0",
+            "data.max_images_per_sample: 0, so that projector would have no image to learn from; raise it",
+        ),
+        (
+            "objective=sft model.dtype=bfloat16",
+            "model.dtype: has no effect with objective=sft where nothing is frozen; remove it, or name the parts that "
+            "train in model.trainable",
+        ),
+        (
+            "objective=sft model.trainable=[text] model.num_key_value_layers=2",
+            "model.num_key_value_layers: has no effect with objective=sft; remove it",
+        ),
+        (
+            "objective=sft model.trainable=[projector] optimizer.learning_rates.text=1",
+            "optimizer.learning_rates.text: text does not train, but projector; remove it, or add text to "
+            "model.trainable",
+        ),
+        (
+            "optimizer.learning_rates={projector: 1}",
+            "optimizer.learning_rates.projector: projector does not train, but swiftkv; remove it",
+        ),
+        (
+            "objective=sft optimizer.learning_rates.swiftkv=1",
+            "optimizer.learning_rates.swiftkv: swiftkv does not train, but vision_tower and projector and text; "
+            "remove it",
+        ),
+        (
+            "optimizer.learning_rates.tower=1",
+            "optimizer.learning_rates.tower: unknown key; the keys here are vision_tower, projector, text, swiftkv",
+        ),
+        (
+            "optimizer.learning_rates.swiftkv=0",
+            "optimizer.learning_rates.swiftkv: wanted a number > 0 or null, got 0",
+        ),
+        ("mm_projector_lr=1", "mm_projector_lr: unknown key, did you mean optimizer.learning_rates.projector?"),
+    ],
+)
+def test_a_part_that_cannot_train_is_told(options: str, line: str) -> None:
+    assert problems(SMALL, *re.split(r" (?=\w+[.=])", options)) == [f"command line: {line}"]
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:

@@ -426,7 +426,8 @@ def in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def test_runs_end_with_the_same_weights(
     teacher_folder: Callable[..., Path], tmp_path: Path, in_memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a cache, with one in memory, on disk, and from one on disk that an earlier run has filled."""
+    """Without a cache, with one in memory, on disk, and from one on disk that an earlier run has filled, which one that
+    goes on from an earlier student finds too."""
     towers: list[str] = []
     from transformers import CLIPVisionModel
 
@@ -448,7 +449,11 @@ def test_runs_end_with_the_same_weights(
             assert torch.allclose(weights[name][key], weight, rtol=1e-4, atol=1e-6), (name, key)
     assert all(torch.equal(weights["memory"][key], weights["disk"][key]) for key in weights["none"])
     assert towers.count("memory") == towers.count("disk") == towers.count("none") / 3
-    assert "again" not in towers
+    name = "further"
+    assert train(config_of(tmp_path, tmp_path / "disk" / "final", name, teacher_cache="disk")) == 0
+    assert not {"again", "further"} & {*towers}
+    further = load_file(tmp_path / name / "final" / "model.safetensors")
+    assert not all(torch.equal(weight, weights["disk"][key]) for key, weight in further.items())
 
 
 def test_what_does_not_fit_is_refused_before_the_run(teacher_folder: Callable[..., Path], tmp_path: Path) -> None:

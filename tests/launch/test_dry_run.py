@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from clusters import Command, has_ended, worker_processes
 from runs import main
 from waiting import wait_until
 
 import vlskv_ray.train
+from vlskv_ray.words import format_bytes
 
 
 def test_a_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +34,19 @@ def test_a_dry_run_tells_what_would_stop_the_run(files: Path, capsys: pytest.Cap
     assert vlskv_ray.train.main(["--config", str(files / "run.yaml"), "--dry-run", *elsewhere]) == 0
     assert main(files / "run.yaml", "--dry-run", "temperature=1e200") == 1
     assert re.search(r"error: step \d+: the loss is", capsys.readouterr().err)
+
+
+def test_a_dry_run_counts_what_trains(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights by part, and bytes of them, gradients and moments by what is frozen in which type."""
+    model = yaml.safe_load((files / "run.yaml").read_text())["model"]["name_or_path"]
+    parts = f"model={{name_or_path: {model}, trainable: [projector], dtype: bfloat16}}"
+    assert main(files / "run.yaml", "output.name=dry", "--dry-run", "objective=sft", parts) == 0
+    printed = capsys.readouterr().out
+    says = "parameters    89,696: 2,144 projector trained; 21,856 vision_tower, 65,696 text frozen\n"
+    assert printed.count(says) == 2  # what the run is, and what was found
+    frozen, trained = 2 * (21_856 + 65_696), 4 * 2_144
+    of_memory = (frozen, "frozen weights"), (trained, "trained"), (trained, "gradients"), (2 * trained, "optimizer")
+    assert ", ".join(f"{format_bytes(size)} {what}" for size, what in of_memory) in printed
 
 
 def test_a_dry_run_that_is_killed_leaves_no_process(files: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import seal, with_state
 from conftest import conversation
 from runs import NO_ANSWERS, main
@@ -48,6 +49,27 @@ def test_what_no_option_allows_to_change(
 ) -> None:
     assert main(files / "run.yaml", *one_step, option, f"checkpoint.allow_changed=[{option.partition('=')[0]}]") == 2
     assert "use --resume never to start anew, or another output.name\n" in capsys.readouterr().err
+
+
+def test_with_other_parts_no_run_goes_on(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is allowed to change; the same parts in another order are none, and a learning rate may be allowed."""
+    model = "model={name_or_path: %s, trainable: [%s]}"
+    folder = yaml.safe_load((files / "run.yaml").read_text())["model"]["name_or_path"]
+    options = ("output.name=parts", "objective=sft", "max_steps=1", *NO_ANSWERS)
+    assert main(files / "run.yaml", *options, model % (folder, "vision_tower, projector")) == 0
+    reordered = (*options, model % (folder, "projector, vision_tower"))
+    assert main(files / "run.yaml", *reordered) == 0
+    allowed = "checkpoint.allow_changed=[model.trainable]"
+    assert main(files / "run.yaml", *options, model % (folder, "text"), allowed) == 2
+    refused = capsys.readouterr().err
+    assert "cannot go on from here: model.trainable was vision_tower and projector and is text; use --resume" in refused
+    assert refused.endswith("use --resume never to start anew, or another output.name\n")
+    rate = "optimizer.learning_rates.projector=0.1"
+    assert main(files / "run.yaml", *reordered, rate) == 2
+    allowed = "checkpoint.allow_changed=[optimizer.learning_rates.projector]"
+    assert allowed in capsys.readouterr().err
+    shutil.rmtree(files / "runs" / "parts" / "final")
+    assert main(files / "run.yaml", *reordered, rate, allowed) == 0
 
 
 def test_nothing_to_resume(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

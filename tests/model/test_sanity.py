@@ -19,7 +19,7 @@ from transformers import SiglipVisionConfig
 from vlskv_ray.data.check import check_processor
 from vlskv_ray.generate import main as generate
 from vlskv_ray.model import presets
-from vlskv_ray.model.build import build_student, find_model, parameter_counts
+from vlskv_ray.model.build import build_student, find_model, load_config, parameter_counts
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.sandbox import MAX_TEXT, MEMORY, SECONDS
 from vlskv_ray.model.wrappers.llava_next import num_image_features
@@ -45,7 +45,7 @@ def refusal(folder: Path) -> str:
     with pytest.raises(ValueError) as error:
         files = find_model(str(folder))
         check_processor(files, load_processor(files))
-        parameter_counts(files)
+        parameter_counts(files, load_config(files))
         build_student(files)
     message = str(error.value)
     assert message.startswith("model.name_or_path: ") and str(folder) in message

@@ -29,7 +29,7 @@ from vlskv_ray.model.build import build_student, find_model, load_config, traina
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.sanity import VISION, Number, check_image_processor, check_sections, check_value, processor_files
 from vlskv_ray.model.swiftkv import swiftkv_backbone
-from vlskv_ray.model.wrappers import ImageInputs, register, wrapper_of
+from vlskv_ray.model.wrappers import PROJECTOR, TEXT, VISION_TOWER, ImageInputs, register, wrapper_of
 from vlskv_ray.training.distill import DistillationLoss, shared_pass
 from vlskv_ray.training.step import GradientBuffer, train_step
 
@@ -55,6 +55,11 @@ class Llava:
     def least_vision_weights(self, config: Any) -> int:
         vision = config.vision_config
         return int(vision.num_hidden_layers * 2 * vision.hidden_size * vision.intermediate_size)
+
+    def part_of(self, name: str) -> str:
+        if name.startswith("model.vision_tower."):
+            return VISION_TOWER
+        return PROJECTOR if name.startswith("model.multi_modal_projector.") else TEXT
 
     def check_processor_files(self, folder: Path) -> None:
         for name, _, section, images in processor_files(folder):

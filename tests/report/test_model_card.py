@@ -92,6 +92,36 @@ def test_it_says_how_to_use_and_to_make_it_again(tmp_path: Path) -> None:
     assert "import vlskv_ray" not in sft and "SwiftKV" not in sft
 
 
+def test_what_fine_tuning_trained_is_said(tmp_path: Path) -> None:
+    """A student that learnt answers is one, and was not distilled; of a plain model parts that trained are named."""
+    of_parts = {"name_or_path": "/models/blind", "trainable": ["projector"]}
+    parameters = {"trained": {"projector": 2144}, "frozen": {"vision_tower": 21856, "text": 65696}}
+    plain, student = (
+        card_of(
+            run_folder(
+                tmp_path / name,
+                objective="sft",
+                evaluation=evaluation() if "student" in name else sft_evaluation(),
+                summary=SUMMARY | {"parameters": parameters},
+                plots=False,
+                model=model,
+            )
+        )
+        for name, model in (
+            ("plain", of_parts),
+            ("student", of_parts | {"trainable": ["swiftkv"], "num_key_value_layers": 2, "key_value_group_size": 1}),
+        )
+    )
+    assert "on answers, of its parts projector alone." in plain and front_matter(plain)["tags"] == ["vlskv_ray"]
+    assert "projections were fine-tuned on answers;" in student and "import vlskv_ray" in student
+    assert front_matter(student)["tags"] == ["swiftkv", "vlskv_ray"] and "distill" not in student
+    rows = {label: value for label, *value in [line for table in tables(plain) for line in table] if len(value) == 1}
+    assert rows["trained weights"] == ["2,144 projector"] and rows["frozen weights"] == [
+        "21,856 vision_tower, 65,696 text"
+    ]
+    assert all("| temperature |" not in card for card in (plain, student))
+
+
 HOSTILE = ["<script>alert(1)</script>", "a | b", "`x` *b* [l](http://e.org) ~~", "\\|", "line\n# head\n---\n```"]
 
 

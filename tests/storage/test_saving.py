@@ -1,6 +1,7 @@
 """Going on from a checkpoint takes the tensors of this run and no others; what was learnt from is counted."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,11 +134,17 @@ def test_moments_may_lack_where_nothing_was_learnt_yet(run: Run) -> None:
         ({"text": 5, "vision": 0}, (1.0, 0.0), "none of its samples has an image, and text_loss_weight is 0"),
         ({"text": 5, "vision": 1}, (0.5, 0.0), None),
         ({"text": 5, "vision": 1}, (0.0, 0.5), None),
+        ({"text": 5, "vision": 1}, (1.0, 1.0, ["projector"]), None),
+        ({"text": 5, "vision": 0}, (1.0, 1.0, ["projector", "text"]), None),
+        ({"text": 5, "vision": 0}, (1.0, 1.0, ["swiftkv"]), None),
+        (
+            {"text": 5, "vision": 0},
+            (1.0, 1.0, ["vision_tower", "projector"]),
+            "none of its samples has an image, which vision_tower and projector would learn from",
+        ),
     ],
 )
-def test_what_nothing_was_learnt_from_is_said(
-    supervised: dict[str, int], weights: tuple[float, float], wrong: str | None
-) -> None:
+def test_what_nothing_was_learnt_from_is_said(supervised: dict[str, int], weights: Any, wrong: str | None) -> None:
     counts = Counts()
     counts.seen, counts.example = 8, {"id": "f:3", "detail": "too much"}
     counts.reasons.update(too_long=8)

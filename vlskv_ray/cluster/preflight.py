@@ -17,7 +17,7 @@ from vlskv_ray.cluster.shares import Cluster, Reserved
 from vlskv_ray.command import print_info
 from vlskv_ray.data.sources import Source, SourceSpec
 from vlskv_ray.model import presets
-from vlskv_ray.model.build import file_sizes, parameter_counts
+from vlskv_ray.model.build import file_sizes
 from vlskv_ray.training.objective import objective_of
 from vlskv_ray.training.run import Run
 
@@ -29,16 +29,11 @@ SETTLE_SECONDS = 5.0
 
 def need_of(run: Run, sources: Sequence[Source], reserved: Reserved) -> Need:
     """What a run needs; all that it looks for is on this machine already."""
-    config, options = run.config, run.config.model
-    model = run.model_files
-    frozen, trained = parameter_counts(
-        model,
-        options.num_key_value_layers,
-        options.key_value_group_size,
-        num_hidden_layers=options.num_hidden_layers,
-        all_weights=not objective_of(config).has_student,
-    )
-    weights = frozen * (2 if options.dtype == "bfloat16" else 4) + 4 * trained  # what trains is float32
+    config, model = run.config, run.model_files
+    frozen, trained = (sum(sizes.values()) for sizes in (run.frozen_parameters, run.trained_parameters))
+    weights = frozen * (2 if config.model.dtype == "bfloat16" else 4) + 4 * trained  # what trains is float32
+    # a plain model is read in float32, and what is frozen of it rounded then
+    loading = weights if objective_of(config).has_student else 4 * (frozen + trained)
     shared = {"output.dir": existing(run.folder)}
     if run.cache is not None and not run.cache.temporary:
         shared["model.teacher_cache_dir"] = existing(run.cache.folder)
@@ -54,8 +49,8 @@ def need_of(run: Run, sources: Sequence[Source], reserved: Reserved) -> Need:
         hub_files=file_sizes(model) if model.revision else {},
         workers=config.cluster.most_workers,
         cpus_per_worker=reserved.cpus_per_worker,
-        weight_bytes=weights,
-        worker_bytes=weights + 3 * 4 * trained,  # a gradient and two moments
+        weight_bytes=loading,
+        worker_bytes=max(loading, weights + 3 * 4 * trained),  # a gradient and two moments
         interface=config.cluster.network_interface,
     )
 

@@ -59,6 +59,11 @@ LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
+PLAIN_PARTS = ("vision_tower", "projector", "text")
+PARTS = (*PLAIN_PARTS, "swiftkv")
+"""Of a model, each weight of which belongs to one of them; the last only of a student."""
+Trainable = Literal["vision_tower", "projector", "text", "swiftkv", "all"]
+
 
 class _Section(BaseModel):
     # strict: `epochs: true` and `epochs: "3"` are mistakes; validate_default: default paths become absolute too.
@@ -92,13 +97,19 @@ class ModelConfig(_Section):
     key_value_group_size: PositiveInt | None = None
     """Layers above N that share one key/value cache. None: what the checkpoint says, else 1, which loses the least."""
 
+    trainable: Annotated[tuple[Trainable, ...], Strict(False)] = ()
+    """Parts that train; the others are frozen, and no gradient of them is computed. projector: with all between tower
+    and text model; text: with embeddings and head; swiftkv: of a student, with objective=sft by itself alone. None
+    given: swiftkv with objective=distill, which trains nothing else, and all with objective=sft."""
+
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel; sdpa is the faster one, with torch's own flash attention on GPUs where that fits, eager the one
     to read and debug."""
 
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Type of the frozen weights; trained ones stay float32. bfloat16 halves memory; slow on CPUs without AMX. auto:
-    bfloat16 on GPUs, else the one in which this machine is faster, measured when a run starts; kept when it goes on."""
+    """Type of the frozen weights, and of all of them in final/; trained ones stay float32 until then. bfloat16 halves
+    memory; slow on CPUs without AMX. auto: bfloat16 on GPUs, else the one in which this machine is faster, measured
+    when a run starts; kept when it goes on."""
 
     gradient_checkpointing: bool = False
     """Less memory for more time, with the same bits: what a layer that trains makes inside is not kept for its
@@ -217,14 +228,33 @@ class DataConfig(_Section):
     left out and counted like any other that cannot be used."""
 
 
+class LearningRatesConfig(_Section):
+    """Peak learning rates of parts of the model, all of which follow the one schedule."""
+
+    vision_tower: PositiveFloat | None = None
+    """Of the vision tower. None: optimizer.lr, as of each part."""
+
+    projector: PositiveFloat | None = None
+    """Of all between tower and text model."""
+
+    text: PositiveFloat | None = None
+    """Of the text model with its embeddings and its head."""
+
+    swiftkv: PositiveFloat | None = None
+    """Of a student's SwiftKV weights."""
+
+
 class OptimizerConfig(_Section):
-    """How the SwiftKV weights are updated."""
+    """How the weights that train are updated."""
 
     type: Literal["adamw"] = "adamw"
     """torch's fused AdamW, the fastest one on CPUs."""
 
     lr: PositiveFloat = 2e-4
     """Peak learning rate; the default is that of the published SwiftKV recipes."""
+
+    learning_rates: LearningRatesConfig = Field(default_factory=LearningRatesConfig)
+    """Peak learning rates of single parts, such as {vision_tower: 1e-3, projector: 2e-3}."""
 
     betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square, each in [0, 1)."""
@@ -462,8 +492,9 @@ class Config(_Section):
     """One run, complete."""
 
     objective: Literal["distill", "sft"] = "distill"
-    """What is learnt. distill: the student follows the teacher's distribution over next tokens. sft: a plain model, all
-    of whose weights train, follows the answers of the data: this makes teachers."""
+    """What is learnt. distill: the student follows the teacher's distribution over next tokens. sft: a plain model
+    follows the answers of the data, with all its weights or those of some parts (model.trainable): this makes teachers.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of the data and of new weights, below 2**32."""
@@ -537,24 +568,52 @@ class Config(_Section):
         if self.objective == "sft" and self.model.teacher_cache != "off":
             problems["model.teacher_cache"] = "there is no teacher with objective=sft; remove it"
         if self.objective == "sft":
-            problems |= self._of_distillation_alone()
+            problems |= self._useless_with_sft()
         elif self.model.num_hidden_layers is not None:
             problems["model.num_hidden_layers"] = "only objective=sft can add layers; remove it"
-        _raise_contradictions(problems)
+        _raise_contradictions(self._problems_of_parts() | problems)
         return self
 
-    def _of_distillation_alone(self) -> dict[str, str]:
-        """Options that would do nothing where there is no student, by key."""
+    def _useless_with_sft(self) -> dict[str, str]:
+        """Options that would do nothing with objective=sft, by key."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         names = ("temperature", "vision_loss_weight", "text_loss_weight", "hidden_loss_weight")
         useless = [name for name in names if getattr(self, name) != defaults[name]]
-        useless += [
-            f"model.{name}"
-            for name in ("num_key_value_layers", "key_value_group_size")
-            if getattr(self.model, name) is not None
-        ]
-        useless += ["model.dtype"] if self.model.dtype != "float32" else []
-        return dict.fromkeys(useless, "has no effect with objective=sft; remove it")
+        of_student = ("num_key_value_layers", "key_value_group_size") if "swiftkv" not in self.trained_parts else ()
+        useless += [f"model.{name}" for name in of_student if getattr(self.model, name) is not None]
+        problems = dict.fromkeys(useless, "has no effect with objective=sft; remove it")
+        if self.model.dtype != "float32" and self.trained_parts == PLAIN_PARTS:
+            problems["model.dtype"] = (
+                "has no effect with objective=sft where nothing is frozen; remove it, or name the parts that train in "
+                "model.trainable"
+            )
+        return problems
+
+    def _problems_of_parts(self) -> dict[str, str]:
+        """What is wrong with the parts that are to train and with their learning rates, by key."""
+        problems, given, trained = {}, self.model.trainable, self.trained_parts
+        names = " and ".join(trained)
+        if self.objective == "distill" and trained != ("swiftkv",):
+            problems["model.trainable"] = f"distillation trains swiftkv alone, got {', '.join(given)}; remove it"
+        elif "all" in given and len(given) > 1:
+            problems["model.trainable"] = "all holds every part of a plain model; give it by itself"
+        elif "swiftkv" in trained and len(trained) > 1:
+            problems["model.trainable"] = "swiftkv trains by itself, all else stays the teacher's; give no other part"
+        elif self.model.num_hidden_layers is not None and "text" not in trained:
+            problems["model.num_hidden_layers"] = f"layers are added to the text model, and only {names} would train"
+        elif not {"text", "swiftkv"} & {*trained} and self.data.max_images_per_sample == 0:
+            problems["data.max_images_per_sample"] = f"0, so that {names} would have no image to learn from; raise it"
+        for part in PARTS:
+            if getattr(self.optimizer.learning_rates, part) is not None and part not in trained:
+                remedy = f", or add {part} to model.trainable" if "swiftkv" not in (part, *trained) else ""
+                problems[f"optimizer.learning_rates.{part}"] = f"{part} does not train, but {names}; remove it{remedy}"
+        return problems
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """The parts of the model that train, in the order of `PARTS`."""
+        given = self.model.trainable or (("swiftkv",) if self.objective == "distill" else ("all",))
+        return PLAIN_PARTS if "all" in given else tuple(part for part in PARTS if part in given)
 
     @property
     def global_batch_size(self) -> int:

@@ -4,6 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from vlskv_ray.command import print_info
 from vlskv_ray.data.collate import IGNORE_INDEX
@@ -11,6 +12,7 @@ from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.teacher_cache import IN_MEMORY, TeacherCache
 from vlskv_ray.launch.token_estimate import some_samples
 from vlskv_ray.model.build import load_config
+from vlskv_ray.model.fingerprint import teacher_fingerprint
 from vlskv_ray.training.run import Run
 from vlskv_ray.words import format_bytes, short_path
 
@@ -18,11 +20,8 @@ from vlskv_ray.words import format_bytes, short_path
 def teacher_cache_of(run: Run, num_key_value_layers: int) -> TeacherCache:
     """The teacher cache of a run with that N, named by all that the states of a sample depend on."""
     options, data = run.config.model, run.config.data
-    files = run.model_files
-    stats = [path.stat() for path in sorted(files.folder.glob("*.safetensors"))] if files.folder else []
     depends_on = {
-        "model": run.fingerprints["model"],
-        "written": [stat.st_mtime_ns for stat in stats],  # the fingerprint does not look at all of a large file
+        "teacher": teacher_fingerprint(run.model_files, getattr(torch, options.dtype)),
         "num_key_value_layers": num_key_value_layers,
         "dtype": options.dtype,
         "limits": [data.max_length, data.max_images_per_sample],

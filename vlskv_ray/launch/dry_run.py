@@ -20,6 +20,7 @@ from vlskv_ray.data.collate import Batch, from_row, to_row
 from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import StoppedRun
+from vlskv_ray.launch.start_block import describe_parameters
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.training.distill import shared_pass
 from vlskv_ray.training.objective import build_model
@@ -94,7 +95,7 @@ def print_memory(run: Run, model: Any, peak: int) -> None:
     moving = sum(parameters[p] for p in trained)
     logits = min(run.config.model.logits_memory_mib * 2**20, peak)
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"parameters    {sum(p.numel() for p in parameters):,}, {sum(p.numel() for p in trained):,} trained")
+    print(f"parameters    {describe_parameters(run)}")
     print(
         f"memory        a worker: {format_bytes(sum(parameters.values()) - moving)} frozen weights, "
         f"{format_bytes(moving)} trained, {format_bytes(moving)} gradients, {format_bytes(2 * moving)} optimizer, "
@@ -120,7 +121,7 @@ def print_prediction(run: Run, step: float, later: float) -> None:
 def steps_of(run: Run, model: Any) -> Callable[[Batch], StepResult]:
     """A function that makes a step on one micro-batch."""
     trained = trainable_parameters(model)
-    optimizer, gradients = build_optimizer(run.config, trained), GradientBuffer(trained.values())
+    optimizer, gradients = build_optimizer(run.config, model), GradientBuffer(trained.values())
     loss, most = loss_of(run.config), run.config.micro_batch_tokens
     return lambda batch: train_step(model, optimizer, gradients, [batch], loss, max_tokens=most)
 

@@ -25,7 +25,8 @@ from vlskv_ray.launch.cache_room import teacher_cache_of
 from vlskv_ray.launch.resume import check_resumable, check_unchanged
 from vlskv_ray.launch.start_block import start_block
 from vlskv_ray.launch.token_estimate import lengths_of, tokens_of
-from vlskv_ray.model.build import ModelFiles, find_model, fingerprint_of, load_config
+from vlskv_ray.model.build import ModelFiles, find_model, load_config, parameter_counts
+from vlskv_ray.model.fingerprint import fingerprint_of
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.report.run_files import at
 from vlskv_ray.storage.checkpoint import SavedState
@@ -57,7 +58,8 @@ def prepare(
     if saved and config.cluster.threads_per_worker is None:  # they decide the last bits: as the run began
         config = changed(config, {"cluster.threads_per_worker": saved.state["threads"]})
     files = find_model(config.model.name_or_path, config.model.revision)
-    config, text_config = resolve_model(config, files, saved)
+    config, model_config = resolve_model(config, files, saved)
+    text_config = model_config.text_config
     # before any data are opened: with a template that cannot be used no row could be either
     notices = check_processor(files, load_processor(files))
     config = changed(config, {"data.max_length": max_length_of(config, text_config)})
@@ -76,6 +78,7 @@ def prepare(
         tokens=tokens,
         fingerprints={"model": fingerprint_of(files), "data": data_fingerprint, "versions": versions()},
         owner=owner,
+        parameters=parameter_counts(files, model_config),
     )
     if saved:
         check_unchanged(run, saved)
@@ -90,15 +93,16 @@ def prepare(
 
 
 def resolve_model(config: Config, files: ModelFiles, saved: SavedState | None) -> tuple[Config, Any]:
-    """The config with everything about the model that it leaves open settled, and the text config of what trains."""
-    text_config = objective_of(config).configure(load_config(files), files, config).text_config
+    """The config with everything about the model that it leaves open settled, and that of the model that trains."""
+    model_config = objective_of(config).configure(load_config(files), files, config)
+    text_config = model_config.text_config
     settled = {"model.revision": files.revision}
     if objective_of(config).has_student:
         names = ("num_key_value_layers", "key_value_group_size")
         settled |= {f"model.{name}": getattr(text_config, name) for name in names}
     if config.model.dtype == "auto":
         settled["model.dtype"] = dtype_of(config, saved, text_config)
-    return changed(config, settled), text_config
+    return changed(config, settled), model_config
 
 
 def max_length_of(config: Config, text_config: Any) -> int:

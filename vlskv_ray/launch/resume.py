@@ -11,7 +11,7 @@ from vlskv_ray.storage.checkpoint import SavedState, has_checkpoints, newest_che
 from vlskv_ray.training.run import Run
 
 FIXED = {"objective", "micro_batch_size", "gradient_accumulation_steps"} | {
-    f"model.{name}" for name in ("num_key_value_layers", "key_value_group_size", "num_hidden_layers")
+    f"model.{name}" for name in ("num_key_value_layers", "key_value_group_size", "num_hidden_layers", "trainable")
 }
 """What a checkpoint cannot go on with another value of: it decides which weights train, and what a step is."""
 
@@ -51,6 +51,10 @@ def check_resumable(config: Config, saved: SavedState | None) -> int:
         except (ValidationError, RecursionError):
             raise ValueError(f"{saved.path}: cannot go on from here: written by another version; {REMEDY}") from None
         changed = changed_keys(before, config)
+        parts = [" and ".join(one.trained_parts) for one in (before, config)]
+        changed = {key: values for key, values in changed.items() if not key.startswith("model.trainable")}
+        if parts[0] != parts[1]:  # the same ones may be written in several ways
+            changed["model.trainable"] = (parts[0], parts[1])
         if before.cluster.num_workers != config.cluster.num_workers:  # then another accumulation makes up for it
             changed.pop("gradient_accumulation_steps", None)
         refuse_changes(config, saved, {key: f"{key} was {was} and is {now}" for key, (was, now) in changed.items()})

@@ -4,10 +4,9 @@ Teacher and student are one model. What trains is `*_swiftkv`; everything else i
 """
 
 import copy
-import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlskv_ray.model import presets
 from vlskv_ray.model.folder import Damaged, check_folder, read_json, weight_files
+from vlskv_ray.model.parts import PLAIN_PARTS, SWIFTKV, freeze_all_but, part_sizes
 from vlskv_ray.model.sanity import check_relations, check_text_config, check_weight_bytes
 from vlskv_ray.model.swiftkv import BACKBONES, check_layers, has_swiftkv, swiftkv_backbone
 from vlskv_ray.model.wrappers import wrapper_of
@@ -127,22 +127,6 @@ def naming_model(files: ModelFiles) -> Iterator[None]:
         raise ValueError(f"model.name_or_path: {files.name_or_path}: {' '.join(str(error).split())}") from error
 
 
-def fingerprint_of(files: ModelFiles) -> str:
-    """Tells one model from another: a preset by its name, files by their sizes and both ends of each."""
-    if files.folder is None:
-        return files.name_or_path
-    digest = hashlib.sha256()
-    patterns = ("*.json", "*.jinja", "*.safetensors")
-    for path in sorted(path for pattern in patterns for path in files.folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
 def file_sizes(files: ModelFiles) -> dict[str, int]:
     """Bytes of each file that a model is loaded from, by name; none of a preset."""
     folder = files.folder
@@ -150,36 +134,23 @@ def file_sizes(files: ModelFiles) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in found}
 
 
-def parameter_counts(
-    files: ModelFiles,
-    num_key_value_layers: int | None = None,
-    key_value_group_size: int | None = None,
-    *,
-    num_hidden_layers: int | None = None,
-    all_weights: bool = False,
-) -> tuple[int, int]:
-    """How many weights stay frozen and how many train, without loading any.
+def parameter_counts(files: ModelFiles, config: PreTrainedConfig) -> dict[str, int]:
+    """How many weights each part of a model has, without loading any; see `part_sizes`.
 
     Args:
-        files: of the model.
-        num_key_value_layers, key_value_group_size: as `build_student` takes them.
-        num_hidden_layers: as `build_plain` takes them.
-        all_weights: all weights of a plain model train, none are frozen.
+        files: of the model, to name it by.
+        config: of the model that trains: its own, `swiftkv_config` or `with_layers` of that.
+
+    Raises:
+        ValueError: no model can be made with this config.
     """
-    config = load_config(files)
-    if all_weights:
-        config = with_layers(config, num_hidden_layers or config.text_config.num_hidden_layers)
-    else:
-        config = swiftkv_config(config, num_key_value_layers, key_value_group_size)
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
     except LIBRARY_ERRORS as error:
         where = f"model.name_or_path: {files.name_or_path}"
         raise ValueError(f"{where}: config.json: no model can be made with it: {one_line(error)}") from error
-    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    trained = sum(count for name, count in counts.items() if all_weights or "_swiftkv" in name)
-    return sum(counts.values()) - trained, trained
+    return part_sizes(model)
 
 
 def load_config(files: ModelFiles) -> PreTrainedConfig:
@@ -302,23 +273,26 @@ def build_student(
         lacks = ("_swiftkv",) if is_teacher else ()
         model = _load_weights(files, student_config, attn_implementation, dtype, lacks)
     swiftkv_backbone(model).config.swiftkv = True
-    model.eval()  # no dropout anywhere: teacher and student share what is frozen
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("_swiftkv" in name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
-    return model
+    return freeze_all_but(model, (SWIFTKV,), dtype)
 
 
 def build_plain(
-    files: ModelFiles, num_hidden_layers: int | None = None, *, attn_implementation: str = "sdpa", seed: int = 0
+    files: ModelFiles,
+    num_hidden_layers: int | None = None,
+    *,
+    attn_implementation: str = "sdpa",
+    seed: int = 0,
+    trained: Collection[str] = PLAIN_PARTS,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A stock vision-language model, all of whose weights train, in float32; new ones are drawn from `seed`.
+    """A stock vision-language model, of which some parts train, in float32; new weights are drawn from `seed`.
 
     Args:
         files: of a plain model.
         num_hidden_layers: text layers; None for as many as it has. A preset is drawn with so many; a checkpoint of
             fewer gets the others on top, whose output projections are 0, so that they change nothing at first.
+        trained: the parts that train, of `PLAIN_PARTS`.
+        dtype: of the weights of all others.
 
     Raises:
         ValueError: the checkpoint has SwiftKV weights, more layers, or does not hold what its config says.
@@ -335,13 +309,13 @@ def build_plain(
         new = tuple(f".layers.{i}." for i in range(old, config.text_config.num_hidden_layers))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            # float32, so that what trains begins as the checkpoint has it; what is frozen is rounded afterwards
             model = _load_weights(files, config, attn_implementation, torch.float32, lacks=new)
         for layer in model.get_decoder().layers[old:]:
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 for parameter in projection.parameters():
                     nn.init.zeros_(parameter)
-    model.eval()  # no dropout: what is learnt does not depend on where a run was interrupted
-    return model.requires_grad_(True)
+    return freeze_all_but(model, trained, dtype)
 
 
 def with_layers(config: PreTrainedConfig, num_hidden_layers: int) -> PreTrainedConfig:
@@ -368,7 +342,7 @@ def refuse_student(files: ModelFiles, config: PreTrainedConfig) -> None:
     if has_swiftkv(config):
         raise ValueError(
             f"model.name_or_path: {files.name_or_path} holds SwiftKV weights; objective=sft trains a plain model, "
-            f"which is distilled afterwards"
+            f"which is distilled afterwards, or with model.trainable=[swiftkv] these weights alone"
         )
 
 

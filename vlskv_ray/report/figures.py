@@ -179,10 +179,6 @@ def headline(run: RunFiles) -> Rows:
     return [(label, [text]) for label, text in rows if text != DASH]
 
 
-DISTILLED = {"SwiftKV", "temperature"}
-"""Facts of `training_rows` that mean nothing for a plain model."""
-
-
 def training_rows(run: RunFiles) -> Rows:
     """How the model was made."""
     config, summary = run.config, run.summary
@@ -195,20 +191,30 @@ def training_rows(run: RunFiles) -> Rows:
     facts = [
         ("objective", run.objective.description if config else DASH),
         ("from", run.model + (f", revision {summary['revision']}" if at(summary, "revision") else "")),
-        ("SwiftKV", swiftkv if first != DASH else DASH),
+        ("SwiftKV", swiftkv if first != DASH and run.objective.has_student else DASH),
+        *((f"{how} weights", _weights(at(summary, "parameters", how))) for how in ("trained", "frozen")),
         ("data", "; ".join(map(_source, at(config, "data", "sources") or [])) or DASH),
         ("samples", whole(at(summary, "data", "samples"))),
         ("rows left out", whole(sum(rejected.values())) if isinstance(rejected, dict) else DASH),
         ("steps", whole(at(summary, "steps"))),
-        ("temperature", decimal(at(config, "temperature"))),
-        ("learning rate", decimal(at(config, "optimizer", "lr"))),
+        ("temperature", decimal(at(config, "temperature")) if run.objective.name == "distill" else DASH),
+        ("learning rate", _learning_rate(at(config, "optimizer"))),
         ("training", seconds(at(summary, "training_seconds"))),
     ]
-    return [
-        (label, [text])
-        for label, text in facts
-        if text != DASH and (run.objective.has_student or label not in DISTILLED)
-    ]
+    return [(label, [text]) for label, text in facts if text != DASH]
+
+
+def _weights(sizes: Any) -> str:
+    """How many weights of which parts of a model: 10 vision_tower, 20 text."""
+    texts = [f"{whole(size)} {part}" for part, size in sizes.items()] if isinstance(sizes, dict) else []
+    return ", ".join(texts) or DASH
+
+
+def _learning_rate(optimizer: Any) -> str:
+    """The learning rate, and those of parts that have their own."""
+    own = at(optimizer, "learning_rates")
+    of_parts = [f"{decimal(rate)} {part}" for part, rate in own.items() if is_number(rate)] if own else []
+    return ", ".join([decimal(at(optimizer, "lr")), *of_parts])
 
 
 def _source(source: Any) -> str:

@@ -72,7 +72,7 @@ def front_matter(run: RunFiles) -> str:
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["swiftkv", "vlskv_ray", "knowledge-distillation"] if run.objective.has_student else ["vlskv_ray"],
+        "tags": [*run.objective.tags],
         **({"base_model": base} if HUB_ID.fullmatch(base) else {}),
         **({"datasets": datasets} if datasets else {}),
     }
@@ -81,14 +81,16 @@ def front_matter(run: RunFiles) -> str:
 
 def what_it_is(run: RunFiles) -> str:
     if not run.objective.has_student:
-        return f"This is a vision-language model, fine-tuned from {escape_markdown(run.model)} on answers."
+        trained, frozen = (at(run.summary, "parameters", how) for how in ("trained", "frozen"))
+        only = f", of its parts {escape_markdown(' and '.join(trained))} alone" if trained and frozen else ""
+        return f"This is a vision-language model, fine-tuned from {escape_markdown(run.model)} on answers{only}."
     layers = (at(run.config, "model", key) for key in ("num_key_value_layers", "key_value_group_size"))
     model, first, group = map(escape_markdown, (run.model, *layers))
     return (
         f"This is {model} in SwiftKV form ([arXiv 2410.03960](https://arxiv.org/abs/2410.03960)): keys and "
         f"values of its text layers from layer {first} on are projected from the hidden state that enters that "
         f"layer, so that tokens of the prompt, image tokens included, skip them. Layers share a cache in groups "
-        f"of {group}. The new projections were distilled from the model itself; all other weights are its own."
+        f"of {group}. The new projections were {run.objective.origin}; all other weights are its own."
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from vlskv_ray.training.objective import OBJECTIVES, Objective
+from vlskv_ray.training.objective import OBJECTIVES, Objective, objective_named
 
 DASH = "–"
 
@@ -38,8 +38,9 @@ class RunFiles:
 
     @property
     def objective(self) -> Objective:
-        name = at(self.config, "objective")
-        return OBJECTIVES.get(str(name), OBJECTIVES["distill"])  # a file from elsewhere may hold anything
+        name, trainable = str(at(self.config, "objective")), at(self.config, "model", "trainable")
+        name = name if name in OBJECTIVES else "distill"  # a file from elsewhere may hold anything
+        return objective_named(name, trainable if isinstance(trainable, list) else ())
 
 
 def read_run(folder: Path) -> RunFiles:

@@ -50,6 +50,7 @@ def write_summary(run: Run, outcome: Outcome, seconds: float, final: dict[str, s
         "data": {name: seen[name] for name in ("lengths", "images")} | {"samples": seen["seen"]},
         "model": run.config.model.name_or_path,
         "revision": run.config.model.revision,
+        "parameters": {"trained": run.trained_parameters, "frozen": run.frozen_parameters},
         "versions": {name: version(name) for name in PACKAGES},
         "environment": {
             "python": platform.python_version(),

@@ -16,12 +16,15 @@ from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import StoppedRun, TakenOver
 from vlskv_ray.files import make_readable
+from vlskv_ray.model.parts import SWIFTKV
 from vlskv_ray.model.processor import load_processor
+from vlskv_ray.model.wrappers import TEXT
 from vlskv_ray.storage.checkpoint import SavedState, newest_checkpoint, save_checkpoint
 from vlskv_ray.storage.run_lock import is_owner
 from vlskv_ray.storage.run_log import RunLog
 from vlskv_ray.training.distill import LossSums
 from vlskv_ray.training.faults import fault_point
+from vlskv_ray.training.objective import objective_of
 from vlskv_ray.training.run import Run, gather_objects
 from vlskv_ray.words import format_bytes, printable
 
@@ -101,14 +104,23 @@ class Counts:
                 f"data.max_rejected_fraction"
             )
 
-    def nothing_learnt(self, vision_loss_weight: float, text_loss_weight: float) -> str | None:
-        """Why there was nothing to learn from: no sample could be used, or none that has a weight. None: there was."""
+    def nothing_learnt(
+        self, vision_loss_weight: float, text_loss_weight: float, trained_parts: Sequence[str] = (TEXT,)
+    ) -> str | None:
+        """Why there was nothing to learn from: no sample could be used, or none that has a weight, or that an image
+        gives to the parts that train. None: there was."""
         vision, text = self.supervised["vision"], self.supervised["text"]
-        if (vision and vision_loss_weight) or (text and text_loss_weight):
+        of_images = not {TEXT, SWIFTKV} & {*trained_parts}
+        if (vision and vision_loss_weight) or (text and text_loss_weight and not of_images):
             return None
         why = f"all {self.seen} samples had to be left out ({self._reasons()}). {self._for_one()}; mend the data"
         if vision:
             why = "all its samples have images, and vision_loss_weight is 0; raise it"
+        elif text and of_images:
+            why = (
+                f"none of its samples has an image, which {' and '.join(trained_parts)} would learn from; give data "
+                f"with images, or train other parts (model.trainable)"
+            )
         elif text:
             why = "none of its samples has an image, and text_loss_weight is 0; raise it"
         return f"the run has come to its end and learnt nothing: {why}, and start anew with --resume never"
@@ -258,9 +270,7 @@ def save_is_due(run: Run, step: int, measured: dict[str, float]) -> bool:
 
 def state_of(run: Run, counts: Counts, measured: dict[str, float]) -> dict[str, Any]:
     """What a checkpoint says beside weights and moments."""
-    score = measured.get("eval_kl_mean")
-    if score is None and "eval_accuracy" in measured:
-        score = -measured["eval_accuracy"]
+    score = objective_of(run.config).score(measured)
     return {
         "micro_batches_per_step": run.micro_batches_per_step,
         "shares_per_step": run.shares_per_step,

@@ -181,7 +181,9 @@ class DivergenceAtHead(torch.autograd.Function):
         few = max(1, ELEMENTS_IN_CACHE // len(head.weight))
         for start in range(0, len(student), rows):
             chunk = slice(start, start + rows)
-            student_logits, teacher_logits = _logits(head, student[chunk]), _logits(head, teacher[chunk])
+            student_logits, teacher_logits = (
+                logits_of(states[chunk], head.weight, head.bias) for states in (student, teacher)
+            )
             for q, p, target in zip(
                 *(x.split(few) for x in (student_logits, teacher_logits, targets[chunk])), strict=True
             ):
@@ -201,14 +203,15 @@ class DivergenceAtHead(torch.autograd.Function):
         return gradient * by_kl[:, None].to(gradient.dtype), None, None, None, None, None
 
 
-def _logits(head: nn.Linear, hidden_states: Tensor) -> Tensor:
-    logits = F.linear(hidden_states.to(head.weight.dtype), head.weight, head.bias)
+def logits_of(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a head makes of hidden states, [n, V] of float32 at least."""
+    logits = F.linear(hidden_states.to(weight.dtype), weight, bias)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def rows_per_chunk(vocab_size: int, logits_memory_mib: int) -> int:
-    """How many rows of float32 logits, teacher's and student's, fit the budget; at least one."""
-    return max(1, logits_memory_mib * 2**20 // (2 * 4 * vocab_size))
+def rows_per_chunk(vocab_size: int, logits_memory_mib: int, sides: int = 2) -> int:
+    """How many rows of float32 logits, teacher's and student's or of one side alone, fit the budget; at least one."""
+    return max(1, logits_memory_mib * 2**20 // (sides * 4 * vocab_size))
 
 
 def distillation_loss(model: Any, batch: Batch, options: DistillationLoss) -> tuple[Tensor | None, LossSums]:

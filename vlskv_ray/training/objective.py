@@ -1,7 +1,7 @@
 """What a run can have for its `objective`: an entry of `OBJECTIVES` holds all in which one differs from another."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from vlskv_ray.model.build import (
     swiftkv_config,
     with_layers,
 )
+from vlskv_ray.model.parts import SWIFTKV
 from vlskv_ray.training.distill import DistillationLoss, LossSums
 from vlskv_ray.training.run import Run
-from vlskv_ray.training.sft import cross_entropy_loss
+from vlskv_ray.training.sft import CrossEntropyLoss
 
 Loss = Callable[[Any, Batch], tuple[Tensor | None, LossSums]]
 """Of model and micro-batch: the loss as a sum with a graph, and all sums; see `distillation_loss`."""
@@ -41,8 +42,11 @@ class Objective:
     title: str
     description: str
     """What the run does, for a reader: above its report, and in full."""
+    origin: str
+    tags: tuple[str, ...]
+    """For the model card: how what trains came to what it is, and the tags of the model."""
     has_student: bool
-    """A student trains, whose teacher is the same model with SwiftKV off; else all weights of a plain model do."""
+    """A student trains, whose teacher is the same model with SwiftKV off; else a plain model or parts of it do."""
     configure: Callable[[PreTrainedConfig, ModelFiles, Config], PreTrainedConfig]
     """The model that trains, from the teacher's config. ValueError where the model cannot be had."""
     build: Callable[[ModelFiles, Config], Any]
@@ -58,6 +62,8 @@ class Objective:
     agreement: str
     agreement_title: str
     """The metric of how many tokens the model gets right, and what it measures."""
+    score: Callable[[Mapping[str, float]], float | None]
+    """How good a checkpoint is by what was measured of it on the way, the lower the better; None if nothing was."""
 
     @property
     def trained_side(self) -> str:
@@ -66,7 +72,12 @@ class Objective:
 
 def objective_of(config: Config) -> Objective:
     """The objective that a run's config names."""
-    return OBJECTIVES[config.objective]
+    return objective_named(config.objective, config.trained_parts)
+
+
+def objective_named(name: str, trained_parts: Sequence[str]) -> Objective:
+    """The objective of this name, where these parts of the model train."""
+    return STUDENT_FINE_TUNING if name == "sft" and SWIFTKV in trained_parts else OBJECTIVES[name]
 
 
 def build_model(run: Run) -> Any:
@@ -125,7 +136,14 @@ def configure_plain(config: PreTrainedConfig, files: ModelFiles, run: Config) ->
 
 def build_the_plain(files: ModelFiles, run: Config) -> Any:
     options = run.model
-    return build_plain(files, options.num_hidden_layers, attn_implementation=options.attn_implementation, seed=run.seed)
+    return build_plain(
+        files,
+        options.num_hidden_layers,
+        attn_implementation=options.attn_implementation,
+        seed=run.seed,
+        trained=run.trained_parts,
+        dtype=getattr(torch, options.dtype),
+    )
 
 
 def fine_tuning_metrics(sums: LossSums, run: Config) -> dict[str, float]:
@@ -146,6 +164,8 @@ OBJECTIVES = {
             name="distill",
             title="SwiftKV by distillation",
             description="distillation of the model from itself",
+            origin="distilled from the model itself",
+            tags=("swiftkv", "vlskv_ray", "knowledge-distillation"),
             has_student=True,
             configure=configure_student,
             build=build_the_student,
@@ -156,22 +176,38 @@ OBJECTIVES = {
             loss_title="KL from the teacher",
             agreement="top1_agreement",
             agreement_title="top-1 agreement",
+            score=lambda measured: measured.get("eval_kl_mean"),
         ),
         Objective(
             name="sft",
             title="supervised fine-tuning",
             description="supervised fine-tuning",
+            origin="fine-tuned on answers",
+            tags=("vlskv_ray",),
             has_student=False,
             configure=configure_plain,
             build=build_the_plain,
-            loss=lambda run, cache: cross_entropy_loss,
+            loss=lambda run, cache: CrossEntropyLoss(run.model.logits_memory_mib),
             sides=("sft_model",),
             metrics=fine_tuning_metrics,
             prefix="ce",
             loss_title="cross-entropy",
             agreement="token_accuracy",
             agreement_title="right tokens",
+            score=lambda measured: -measured["eval_accuracy"] if "eval_accuracy" in measured else None,
         ),
     )
 }
 """By their names in the config. A further objective is one more entry, and its name in `Config.objective`."""
+
+STUDENT_FINE_TUNING = replace(
+    OBJECTIVES["sft"],
+    title="supervised fine-tuning of SwiftKV",
+    description="supervised fine-tuning of the SwiftKV weights",
+    tags=("swiftkv", "vlskv_ray"),
+    has_student=True,
+    configure=configure_student,
+    build=build_the_student,
+    sides=SIDES,
+)
+"""What `objective: sft` is where a student's SwiftKV weights train."""

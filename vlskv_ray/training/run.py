@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Run:
     """Where the frozen states of samples are kept; None: nowhere."""
     held_out: HeldOut | None = None
     """What answers are measured on; None: nothing was given."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """How many weights each part of the model has."""
 
     @functools.cached_property
     def model_files(self) -> ModelFiles:
@@ -50,6 +52,16 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         """What travels to other processes: not where the model is here."""
         return {name: value for name, value in self.__dict__.items() if name != "model_files"}
+
+    @property
+    def trained_parameters(self) -> dict[str, int]:
+        """How many weights train, by part."""
+        return {part: size for part, size in self.parameters.items() if part in self.config.trained_parts}
+
+    @property
+    def frozen_parameters(self) -> dict[str, int]:
+        """How many weights stay as they are, by part."""
+        return {part: size for part, size in self.parameters.items() if part not in self.config.trained_parts}
 
     @property
     def checkpoints(self) -> Path:

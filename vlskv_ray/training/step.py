@@ -18,6 +18,8 @@ from vlskv_ray.config import Config
 from vlskv_ray.data.collate import Batch, parts
 from vlskv_ray.data.teacher_cache import TeacherCache
 from vlskv_ray.errors import StoppedRun
+from vlskv_ray.model.build import trainable_parameters
+from vlskv_ray.model.parts import part_of
 from vlskv_ray.training.distill import LossSums
 from vlskv_ray.training.faults import fault_point
 from vlskv_ray.training.objective import Loss, objective_of
@@ -108,10 +110,9 @@ def train_step(
 
 
 def autocast(model: Any) -> Any:
-    """bfloat16 products where the frozen weights are bfloat16, so that float32 trained weights mix with them."""
-    weight = model.get_output_embeddings().weight
-    is_bfloat16 = weight.dtype == torch.bfloat16
-    return torch.autocast(weight.device.type, dtype=torch.bfloat16) if is_bfloat16 else nullcontext()
+    """bfloat16 products where a weight is bfloat16, as frozen ones can be, so that float32 trained ones mix with it."""
+    rounded = next((parameter for parameter in model.parameters() if parameter.dtype == torch.bfloat16), None)
+    return nullcontext() if rounded is None else torch.autocast(rounded.device.type, dtype=torch.bfloat16)
 
 
 def add_of_all_workers(total: Tensor, gradient: Tensor) -> None:
@@ -193,14 +194,21 @@ def recompute(loss: Loss) -> Loss:
     return recomputed
 
 
-def build_optimizer(config: Config, trained: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, as is usual: a norm or a bias has no reason to shrink."""
-    matrices = [p for p in trained.values() if p.ndim > 1]
-    vectors = [p for p in trained.values() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    options = config.optimizer
+def build_optimizer(config: Config, model: Any) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only, as is usual: a norm or a bias has no reason to shrink.
+
+    Each group of weights knows its `part` of the model and, as `initial_lr`, the highest learning rate of that.
+    """
+    options, model_type = config.optimizer, model.config.model_type
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in trainable_parameters(model).items():
+        part, is_matrix = part_of(model_type, name), parameter.ndim > 1
+        rate = getattr(options.learning_rates, part) or options.lr
+        group: dict[str, Any] = {"params": [], "part": part, "lr": rate, "initial_lr": rate}
+        group |= {} if is_matrix else {"weight_decay": 0.0}
+        groups.setdefault((part, is_matrix), group)["params"].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        list(groups.values()),
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
@@ -221,6 +229,17 @@ def learning_rate_schedule(config: Config, total_steps: int) -> Callable[[int], 
     return lambda step: float(fraction(step + 1 if step < warmup else step))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
+    """Sets all learning rates to this fraction of the highest of each."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = group["initial_lr"] * fraction
+
+
+def learning_rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate, and where parts of the model have different ones the highest and that of each part, by the
+    names of the metrics."""
+    rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+    highest = {"learning_rate": max(rates.values())}
+    if len(set(rates.values())) == 1:
+        return highest
+    return highest | {f"learning_rate_{part}": rate for part, rate in rates.items()}

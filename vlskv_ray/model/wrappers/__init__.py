@@ -5,9 +5,9 @@ A family is a module with the names of `Wrapper`, and one call of `register`. Th
 """
 
 from vlskv_ray.model.wrappers import llava_next
-from vlskv_ray.model.wrappers.wrapper import ImageInputs, Wrapper
+from vlskv_ray.model.wrappers.wrapper import PROJECTOR, TEXT, VISION_TOWER, ImageInputs, Wrapper
 
-__all__ = ["FAMILIES", "ImageInputs", "Wrapper", "register", "wrapper_of"]
+__all__ = ["FAMILIES", "PROJECTOR", "TEXT", "VISION_TOWER", "ImageInputs", "Wrapper", "register", "wrapper_of"]
 
 FAMILIES: dict[str, Wrapper] = {}
 """Those that are registered, by model type; no other is accepted."""

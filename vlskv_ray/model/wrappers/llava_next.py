@@ -27,7 +27,7 @@ from vlskv_ray.model.sanity import (
     check_value,
     processor_files,
 )
-from vlskv_ray.model.wrappers.wrapper import ImageInputs
+from vlskv_ray.model.wrappers.wrapper import PROJECTOR, TEXT, VISION_TOWER, ImageInputs
 
 MODEL_TYPE = "llava_next"
 PROCESSOR_CLASSES: tuple[str, ...] = ("LlavaNextProcessor",)
@@ -99,6 +99,13 @@ def least_vision_weights(config: Any) -> int:
     vision = config.vision_config
     positions = (vision.image_size // vision.patch_size) ** 2
     return int(vision.hidden_size * (positions + vision.num_hidden_layers * 2 * vision.intermediate_size))
+
+
+def part_of(name: str) -> str:
+    """See `Wrapper`. What ends a row of tiles is made in the projector's space, and learnt with it."""
+    if name.startswith("model.vision_tower."):
+        return VISION_TOWER
+    return PROJECTOR if name.startswith(("model.multi_modal_projector.", "model.image_newline")) else TEXT
 
 
 def check_processor_files(folder: Path) -> None:

@@ -32,6 +32,10 @@ class ImageInputs:
     """What the model looks at, and masks and scales for it. Empty where the states of a sample are known already."""
 
 
+VISION_TOWER, PROJECTOR, TEXT = "vision_tower", "projector", "text"
+"""Parts of a model, see `Wrapper.part_of`."""
+
+
 class Wrapper(Protocol):
     """A module with these names is a family. Checks raise `Damaged` with file, key, value and what was wanted."""
 
@@ -58,6 +62,10 @@ class Wrapper(Protocol):
 
     def least_vision_weights(self, config: PreTrainedConfig) -> int:
         """How many weights the vision tower of a model has at least."""
+
+    def part_of(self, name: str) -> str:
+        """The part that a weight of this name belongs to, as `named_parameters` of the model has it: VISION_TOWER, its
+        PROJECTOR with all else between it and the text model, or TEXT, to which embeddings and head belong."""
 
     def check_processor_files(self, folder: Path) -> None:
         """Likewise `check_config`, for the files of the processor, where there are any."""

@@ -13,6 +13,7 @@ COMMANDS = {
     "tune": "tries settings on Ray Tune, and says which to take",
     "probe": "measures untrained students of every N and group size",
     "evaluate": "measures a student against its teacher on held-out samples",
+    "answers": "has a teacher answer prompts, to distil on its answers",
     "generate": "asks a student, or its teacher, about a picture",
     "assemble": "makes a vision-language model of a text model and a vision tower",
     "compare": "shows finished runs side by side, as Markdown",

@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from vlskv_ray.config import Config
+from pydantic import ValidationError
+
+from vlskv_ray.config import Config, SourceConfig, source_from_text
 from vlskv_ray.errors import StoppedRun
 from vlskv_ray.words import printable_lines
 
@@ -70,12 +73,58 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def number_up_to(largest: int) -> Callable[[str], int]:
-    """Reads a number from 1 to `largest`, for argparse."""
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What goes with the option `--data` of commands that read data without a run's config, see `sources_of_data`."""
+    parser.add_argument("--image-root", metavar="DIR", help="what image paths in files are relative to")
+    parser.add_argument(
+        "--on-refused",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do with a row that asks for a file outside the folder of images, or a URL (default %(default)s)",
+    )
+
+
+def check_data_options(parser: argparse.ArgumentParser, options: argparse.Namespace, default: Sequence[str]) -> None:
+    """Ends the command where options of `--data` are given that do not go with it; `default` is what it stands for."""
+    if options.image_root and not options.data:
+        parser.error("--image-root goes with --data")
+    if options.split and not any("name" in source_from_text(text) for text in options.data or default):
+        parser.error("--split goes with a named data set of --data, files have none")
+
+
+def sources_of_data(texts: Sequence[str], options: argparse.Namespace, split: str) -> list[SourceConfig]:
+    """What `--data` names, as a run's config would have it.
+
+    Args:
+        texts: files, patterns or named data sets.
+        options: of the command: `split`, `num_samples`, `image_root`.
+        split: of named data sets, where no other is asked for.
+
+    Raises:
+        ValueError: one of the texts can name no data.
+    """
+    specs = []
+    for text in texts:
+        fields: dict[str, Any] = source_from_text(text)
+        if "name" in fields:
+            fields["split"] = options.split or split
+        if fields.get("name") == "shapes":
+            fields["num_samples"] = options.num_samples
+        if "path" in fields and options.image_root:
+            fields["image_root"] = options.image_root
+        try:
+            specs.append(SourceConfig(**fields))
+        except ValidationError as error:
+            raise ValueError(f"--data: {text}: {error.errors()[0]['msg']}") from error
+    return specs
+
+
+def number_up_to(largest: int, smallest: int = 1) -> Callable[[str], int]:
+    """Reads a number from 1, or another smallest one, to `largest`, for argparse."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= largest:
-            raise argparse.ArgumentTypeError(f"wanted a number from 1 to {largest}, got {text!r}")
+        if not text.isdecimal() or not smallest <= int(text) <= largest:
+            raise argparse.ArgumentTypeError(f"wanted a number from {smallest} to {largest}, got {text!r}")
         return int(text)
 
     return number

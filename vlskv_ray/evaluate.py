@@ -4,8 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vlskv_ray.command import DONE, add_device_options, command_parser, exit_status, number_up_to
-from vlskv_ray.config import source_from_text
+from vlskv_ray.command import (
+    DONE,
+    add_data_options,
+    add_device_options,
+    check_data_options,
+    command_parser,
+    exit_status,
+    number_up_to,
+)
 from vlskv_ray.files import write_json
 from vlskv_ray.words import short_path
 
@@ -31,13 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "else shapes)",
     )
     parser.add_argument("--split", help="of a named data set (default test)")
-    parser.add_argument("--image-root", metavar="DIR", help="what image paths in files are relative to")
-    parser.add_argument(
-        "--on-refused",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what to do with a row that asks for a file outside the folder of images, or a URL (default %(default)s)",
-    )
+    add_data_options(parser)
     parser.add_argument(
         "--num-samples",
         type=number_up_to(10**7),
@@ -59,10 +60,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "card are written anew; with --teacher and elsewhere, of the current folder)",
     )
     options = parser.parse_args(arguments)
-    if options.image_root and not options.data:
-        parser.error("--image-root goes with --data")
-    if options.split and not any("name" in source_from_text(text) for text in options.data or ["shapes"]):
-        parser.error("--split goes with a named data set of --data, files have none")
+    check_data_options(parser, options, default=["shapes"])
     return options
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file whole or not at all."""
+    write_texts(path, [text])
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """Writes a file of many texts, one after the other, whole or not at all."""
     aside = path.with_name(f".writing-{path.name}")
     try:
-        aside.write_text(text, encoding="utf-8", newline="")
+        with open(aside, "w", encoding="utf-8", newline="") as file:
+            file.writelines(texts)
         flush(aside)
         aside.replace(path)
     except OSError as error:

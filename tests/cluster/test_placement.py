@@ -58,6 +58,18 @@ def test_a_wait_is_told_of_after_a_moment_then_every_minute_and_ends(monkeypatch
     assert re.fullmatch(r"waiting       2 workers .* are free; for 65 s by now, 150 s at most", told[1][1])
 
 
+def test_a_wait_names_the_option_of_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(NoRoom) as told:
+        Wait(0, print, "--workers", "or ask for fewer").goes_on(WORKERS, "2 processes")
+    assert str(told.value).startswith("--workers: 2 processes must have 1.25 CPUs at once, ")
+    assert str(told.value).endswith(
+        "wait for what else runs on the cluster, or ask for fewer; the same command tries again"
+    )
+
+
 def test_lines_for_who_looks_later(tmp_path: Path) -> None:
     tell = write_waits_to(tmp_path / "ray" / "waiting")
     tell("a")

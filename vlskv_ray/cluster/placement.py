@@ -20,18 +20,26 @@ A_MOMENT, A_MINUTE = 5.0, 60.0
 again and again."""
 SLICE = 0.5
 """Seconds between two looks."""
+REMEDY = (
+    "let this take less with cluster.num_workers, cluster.cpus_per_worker or data.cpus_per_task, or raise "
+    "cluster.wait_seconds"
+)
 
 
 class Wait:
     """Tells of what is waited for, and ends it where it takes too long."""
 
-    def __init__(self, seconds: float, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, seconds: float, tell: Callable[[str], None], option: str = "cluster.wait_seconds", remedy: str = REMEDY
+    ) -> None:
         """
         Args:
             seconds: to wait at most, `cluster.wait_seconds`.
             tell: gets a line after a moment and then every minute.
+            option: that a reader can change.
+            remedy: what else can be done than to wait.
         """
-        self.seconds, self.tell = seconds, tell
+        self.seconds, self.tell, self.option, self.remedy = seconds, tell, option, remedy
         self.began: float | None = None
         self.tell_at = A_MOMENT
 
@@ -55,9 +63,8 @@ class Wait:
         text = shortage(bundles, what, ray.available_resources(), ray.cluster_resources())
         if waited >= self.seconds:
             raise NoRoom(
-                f"cluster.wait_seconds: {text} after {self.seconds:g} s; wait for what else runs on the cluster, let "
-                f"this take less with cluster.num_workers, cluster.cpus_per_worker or data.cpus_per_task, or raise "
-                f"cluster.wait_seconds; the same command tries again"
+                f"{self.option}: {text} after {self.seconds:g} s; wait for what else runs on the cluster, "
+                f"{self.remedy}; the same command tries again"
             )
         self.tell(f"waiting       {text}; for {waited:.0f} s by now, {self.seconds:g} s at most")
         self.tell_at = waited + A_MINUTE

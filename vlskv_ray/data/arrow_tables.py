@@ -55,11 +55,17 @@ class ArrowSource:
     text_bytes: npt.NDArray[np.int64]
     fingerprint: str
     layout: Layout
+    beside: tuple[Any, ...]
+    """Of each table the columns of texts, numbers and truths that are not read."""
     ignored: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        return () if self.root is None else (self.root,)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -74,17 +80,27 @@ class ArrowSource:
         part, at = self._locate(row)
         return f"{self.name}:{part.file}:{at + 1}" if part.file else f"{self.name}:{at + 1}"
 
-    def read(self, row: int) -> Sample:
+    def read(self, row: int, *, prompt: bool = False) -> Sample:
+        columns = self._read(row, *self.tables[self._locate(row)[0].table])
+        return sample_of(self.uid(row), columns, self.root, self.ignored, self.layout, prompt=prompt)
+
+    def columns(self, row: int) -> dict[str, Any]:
+        table = self._locate(row)[0].table
+        return self._read(row, self.beside[table], None) | self._read(row, *self.tables[table])
+
+    def _read(self, row: int, dataset: Any, features: Any) -> dict[str, Any]:
+        """A row of one of the tables. Rejected: row_unreadable, text_encoding."""
         part, at = self._locate(row)
-        dataset, features = self.tables[part.table]
+        if not dataset.column_names:
+            return {}
         try:
-            columns = features.decode_example(dataset[part.first + at].to_pylist()[0])
+            columns = dict(dataset[part.first + at].to_pylist()[0])
+            return columns if features is None else dict(features.decode_example(columns))
         except UnicodeDecodeError as error:
             reason = f"a text is not UTF-8: {error.reason} at its byte {error.start}; save it as UTF-8"
             raise Rejected("text_encoding", reason) from error
         except _UNREADABLE as error:
             raise Rejected("row_unreadable", f"{_one_line(error)}; write the row anew") from error
-        return sample_of(self.uid(row), columns, self.root, self.ignored, self.layout)
 
     def _locate(self, row: int) -> tuple[Part, int]:
         """The part of a row, and which of its rows that is, from 0."""
@@ -326,8 +342,21 @@ def _arrow_source(
         text_bytes,
         fingerprint,
         layout,
+        tuple(_columns_beside(dataset, layout) for dataset in datasets),
         tuple(ignored),
     )
+
+
+def _columns_beside(dataset: Any, layout: Layout) -> Any:
+    """The columns of texts, numbers and truths that the layout does not read."""
+    import datasets
+
+    plain = [
+        name
+        for name, feature in dataset.features.items()
+        if isinstance(feature, datasets.Value) and re.match("string|large_string|u?int|float|bool", feature.dtype)
+    ]
+    return dataset.select_columns([name for name in plain if name not in layout.columns]).with_format("arrow")
 
 
 def _read_columns(dataset: Any, layout: Layout) -> tuple[Any, Any]:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vlskv_ray.data.collate import IGNORE_INDEX, Encoded
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.labels import labels_of
 from vlskv_ray.data.sample import Rejected, Sample
-from vlskv_ray.data.templates import render, texts_of
-from vlskv_ray.data.tokens import fewest_tokens, tokenise
+from vlskv_ray.data.templates import Span, render, texts_of
+from vlskv_ray.data.tokens import Ids, fewest_tokens, tokenise
 from vlskv_ray.model.wrappers import ImageInputs, Wrapper, wrapper_of
 
 
@@ -39,13 +41,34 @@ def encode(sample: Sample, processor: Any, config: Any, limits: Limits) -> Encod
     Raises:
         Rejected: the sample does not fit, or an image cannot be used; nothing of it is ever cut off.
     """
+    input_ids, offsets, answers, images = _tokens_of(sample, processor, config, limits)
+    labels = labels_of(input_ids, offsets, answers)
+    if not (labels != IGNORE_INDEX).any():
+        raise Rejected("no_answer", "no token of an answer is left to learn from")
+    return Encoded(sample.uid, input_ids, labels, images)
+
+
+def encode_prompt(sample: Sample, processor: Any, config: Any, limits: Limits) -> Encoded:
+    """A conversation that ends with a question, up to where its answer begins; no label counts.
+
+    Args and Raises as of `encode`.
+    """
+    input_ids, _, _, images = _tokens_of(sample, processor, config, limits, add_generation_prompt=True)
+    return Encoded(sample.uid, input_ids, np.full_like(input_ids, IGNORE_INDEX), images)
+
+
+def _tokens_of(
+    sample: Sample, processor: Any, config: Any, limits: Limits, *, add_generation_prompt: bool = False
+) -> tuple[Ids, Ids, list[Span], list[ImageInputs]]:
+    """Token ids of a sample, the characters of each, the spans of the answers in those, and its images. Rejected as of
+    `encode`."""
     if len(sample.images) > limits.max_images_per_sample:
         raise Rejected(
             "too_many_images",
             f"{len(sample.images)} images, more than data.max_images_per_sample={limits.max_images_per_sample}",
         )
     _check_size(sample, processor.tokenizer, limits.max_length)
-    rendering = render(processor, sample.messages)
+    rendering = render(processor, sample.messages, add_generation_prompt=add_generation_prompt)
     wrapper = wrapper_of(config.model_type)
     images, placeholders, shapes = _prepare_images(wrapper, sample, processor, limits.image_processing_batch_size)
     input_ids, offsets, answers = tokenise(processor, rendering, placeholders)
@@ -65,10 +88,7 @@ def encode(sample: Sample, processor: Any, config: Any, limits: Limits) -> Encod
             f"{len(input_ids)} tokens, {num_placeholders} of them of images, more than "
             f"data.max_length={limits.max_length}",
         )
-    labels = labels_of(input_ids, offsets, answers)
-    if not (labels != IGNORE_INDEX).any():
-        raise Rejected("no_answer", "no token of an answer is left to learn from")
-    return Encoded(sample.uid, input_ids, labels, images)
+    return input_ids, offsets, answers, images
 
 
 def _check_size(sample: Sample, tokenizer: Any, max_length: int) -> None:

@@ -64,15 +64,21 @@ class JsonSource:
         place = f"{os.path.relpath(file, folder_of(self.files))}:" if len(self.files) > 1 else ""
         return f"{self.name}:{place}{entry['number']}"
 
-    def read(self, row: int) -> Sample:
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(self.root or file.parent for file in self.files))
+
+    def read(self, row: int, *, prompt: bool = False) -> Sample:
+        root = self.root or self.files[self.index[row]["file"]].parent
+        return sample_of(self.uid(row), self.columns(row), root, self.ignored, self.layout, prompt=prompt)
+
+    def columns(self, row: int) -> dict[str, Any]:
         entry = self.index[row]
         file = self.files[entry["file"]]
         with file.open("rb") as stream:
             stream.seek(entry["offset"])
             data = stream.read(entry["length"])
-        root = file.parent if self.root is None else self.root
-        columns = _parse_row(data, file, int(entry["number"]))
-        return sample_of(self.uid(row), columns, root, self.ignored, self.layout)
+        return _parse_row(data, file, int(entry["number"]))
 
 
 @dataclass

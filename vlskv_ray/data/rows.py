@@ -20,7 +20,13 @@ _BASE64_PICTURE = re.compile(f"(?:{'|'.join(_BASE64_STARTS)})[A-Za-z0-9+/\r\n]{{
 
 
 def sample_of(
-    uid: str, row: Mapping[str, Any], root: Path | None, ignored: Collection[str] = (), layout: Layout | None = None
+    uid: str,
+    row: Mapping[str, Any],
+    root: Path | None,
+    ignored: Collection[str] = (),
+    layout: Layout | None = None,
+    *,
+    prompt: bool = False,
 ) -> Sample:
     """Checks a row and brings it into the one form everything else knows.
 
@@ -30,6 +36,7 @@ def sample_of(
         root: the only folder that its image paths may lead into; None: no folder.
         ignored: columns that are not read even where they look like pictures.
         layout: of its source; None: the one that its columns fit.
+        prompt: it may end with a question; an answer at its end that has no text is none.
 
     Raises:
         Rejected: schema, conv_empty, role_unknown, no_answer, role_order, content_type, question_empty, answer_empty,
@@ -40,11 +47,14 @@ def sample_of(
     if unread := unread_pictures(row, layout, ignored):
         raise Rejected("image_unread", unread_message([*map(repr, unread)], layout))
     turns = _make_turns(row, layout)
-    roles = [turn.get("role") for turn in turns]
-    _check_roles(roles)
+    if prompt:
+        turns = without_empty_answer(turns)
+    _check_roles([turn.get("role") for turn in turns], prompt)
     images, has_null = _images(row, turns, layout, root)
     messages = [
-        {"role": turn["role"], "content": _parts(turn["content"], turn["role"], bool(images))} for turn in turns
+        {"role": turn["role"], "content": _parts(turn["content"], turn["role"], bool(images))}
+        | ({"cut": True} if is_cut(turn) else {})
+        for turn in turns
     ]
     notices = _clean(messages)
     _place_images(messages, images, has_null)
@@ -106,15 +116,33 @@ def unread_message(columns: Sequence[str], layout: Layout) -> str:
     )
 
 
-def _check_roles(roles: list[Any]) -> None:
+def without_empty_answer(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns without a last one that has a place for an answer and no text in it."""
+    if not turns or turns[-1].get("role") != "assistant":
+        return turns
+    content = turns[-1].get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    is_empty = all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
+    return turns[:-1] if is_empty else turns
+
+
+def is_cut(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is an answer that was cut, so that its end is none; `finish_reason` is OpenAI's word for it."""
+    return bool(turn["role"] == "assistant" and turn.get("finish_reason") == "length")
+
+
+def _check_roles(roles: list[Any], prompt: bool) -> None:
     known = ("system", "user", "assistant")
     unknown = [role for role in roles if role not in known]
     if unknown:
         raise Rejected("role_unknown", f"role {unknown[0]!r}; wanted one of {', '.join(known)}")
-    if "assistant" not in roles:
-        raise Rejected("no_answer", "the conversation has no assistant turn to learn from")
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns != ["user", "assistant"] * (len(turns) // 2):
+    if "assistant" not in roles and not prompt:
+        remedy = "vlskv-ray answers has a model write it"
+        raise Rejected("no_answer", f"the conversation has no assistant turn to learn from; {remedy}")
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    in_turn = ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2 if prompt else 0)
+    if turns != in_turn or not turns:
         raise Rejected("role_order", f"{', '.join(roles)}; wanted an optional system, then user and assistant in turn")
 
 

@@ -77,7 +77,8 @@ class Sample:
     """A conversation and its images.
 
     `messages` are `{"role": "system" | "user" | "assistant", "content": [part, ...]}`, a part being
-    `{"type": "text", "text": str}` or `{"type": "image"}`. `images` (encoded bytes, or a file to read) are in the order
+    `{"type": "text", "text": str}` or `{"type": "image"}`; an answer that was cut has `"cut": True`, and its end is not
+    learnt. `images` (encoded bytes, or a file to read) are in the order
     of the image parts and equally many. `kinds` names what kind of question each assistant turn answers, for
     evaluation; empty where the data do not say. `notices` tell what was changed in it.
     """

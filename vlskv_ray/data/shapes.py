@@ -90,6 +90,8 @@ class ShapesSource:
     of `lessons` and `drills` have one each."""
 
     files: tuple[Path, ...] = ()
+    roots: tuple[Path, ...] = ()
+    layout: None = None
 
     def __init__(self, split: str = "train", num_samples: int = 1024, weight: float = 1.0) -> None:
         """ValueError for a split that does not exist."""
@@ -103,8 +105,8 @@ class ShapesSource:
         text_bytes = np.array([200 if what in ("scan", "tell") else 60 * turns for what, turns in self.pattern])
         self.text_bytes = text_bytes[of_row]
 
-    def read(self, row: int) -> Sample:
-        """Sample `row`, drawn afresh."""
+    def read(self, row: int, *, prompt: bool = False) -> Sample:
+        """Sample `row`, drawn afresh; each ends with an answer."""
         rng = np.random.default_rng([SPLITS.index(self.split), row])
         what, num_turns = self.pattern[row % len(self.pattern)]
         turns, scenes = SAMPLERS[what](rng, "test" if self.split == "test" else "train", num_turns)
@@ -118,6 +120,9 @@ class ShapesSource:
 
     def uid(self, row: int) -> str:
         return f"{self.name}:{row + 1}"
+
+    def columns(self, row: int) -> dict[str, Any]:
+        return {}  # it is drawn, no file says it
 
 
 def split_of(what: str) -> str:

@@ -10,12 +10,13 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vlskv_ray.data.json_files import open_binary, open_json
+from vlskv_ray.data.layouts import Layout
 from vlskv_ray.data.refused_formats import refuse_other_formats
 from vlskv_ray.data.sample import Sample, SourceError
 
@@ -69,14 +70,34 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes when the rows do; pictures beside a file are not looked at."""
 
+    @property
+    def layout(self) -> Layout | None:
+        """Of its rows; None where they are of no file, or none can be used."""
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders that image paths of its rows are relative to; none where no path can be used."""
+
     def uid(self, row: int) -> str:
         """Where a person finds this row: the source's name, the file if it has several, the line or row from 1."""
 
-    def read(self, row: int) -> Sample:
+    def read(self, row: int, *, prompt: bool = False) -> Sample:
         """The sample of this row.
+
+        Args:
+            row: from 0.
+            prompt: the conversation may end with a question.
 
         Raises:
             Rejected: the row cannot be used.
+        """
+
+    def columns(self, row: int) -> dict[str, Any]:
+        """What the file says in this row, for a command that writes it anew: all of it in JSON; elsewhere what the
+        conversation is made of, and texts, numbers and truths beside it.
+
+        Raises:
+            Rejected: the row cannot be read.
         """
 
 

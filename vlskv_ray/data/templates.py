@@ -43,7 +43,7 @@ class Rendering:
 
     text: str
     answers: list[Span]
-    """The assistant's turns, their end-of-turn tokens included."""
+    """The assistant's turns, their end-of-turn tokens included; of one that was cut, its words alone."""
     texts: list[Span]
     """What is the conversation's own, in order."""
     images: list[Span]
@@ -117,6 +117,8 @@ def render(processor: Any, messages: Sequence[Message], *, add_generation_prompt
         images = [match.span() for match in re.finditer(re.escape(processor.image_token), text)]
     if not add_generation_prompt:
         text, answers = _with_end(processor.tokenizer, text, answers, own[-1][1])
+        known = dict(zip((mark for mark in outline.marks if mark is not None), own, strict=True)) if is_exact else {}
+        answers = _without_ends_of_cut(text, answers, known, messages)
     in_order = [mark is None for mark in outline.marks]
     return Rendering(text, answers, own, images, is_exact, in_order != [text is None for text in _items(messages)])
 
@@ -392,6 +394,35 @@ def _probe(num_turns: int, num_images: int = 0, *, system: bool = False) -> list
         messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+def _without_ends_of_cut(
+    text: str, answers: list[Span], known: dict[int, Span], messages: Sequence[Message]
+) -> list[Span]:
+    """The answers, of which those that were cut end with their words: nobody is to learn to stop there.
+
+    Args:
+        text: the rendering.
+        answers: of all of the assistant's turns.
+        known: where texts of the conversation stand, by their numbers; nothing where that is not known.
+        messages: of the conversation.
+    """
+    ended: list[Span] = []
+    number = -1
+    for message in messages:
+        texts = texts_of([message])
+        number += len(texts)
+        if message["role"] != "assistant":
+            continue
+        start, stop = answers[len(ended)]
+        if message.get("cut"):
+            words = texts[-1].strip()
+            at = text.find(words, start, stop)
+            if number not in known and at < 0:
+                raise _loss(f"writes {_shown(words)} otherwise than the row has it")
+            stop = known[number][1] if number in known else at + len(words)
+        ended.append((start, stop))
+    return ended
 
 
 def _with_end(tokenizer: Any, text: str, answers: list[Span], end_of_words: int) -> tuple[str, list[Span]]:

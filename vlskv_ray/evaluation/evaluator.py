@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate, supervised_po
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.questions import HeldOut, Question, read_questions
 from vlskv_ray.data.sample import Sample
+from vlskv_ray.evaluation.generation import as_text, generate_answers
 from vlskv_ray.model.swiftkv import SwiftKVPass, has_swiftkv, swiftkv_backbone
 from vlskv_ray.training.distill import kl_divergence, rows_per_chunk, shared_pass
 
@@ -101,7 +102,6 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[list[int]]:
     yield from (order[at : at + size] for at in range(0, len(order), size))
 
 
-@torch.inference_mode()
 def greedy_answers(
     model: Any, questions: Sequence[Question], processor: Any, held_out: HeldOut
 ) -> tuple[list[list[int]], list[str]]:
@@ -109,46 +109,20 @@ def greedy_answers(
 
     Prompts are the sample's own tokens up to the answer, padded on the left.
     """
-    tokenizer = processor.tokenizer
-    ends = model.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     answers: list[list[int]] = [[] for _ in questions]
     for of_batch in batches(questions, held_out.batch_size):
-        length = max(questions[i].start for i in of_batch)
-        input_ids = torch.full((len(of_batch), length), pad)
-        attention_mask = torch.zeros_like(input_ids)
-        shown = []
-        for row, i in enumerate(of_batch):
-            question = questions[i]
-            input_ids[row, length - question.start :] = torch.from_numpy(question.sample.input_ids[: question.start])
-            attention_mask[row, length - question.start :] = 1
-            shown.append(_images_only(question))
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
-        prompts = replace(collate(shown, pad), input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-        generated = model.generate(
-            **prompts.to(model.device).model_inputs(model.config),
-            max_new_tokens=held_out.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            eos_token_id=ends,
-            pad_token_id=pad,
-        )
-        for i, ids in zip(of_batch, generated[:, length:].tolist(), strict=True):
-            stop = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
-            answers[i] = ids[:stop]
+        prompts = [prompt_of(questions[i]) for i in of_batch]
+        generated = generate_answers(model, prompts, processor.tokenizer, held_out.max_new_tokens)
+        for i, ids in zip(of_batch, generated, strict=True):
+            answers[i] = ids
     return answers, [as_text(processor, ids) for ids in answers]
 
 
-def _images_only(question: Question) -> Encoded:
-    nothing = np.empty(0, dtype=np.int64)
-    return Encoded(question.id, nothing, nothing, question.sample.images[: question.num_images])
-
-
-def as_text(processor: Any, ids: Sequence[int]) -> str:
-    """An answer as a reader sees it; two answers are the same if these are."""
-    return str(processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+def prompt_of(question: Question) -> Encoded:
+    """What comes before the answer, as a sample of its own."""
+    ids = question.sample.input_ids[: question.start]
+    images = question.sample.images[: question.num_images]
+    return Encoded(question.id, ids, np.full_like(ids, IGNORE_INDEX), images)
 
 
 # ---------------------------------------------------------------------------------------------------- the distributions

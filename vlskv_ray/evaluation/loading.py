@@ -7,6 +7,7 @@ import torch
 from vlskv_ray.command import name_option
 from vlskv_ray.data.check import check_processor
 from vlskv_ray.model.build import (
+    ModelFiles,
     build_plain,
     build_student,
     device_of,
@@ -57,12 +58,19 @@ def load(
         if for_samples:
             for notice in check_processor(files, processor):
                 print(f"warning: {notice}")
-        model = build_student(files) if is_student else build_plain(files)
-        with usable_generation_config(name_or_path), torch.inference_mode():
-            model.generate(input_ids=torch.zeros(1, 1, dtype=torch.long), max_new_tokens=1)
+        model = build_side(files, is_student=is_student, teacher=teacher)
+    return model, processor
+
+
+def build_side(files: ModelFiles, *, is_student: bool, teacher: bool) -> Any:
+    """The model of these files, ready to answer: a student's, by SwiftKV unless it is to be the `teacher`, or a plain
+    one. ValueError where it cannot be loaded."""
+    model = build_student(files) if is_student else build_plain(files)
+    with usable_generation_config(files.name_or_path), torch.inference_mode():
+        model.generate(input_ids=torch.zeros(1, 1, dtype=torch.long), max_new_tokens=1)
     if is_student:
         swiftkv_backbone(model).config.swiftkv = not teacher
-    return model, processor
+    return model
 
 
 def check_same_reading(name_or_path: str, teacher: tuple[Any, Any], student: tuple[Any, Any]) -> None:

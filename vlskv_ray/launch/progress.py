@@ -15,6 +15,23 @@ from vlskv_ray.files import Follower
 from vlskv_ray.words import format_duration, printable_lines
 
 
+class LiveLine:
+    """A line that is redrawn on a terminal; elsewhere each becomes one of its own."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self.out = out or sys.stdout
+        self.live = self.out.isatty()
+
+    def write(self, text: str, lasting: bool = False) -> None:
+        """Shows the text, and goes on below it where it is to last."""
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be redrawn
+            self.out.write(f"\r\x1b[K{text}\n" if lasting else f"\r\x1b[K{text[:width]}")
+        else:
+            self.out.write(f"{text}\n")
+        self.out.flush()
+
+
 class ProgressLine:
     """Follows what a run adds to metrics.jsonl: one line redrawn on a terminal, plain lines now and then elsewhere."""
 
@@ -29,8 +46,7 @@ class ProgressLine:
         notes: Path | None = None,
     ) -> None:
         self.total_steps, self.shown, self.afterwards, self.on_metrics = total_steps, shown, afterwards, on_metrics
-        self.out = out or sys.stdout
-        self.live = self.out.isatty()
+        self.line = LiveLine(out)
         self.metrics, self.warnings = Follower(metrics), Follower(metrics.with_name("warnings.jsonl"))
         self.notes = Follower(notes) if notes else None
         self.waits = False
@@ -44,7 +60,7 @@ class ProgressLine:
         warned = [printable_lines(f"warning: {json.loads(line)['warning']}") for line in self.warnings.new_lines()]
         notes = self.notes.new_lines() if self.notes else []
         for text in warned + notes:
-            self._write(text, lasting=True) if self.shown else print(text, file=sys.stderr)
+            self.line.write(text, lasting=True) if self.shown else print(text, file=sys.stderr)
         lines = self.metrics.new_lines()
         self.waits = not lines and (self.waits or bool(notes))  # a step is the proof that the wait is over
         for line in lines if self.on_metrics else ():
@@ -52,20 +68,20 @@ class ProgressLine:
         if not self.shown:
             return
         if self.metrics.taken_back and self.latest:  # by new workers, which go on from their checkpoint
-            self._write("a worker was lost; all were started again from the newest checkpoint", lasting=True)
+            self.line.write("a worker was lost; all were started again from the newest checkpoint", lasting=True)
         if not lines:
-            if self.live and not self.latest:
-                self._write(f"starting {format_duration(time.monotonic() - self.began)}")
+            if self.line.live and not self.latest:
+                self.line.write(f"starting {format_duration(time.monotonic() - self.began)}")
             return
         for line in lines:
             self.latest |= json.loads(line)  # a step may have samples of one modality only: show the other's last
             self.seconds.append(self.latest["step_seconds"])
         is_last = self.latest["step"] >= self.total_steps
-        if self.live or is_last or time.monotonic() - self.printed_at >= 10:
-            self._write(self.text(), lasting=is_last)
+        if self.line.live or is_last or time.monotonic() - self.printed_at >= 10:
+            self.line.write(self.text(), lasting=is_last)
             self.printed_at = time.monotonic()
         if is_last and self.afterwards:
-            self._write(self.afterwards, lasting=True)
+            self.line.write(self.afterwards, lasting=True)
             self.afterwards = ""
 
     def text(self) -> str:
@@ -83,13 +99,5 @@ class ProgressLine:
 
     def close(self) -> None:
         self.update()
-        if self.live and self.shown and self.latest.get("step", 0) < self.total_steps:
-            self.out.write("\n")
-
-    def _write(self, text: str, lasting: bool = False) -> None:
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be redrawn
-            self.out.write(f"\r\x1b[K{text}\n" if lasting else f"\r\x1b[K{text[:width]}")
-        else:
-            self.out.write(f"{text}\n")
-        self.out.flush()
+        if self.line.live and self.shown and self.latest.get("step", 0) < self.total_steps:
+            self.line.out.write("\n")

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from vlskv_ray.command import name_option
-from vlskv_ray.config import SourceConfig, load_config, source_from_text
+from vlskv_ray.command import name_option, sources_of_data
+from vlskv_ray.config import SourceConfig, load_config
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sample import refused_message
@@ -88,20 +86,7 @@ def sources_of(options: argparse.Namespace) -> Sequence[SourceConfig]:
         sources = load_config(run / "config.yaml").evaluation.sources
         if sources:
             return sources
-    specs = []
-    for text in options.data or ["shapes"]:
-        fields: dict[str, Any] = source_from_text(text)
-        if "name" in fields:
-            fields["split"] = options.split or "test"
-        if fields.get("name") == "shapes":
-            fields["num_samples"] = options.num_samples
-        if "path" in fields and options.image_root:
-            fields["image_root"] = options.image_root
-        try:
-            specs.append(SourceConfig(**fields))
-        except ValidationError as error:
-            raise ValueError(f"--data: {text}: {error.errors()[0]['msg']}") from error
-    return specs
+    return sources_of_data(options.data or ["shapes"], options, split="test")
 
 
 def run_of(name_or_path: str) -> Path | None:

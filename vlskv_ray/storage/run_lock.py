@@ -20,11 +20,18 @@ LEFT = -1
 
 
 @contextmanager
-def own_run_folder(folder: Path) -> Iterator[str]:
+def own_run_folder(
+    folder: Path, option: str = "output.dir", remedy: str = "wait, or use another output.name"
+) -> Iterator[str]:
     """Makes the run folder this process's own while it lives, so that two commands never write one run.
 
     A lock of the file system tells of owners on this machine, and often on others; where it does not, an owner on
     another machine is known by its heartbeat, the count in `.lock`, which is watched for a moment.
+
+    Args:
+        folder: is made if it is not there, and removed again if nothing comes of it.
+        option: by which a reader has named it.
+        remedy: what to do where it is another's.
 
     Returns:
         a name for this ownership, by which `is_owner` knows the workers of this run from those of one before.
@@ -36,13 +43,13 @@ def own_run_folder(folder: Path) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise ValueError(f"output.dir: {folder} cannot be written: {error.strerror}") from None
+        raise ValueError(f"{option}: {folder} cannot be written: {error.strerror}") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process runs this run{_who(folder)}; {_REMEDY}") from None
-        _wait_for_silence(folder)
+            raise ValueError(f"{folder}: another process runs this run{_who(folder)}; {remedy}") from None
+        _wait_for_silence(folder, remedy)
         owner = secrets.token_hex(8)
         ended = threading.Event()
         try:
@@ -60,9 +67,6 @@ def own_run_folder(folder: Path) -> Iterator[str]:
                 shutil.rmtree(folder)  # nothing came of it
 
 
-_REMEDY = "wait, or use another output.name"
-
-
 def is_owner(folder: Path, owner: str) -> bool:
     """Whether this ownership still holds; workers outlive a driver that was killed by a moment."""
     found = _read(folder)
@@ -78,7 +82,7 @@ def _beat(folder: Path, owner: str, ended: threading.Event) -> None:
                 _write(folder, owner, count)
 
 
-def _wait_for_silence(folder: Path) -> None:
+def _wait_for_silence(folder: Path, remedy: str) -> None:
     """ValueError if an owner on another machine is heard of, which the lock did not tell."""
     before = _read(folder)
     if before is None or before.get("host") == socket.gethostname() or before.get("beats") == LEFT:
@@ -87,7 +91,7 @@ def _wait_for_silence(folder: Path) -> None:
     while time.monotonic() < until:
         time.sleep(BEAT_SECONDS / 5)
         if _read(folder) != before:
-            raise ValueError(f"{folder}: another process runs this run{_who(folder)}; {_REMEDY}")
+            raise ValueError(f"{folder}: another process runs this run{_who(folder)}; {remedy}")
 
 
 def _who(folder: Path) -> str:

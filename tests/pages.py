@@ -14,7 +14,7 @@ PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADAAAAAgCAIAAADbtmxLAAAAMUlEQVR42u3OAQ0AAAQAMKTRP4VYapj9CZ7THZdU"
     "HCMkJCQkJCQkJCQkJCQkJCT0O7Qo2gFY3o3zaQAAAABJRU5ErkJggg=="
 )
-SECTIONS = ["result", "training", "prefill", "data", "savings", "samples", "config", "environment"]
+SECTIONS = ["result", "samples", "training", "prefill", "data", "savings", "config", "environment"]
 PLOTS = ["loss", "learning-rate", "agreement", "prefill-time", "lengths", "images"]
 VOID = {"meta", "img", "br"}
 
@@ -26,6 +26,8 @@ def side(accuracy: float, kl: float | None, agreement: float | None, cross_entro
         "kl_p95": None if kl is None else 4 * kl,
         "top1_agreement": agreement,
         "agreed_prefix": None if agreement is None else 3.2 * agreement,
+        "agreed_prefix_share": agreement,
+        "perplexity": math.exp(cross_entropy),
         "cross_entropy": cross_entropy,
     }
     parts = {"vision": {"questions": 70, "accuracy": accuracy}, "text": {"questions": 30, "accuracy": accuracy}}
@@ -42,11 +44,15 @@ def side(accuracy: float, kl: float | None, agreement: float | None, cross_entro
 
 SAVINGS = {
     "prompt_lengths": [64, 256, 1024, 2048],
+    "teacher_prefill_cpu_seconds": [0.01, 0.04, 0.18, 0.45],
+    "student_prefill_cpu_seconds": [0.008, 0.025, 0.1, 0.243],
     "teacher_prefill_seconds": [0.011, 0.041, 0.19, 0.47],
     "student_prefill_seconds": [0.009, 0.026, 0.11, 0.26],
     "teacher_prefill_flops": [4.1e8, 1.7e9, 7.9e9, 1.9e10],
     "student_prefill_flops": [3.2e8, 1.0e9, 4.3e9, 1.01e10],
     "prompt_length": 2048,
+    "prompt_images": 1,
+    "prefill_cpu_time_ratio": 0.54,
     "prefill_time_ratio": 0.5532,
     "prefill_flops_ratio": 0.5316,
     "teacher_cache_bytes_per_token": 2048.0,
@@ -69,6 +75,7 @@ def evaluation() -> dict[str, Any]:
         "samples": 100,
         "questions": 100,
         "left_out": {"too_long": 2},
+        "max_new_tokens": 64,
         "sources": ["shapes (test)"],
         "model": {"num_hidden_layers": 4, "num_key_value_layers": 2, "key_value_group_size": 1},
         "examples": [{"id": f"shapes/{i}", **example, "images": [PICTURE] if i < 6 else []} for i in range(8)],
@@ -80,6 +87,28 @@ def sft_evaluation() -> dict[str, Any]:
     examples = [{"id": "shapes/0", "kind": "", "question": "?", "reference": "red", "sft_model": "red", "images": []}]
     kept = {key: whole[key] for key in ("samples", "questions", "left_out", "sources", "model")}
     return {"sft_model": side(0.94, None, None, 0.101), **kept, "examples": examples}
+
+
+NEWER = {
+    *("perplexity", "agreed_prefix_share", "max_new_tokens", "prompt_images", "prefill_cpu_time_ratio"),
+    *("teacher_prefill_cpu_seconds", "student_prefill_cpu_seconds"),
+}
+
+
+def of_earlier_version(values: Any) -> Any:
+    """What evaluation.json held before it had the keys of `NEWER`."""
+    if not isinstance(values, dict):
+        return values
+    return {key: of_earlier_version(value) for key, value in values.items() if key not in NEWER}
+
+
+def free_text(found: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation in which nobody gives a reference word for word."""
+    for name in ("teacher", "student_before", "student", "sft_model"):
+        if name in found:
+            found[name] |= dict.fromkeys(("accuracy", "accuracy_vision", "accuracy_text"), 0.0)
+            found[name]["by_kind"] = dict.fromkeys(found[name]["by_kind"], 0.0)
+    return found
 
 
 def metrics(objective: str) -> list[dict[str, Any]]:

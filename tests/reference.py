@@ -134,7 +134,7 @@ def distillation(
 
 
 def rendered_by_prefixes(processor: Any, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the character spans of the assistant's turns, their end-of-turn tokens included."""
+    """The conversation as text, and the character spans of the assistant's turns, the tokens that end them included."""
 
     def text_of(count: int, **options: Any) -> str:
         return processor.apply_chat_template(messages[:count], tokenize=False, **options) if count else ""
@@ -145,10 +145,18 @@ def rendered_by_prefixes(processor: Any, messages: list[dict[str, Any]]) -> tupl
             before, opened, upto = text_of(i), text_of(i, add_generation_prompt=True), text_of(i + 1)
             assert full.startswith(upto) and upto.startswith(before)
             spans.append((max(len(before), len(os.path.commonprefix([full, opened]))), len(upto)))
-    start, end = spans[-1]
-    tokenizer = processor.tokenizer
+    (start, end), tokenizer = spans[-1], processor.tokenizer
     special = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
     if end == len(full) and not any(token in full[start:] for token in special):
         full += tokenizer.eos_token
         spans[-1] = (start, len(full))
-    return full, spans
+    return full, [(start, start + length_to_stop(full[start:end], special)) for start, end in spans]
+
+
+def length_to_stop(turn: str, special: list[str]) -> int:
+    """Characters of a turn up to the end of the first special token in it, one character after the other."""
+    for at in range(len(turn)):
+        for token in special:
+            if turn[at:].startswith(token):
+                return at + len(token)
+    return len(turn)

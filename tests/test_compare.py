@@ -1,10 +1,12 @@
 """Runs side by side: figures come from their files, and a page is changed only where it says so."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from pages import SUMMARY, evaluation, run_folder
+from pages import SUMMARY, evaluation, free_text, of_earlier_version, run_folder
 
 from vlskv_ray import compare
 
@@ -35,14 +37,19 @@ def test_a_line_holds_the_figures_of_its_run(run: Path, capsys: pytest.CaptureFi
         "run": "shapes",
         "layers with their own cache": "2 of 4",
         "group": "1",
+        "KL before": "1.913",
+        "KL": "0.01234",
+        "top-1": "98.1%",
+        "perplexity": "1.12",
+        "the teacher's perplexity": "1.106",
+        "agreed prefix": "98.1%",
         "accuracy before": "31.0%",
         "accuracy after": "92.0%",
         "kept": "97.9%",
         "kept with images": "97.9%",
         "kept text only": "97.8%",
-        "KL": "0.01234",
-        "top-1": "98.1%",
         "prefill operations": "0.53",
+        "prefill CPU time": "0.54",
         "prefill time": "0.55",
         "cache bytes": "0.75",
         "trained weights": "16,448",
@@ -90,30 +97,79 @@ def test_files_that_no_run_wrote(
     assert status == 0 or "holds something else than a run writes" in error
 
 
+@pytest.mark.parametrize("flags", [[], ["--result"], ["--summary"]])
+def test_a_run_of_an_earlier_version(run: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What it did not measure shows as a dash, or not at all; all else as ever."""
+    (run / "evaluation.json").write_text(json.dumps(of_earlier_version(evaluation())))
+    assert compare.main([str(run), *flags]) == 0
+    text = capsys.readouterr().out
+    assert "None" not in text and all(figure in text for figure in ("0.01234", "98.1%", "92.0%", "0.53", "0.55"))
+    if not flags:
+        head, _, line = (row.strip("|").split(" | ") for row in text.strip().splitlines())
+        cells = dict(zip(map(str.strip, head), map(str.strip, line), strict=True))
+        assert cells["perplexity"] == cells["agreed prefix"] == cells["prefill CPU time"] == "–"
+
+
+@pytest.mark.parametrize("flags", [[], ["--result"], ["--summary"]])
+def test_free_text_has_no_accuracy(run: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the teacher gives no reference word for word, an accuracy of nothing is not shown as one of all three."""
+    (run / "evaluation.json").write_text(json.dumps(free_text(evaluation())))
+    assert compare.main([str(run), *flags]) == 0
+    text = capsys.readouterr().out
+    assert not re.search(r"\b0\.0%", text) and "0.01234" in text
+    assert not flags or "None of the teacher's matches its reference word for word, so no accuracy is shown." in text
+
+
 def test_the_closing_table_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([str(run), "--result"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("```text\n") and text.endswith("\n```\n")
     for figure in ("0.2        0.01", "94.0%", "31.0%", "0.01234", "0.75", "400 steps in 4:06"):
         assert figure in text, figure
+    places = [
+        *("KL per token, mean", "top-1 agreement", "perplexity", "cross-entropy", "agreed greedy prefix, tokens"),
+        *("accuracy ", "question, 1 image   What colour is the disc?", "student before      blue"),
+        "prefill operations",
+    ]
+    assert sorted(places, key=text.index) == places, "what says most about any answers comes first"
+
+
+def test_answers_in_a_terminal_are_short_and_steer_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line each, whatever they hold."""
+    found = evaluation()
+    found["examples"][0] |= {"student": "\x1b[31mred\n```\n" + "long " * 200, "teacher": None}
+    (run / "evaluation.json").write_text(json.dumps(found))
+    assert compare.main([str(run), "--result"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and text.count("\n```") == 1 and "teacher             –\n" in text
+    (line,) = [line for line in text.splitlines() if "long long" in line]
+    assert line.startswith("student after       \\x1b[31mred ``` long") and line.endswith("… (of 1,013 characters)")
+    assert len(line) < 270
 
 
 def test_the_summary_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Six rows, the student beside its teacher, and what they were measured on."""
+    """The student beside its teacher, and what they were measured on."""
     assert compare.main([str(run), "--summary"]) == 0
     head, _, *rows, space, note = capsys.readouterr().out.strip().splitlines()
     cells = {label: rest for label, *rest in ([cell.strip() for cell in row.split("|")[1:-1]] for row in [head, *rows])}
     assert cells == {
         "": ["teacher", "student before", "student after"],
+        "perplexity": ["1.106", "9.088", "1.12"],
+        "agreed greedy prefix, share": ["100.0%", "62.2%", "98.1%"],
         "accuracy": ["94.0%", "31.0%", "92.0%"],
         "accuracy kept": ["", "", "97.9%"],
         "KL per token, mean": ["0", "1.913", "0.01234"],
         "top-1 agreement": ["100.0%", "62.2%", "98.1%"],
+        "prefill CPU time": ["450 ms", "", "243 ms (0.54 of the teacher's)"],
         "prefill time": ["470 ms", "", "260 ms (0.55 of the teacher's)"],
         "prefill operations": ["19 GFLOP", "", "10.1 GFLOP (0.53 of the teacher's)"],
     }
     assert not space and note.startswith("100 questions (70 with images, 30 text only) of 100 held-out samples from")
-    assert note.endswith("left out: 2 too\\_long. Prefill of a prompt of 2,048 tokens, with threads: 2.")
+    assert note.endswith(
+        "left out: 2 too\\_long. Greedy answers of at most 64 tokens. "
+        "Prefill of a prompt of 2,048 tokens, 1 image among them, with threads: 2. "
+        "Teacher and student in turn, medians; CPU time is that of all threads of the process."
+    )
 
 
 @pytest.mark.parametrize(

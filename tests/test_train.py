@@ -1,6 +1,7 @@
 """The command: what it says to wrong input and of odd names, and a config as it is shipped."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,27 @@ def test_all_of_a_configs_problems_at_once(tmp_path: Path, capsys: pytest.Captur
     ]
     assert vlskv_ray.train.main(["--config", str(tmp_path / "y.yaml")]) == 2
     assert capsys.readouterr().err == f"{tmp_path}/y.yaml: can not be read: No such file or directory\n"
+
+
+def test_a_run_on_text_alone_is_measured_whole(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At its end, in report and card: distances, perplexities and answers to read, and what a prefill of text saves."""
+    turns = [("what is it?", "it is a cat"), ("and this?", "this is a dog"), ("why?", "who knows")]
+    text = files / "text.jsonl"
+    text.write_text("".join(json.dumps({"messages": conversation(*turn)}) + "\n" for turn in turns))
+    sources = f"sources=[{{path: {text}}}]"
+    options = (f"data.{sources}", f"evaluation.{sources}", "evaluation.every_steps=null", "max_steps=1")
+    assert main(files / "run.yaml", *options, "output.name=text") == 0
+    run = files / "runs" / "text"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["savings"]["prompt_images"] == 0 and evaluation["savings"]["prefill_flops_ratio"] < 1
+    for side in ("teacher", "student_before", "student"):
+        assert evaluation[side]["perplexity"] == pytest.approx(math.exp(evaluation[side]["cross_entropy"]))
+        assert evaluation[side]["kl_mean"] is not None
+    card, report = (run / "final" / "README.md").read_text(), (run / "report.html").read_text()
+    for shown in (capsys.readouterr().out, card, report.partition("Configuration")[0]):
+        for words in ("perplexity", "agreed greedy prefix", "and this?", "prefill CPU time", "tokens of text,"):
+            assert words in shown, words
+        assert shown.count("accuracy") == shown.count("so no accuracy is shown") == 1
 
 
 def test_what_data_are_called_does_not_steer_the_terminal(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--result", action="store_true", help="what each run said at its end instead")
-    instead.add_argument("--summary", action="store_true", help="six rows of each run's result instead")
+    instead.add_argument("--summary", action="store_true", help="the main rows of each run's result instead")
     parser.add_argument("--into", metavar="FILE", help="write it into this page instead of printing it")
     parser.add_argument(
         "--block",

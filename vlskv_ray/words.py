@@ -14,6 +14,14 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def shorten(text: str, most: int) -> str:
+    """A text of at most so many characters: what is beyond is cut off and its length told."""
+    if len(text) <= most:
+        return text
+    mark = f"… (of {len(text):,} characters)"
+    return text[: max(most - len(mark), 1)].rstrip() + mark
+
+
 def plural(count: int | str, word: str) -> str:
     """1 trial, 2 trials; 2 processes."""
     ending = "" if str(count) == "1" else "es" if word.endswith("s") else "s"

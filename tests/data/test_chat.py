@@ -70,19 +70,52 @@ def test_labels_fall_on_the_answers(template: str, images: int) -> None:
     messages = conversation("what is it?", "a blüe cat", "sure?", "yes", images=images)
     pictures = [picture(40 + 30 * i, 50, i) for i in range(images)]
     encoded = encode(Sample("x", messages, pictures), processor, tiny_config(), Limits())
-    runs = [run.strip() for run in supervised(encoded, processor)]
-    end = END[template].strip()
-    last = "</s>" if template == "vicuna" else end  # where a template has no end, one is added to the last answer
-    assert [run.removesuffix("\n") for run in runs] == [f"a blüe cat{end}", f"yes{last}" if last != "</s>" else runs[1]]
-    assert "yes" in runs[1] and runs[1].endswith(last)
+    runs = [run.lstrip() for run in supervised(encoded, processor)]
+    end = END[template]
+    last = f"{end}</s>" if template == "vicuna" else end  # where a template has no end, one is added to the last answer
+    assert runs == [f"a blüe cat{end}", f"yes{last}"]
     check_template(processor)
+
+
+CLOSINGS = {
+    "<|im_end|>\n": "<|im_end|>",  # the tokenizer's own end of sequence is another
+    " </s> \n": " </s>",
+    "</s>\n</s>": "</s>",
+    "<|im_end|>\n</s>": "<|im_end|>",
+    "</note><|im_end|>\n": "</note><|im_end|>",
+    "</note>\n<end>\n": "</note>\n<end>",
+    "<end>\n": "<end>",
+    "\n---\n": "\n---\n",
+}
+"""What a template may write after an answer, and what of it is learnt; `</note>` and `<end>` are not special."""
+
+
+@pytest.mark.parametrize(("closing", "learnt"), CLOSINGS.items())
+def test_nothing_after_the_stop_token_is_learnt(closing: str, learnt: str) -> None:
+    """Of each answer, the last one too; the model reads all that the template writes. Without one nothing is cut."""
+    processor = processor_with("chatml")
+    processor.tokenizer.add_tokens(["</note>", "<end>"])
+    written = closing.replace("\n", "\\n")
+    processor.chat_template = CHATML.replace("<|im_end|>\n", "{{ '" + written + "' }}")
+    messages = conversation("what?", "a cat", "sure?", "yes")
+    encoded = encode(Sample("x", messages, []), processor, tiny_config(), Limits())
+    added = "</s>" if closing.strip() == "---" else ""
+    assert supervised(encoded, processor) == [f"a cat{learnt}", f"yes{learnt}{added}"]
+    assert processor.tokenizer.decode(encoded.input_ids).endswith(f"yes{closing}{added}")
+
+
+def test_the_name_of_a_stop_token_in_an_answer_ends_nothing() -> None:
+    processor = processor_with("chatml")
+    sample = Sample("x", conversation("what ends a turn?", "<|im_end|> does, or </s>"), [])
+    encoded = encode(sample, processor, tiny_config(), Limits())
+    assert supervised(encoded, processor) == ["<|im_end|> does, or </s><|im_end|>"]
 
 
 def test_a_system_message_is_not_learnt() -> None:
     processor = processor_with("chatml")
     messages = [{"role": "system", "content": [{"type": "text", "text": "be brief"}]}, *conversation("a?", "b")]
     encoded = encode(Sample("x", messages, []), processor, tiny_config(), Limits())
-    assert supervised(encoded, processor) == ["b<|im_end|>\n"]
+    assert supervised(encoded, processor) == ["b<|im_end|>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:

@@ -185,7 +185,7 @@ def test_rows_without_such_names_are_tokenised_in_one_call(name: str, monkeypatc
     text = rendering.text.replace("<image>", "<image>" * 3)
     encoding = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     assert ids.tolist() == encoding["input_ids"] and offsets.tolist() == [list(o) for o in encoding["offset_mapping"]]
-    assert [text[start:stop] for start, stop in answers] == ["dogs & é<end>\n", " no\n<end>\n"]
+    assert [text[start:stop] for start, stop in answers] == ["dogs & é<end>", " no\n<end>"]
 
 
 @pytest.mark.parametrize("name", ["shipped", "llama, first"])
@@ -194,7 +194,7 @@ def test_an_answer_with_the_name_of_its_end_is_learnt_to_its_end(name: str) -> N
     messages = conversation("how does HTML strike out? <s>?", "<s>so</s>, and <end>", "<image>", "no", images=1)
     encoded = encode(Sample("x", messages, [picture(40, 40)]), processor, tiny_config(), Limits())
     ids = encoded.input_ids[encoded.labels != IGNORE_INDEX].tolist()
-    assert processor.tokenizer.decode(ids).split() == ["<s>so</s>,", "and", "<end><end>", "no<end>"]
+    assert processor.tokenizer.decode(ids).split() == ["<s>so</s>,", "and", "<end><end>no<end>"]
     assert ids.count(processor.tokenizer.convert_tokens_to_ids("<end>")) == 2
     assert (encoded.input_ids == processor.image_token_id).sum() == num_image_features(tiny_config(), (40, 40))
 
@@ -215,7 +215,7 @@ def test_a_template_that_looks_at_texts_leaves_such_rows_out() -> None:
     asks = "{% if '?' in part['text'] %}Question: {% endif %}{{ part['text'] }}"
     processor.chat_template = CHATML.replace("{{ part['text'] }}", asks)
     ids, _, answers, rendering = ids_of(processor, conversation("the cat?", "b"))
-    assert "Question: the cat?" in processor.tokenizer.decode(ids) and rendering.text[slice(*answers[0])] == "b<end>\n"
+    assert "Question: the cat?" in processor.tokenizer.decode(ids) and rendering.text[slice(*answers[0])] == "b<end>"
     assert "the </s> cat" in processor.tokenizer.decode(ids_of(processor, conversation("the </s> cat", "b"))[0])
     with pytest.raises(Rejected, match="'</s>'") as reason:
         ids_of(processor, conversation("the </s> cat?", "b"))

@@ -1,6 +1,8 @@
 """What is measured of a student: against plain references, whatever the batches and however many workers."""
 
 import base64
+import contextlib
+import copy
 import io
 import json
 import math
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 
 from vlskv_ray.config import SourceConfig
 from vlskv_ray.data.chat import Limits, encode
-from vlskv_ray.data.collate import collate
+from vlskv_ray.data.collate import IGNORE_INDEX, Encoded, collate
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.questions import HeldOut, Question, questions_of, read_questions
 from vlskv_ray.data.sample import Sample
@@ -260,6 +262,78 @@ def test_the_teacher_keeps_all_of_itself(student: Callable[..., Any], processor:
     assert [result.by["teacher"].agreed_prefix for result in results] == list(map(len, answers))
     figures = figures_of(results, "teacher")
     assert (figures["kl_mean"], figures["kl_p95"], figures["top1_agreement"]) == (0, 0, 1)
+    assert figures["agreed_prefix_share"] == 1
+
+
+def greedily(model: Any, question: Question, ends: list[int], most: int) -> list[int]:
+    """The likeliest token, again and again, by whole passes over all that is there."""
+    prompt = question.sample.input_ids[: question.start]
+    answer: list[int] = []
+    while len(answer) < most and not set(answer) & set(ends):
+        ids = np.concatenate([prompt, np.array(answer, dtype=np.int64)])
+        sample = Encoded("x", ids, np.full_like(ids, IGNORE_INDEX), question.sample.images[: question.num_images])
+        with torch.no_grad():
+            answer.append(int(plain(model, collate([sample], 0).model_inputs(tiny_config()))[-1].argmax()))
+    return answer
+
+
+def test_perplexity_and_agreed_prefix_are_those_of_float64(
+    student: Callable[..., Any], processor: Any, float64_norms: None
+) -> None:
+    """Of the teacher, and of the student before and after: answers and sums over tokens, made once more, plainly."""
+    model = student(num_key_value_layers=4)
+    evaluator = Evaluator(model, processor, held_out(ShapesSource("test", 3), max_new_tokens=5))
+    questions, *_ = read_questions(evaluator.held_out, evaluator.places, processor, model.config)
+    with toggled(model, on=False):
+        uncut, _ = greedy_answers(model, questions, processor, evaluator.held_out)
+    often = Counter(token for ids in uncut for token in ids[1:-1]).most_common(1)[0][0]
+    ends = model.generation_config.eos_token_id = [2, often]  # so that some answers end early
+    results = evaluator.results("teacher", "student_before", "student")
+
+    exact = copy.deepcopy(model).double()
+    wanted: list[list[int]] = []
+    shares = []
+    kept_as_it_is = contextlib.nullcontext()
+    for side, state in (
+        ("teacher", kept_as_it_is),
+        ("student_before", before_distillation(exact)),
+        ("student", kept_as_it_is),
+    ):
+        with state, toggled(exact, on=side != "teacher"):
+            answers = [greedily(exact, question, ends, 5) for question in questions]
+            losses = [reference(question, (exact, plain), (exact, plain))["teacher_ce"] for question in questions]
+        wanted = wanted or answers
+        lengths = [
+            next((i for i, (x, y) in enumerate(zip(mine, its, strict=False)) if x != y), min(len(mine), len(its)))
+            for mine, its in zip(answers, wanted, strict=True)
+        ]
+        figures, tokens = figures_of(results, side), [loss for losses in losses for loss in losses]
+        shares.append(sum(lengths) / sum(map(len, wanted)))
+        assert figures["perplexity"] == pytest.approx(math.exp(sum(tokens) / len(tokens)), rel=1e-4), side
+        assert figures["agreed_prefix"] == pytest.approx(sum(lengths) / len(lengths), rel=1e-12), side
+        assert figures["agreed_prefix_share"] == pytest.approx(shares[-1], rel=1e-12), side
+    assert shares[0] == 1 > shares[2] > 0 and len({*map(len, wanted)}) > 1, "something is told apart"
+
+
+def test_a_typical_sample_has_an_image_if_any_has(student: Callable[..., Any], processor: Any, tmp_path: Path) -> None:
+    """Else it is the first of text that can be used, and there is none where none can be."""
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in (("a", " "), ("b", "c"), ("d", "e"))
+    ]
+    for name, kept in (("text", rows), ("unusable", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    text, unusable = (
+        open_sources([SourceConfig(path=str(tmp_path / f"{name}.jsonl"))])[0] for name in ("text", "unusable")
+    )
+    model = student()
+
+    def typical(*sources: Source) -> Encoded | None:
+        return Evaluator(model, processor, held_out(*sources)).typical_sample()
+
+    assert (with_image := typical(text, ShapesSource("test", 3))) and with_image.images
+    assert (first := typical(text)) and first.uid == "text.jsonl:2" and not first.images
+    assert typical(unusable) is None
 
 
 def test_a_student_of_the_last_layer_alone_starts_as_the_teacher(student: Callable[..., Any], processor: Any) -> None:
@@ -296,7 +370,8 @@ def test_an_answer_is_right_if_it_reads_as_the_reference(
     assert len(answer) == 3 and [result.by["sft_model"].correct for result in results] == [True, False]
     figures = figures_of(results, "sft_model")
     assert (figures["accuracy"], figures["accuracy_vision"], figures["accuracy_text"]) == (0.5, None, 0.5)
-    assert figures["kl_mean"] is figures["kl_p95"] is figures["top1_agreement"] is figures["agreed_prefix"] is None
+    assert figures["kl_mean"] is figures["kl_p95"] is figures["top1_agreement"] is None
+    assert figures["agreed_prefix"] is figures["agreed_prefix_share"] is None
     assert figures["cross_entropy"] > 0 and figures["by_kind"] == {}
 
 
@@ -328,7 +403,7 @@ def flat(figures: dict[str, Any], prefix: str = "") -> dict[str, float | None]:
 
 # ---------------------------------------------------------------------------------------------------------- the figures
 def result(kind: str, has_image: bool, *, correct: bool, prefix: int, kl: list[float], agrees: list[bool]) -> Result:
-    measured = Measured("a", correct, prefix, 10 * np.array(kl), np.array(kl), np.array(agrees))
+    measured = Measured("a", correct, prefix, 10 * np.array(kl), np.array(kl), np.array(agrees), teacher_length=4)
     return Result(kind, (0, 0), kind, has_image, "q", "a", {"student": measured})
 
 
@@ -351,6 +426,8 @@ def test_figures_are_means_over_questions_and_over_tokens() -> None:
         "kl_p95": 6.5,  # of 0 1 2 3 5 7: three quarters of the way from 5 to 7
         "top1_agreement": 4 / 6,
         "agreed_prefix": 2.5,
+        "agreed_prefix_share": 10 / 16,
+        "perplexity": pytest.approx(math.exp(30)),
         "cross_entropy": 30.0,
     }
     assert details["vision"] == {
@@ -360,11 +437,19 @@ def test_figures_are_means_over_questions_and_over_tokens() -> None:
         "kl_p95": pytest.approx(6.25),
         "top1_agreement": 0.5,
         "agreed_prefix": 2.5,
+        "agreed_prefix_share": 5 / 8,
+        "perplexity": pytest.approx(math.exp(25)),
         "cross_entropy": 25.0,
     }
     assert details["text"]["agreed_prefix"] == 2.5 and details["text"]["kl_mean"] == 4.0
     assert {kind: part["agreed_prefix"] for kind, part in details["kinds"].items()} == {"colour": 2.5, "sum": 2.0}
     assert details["kinds"]["colour"] == details["vision"]
+
+
+def test_a_perplexity_that_no_float_holds_is_null() -> None:
+    """The cross-entropy behind it shows still."""
+    figures = figures_of([result("", False, correct=False, prefix=0, kl=[80.0], agrees=[False])], "student")
+    assert (figures["cross_entropy"], figures["perplexity"]) == (800.0, None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -374,7 +459,7 @@ def test_figures_are_always_json(value: float) -> None:
     for results in ([], [bad]):
         figures = figures_of(results, "student")
         assert json.loads(json.dumps(figures, allow_nan=False)) == figures
-        assert figures["kl_mean"] is figures["kl_p95"] is figures["cross_entropy"] is None
+        assert figures["kl_mean"] is figures["kl_p95"] is figures["cross_entropy"] is figures["perplexity"] is None
         assert figures["accuracy_text"] is None and figures["details"]["text"]["questions"] == 0
     assert figures_of([], "student")["accuracy"] is None
 
@@ -390,7 +475,7 @@ def test_examples_show_many_kinds_with_their_pictures() -> None:
             bool(sample.images),
             "q",
             "a",
-            {"student": Measured("b", False, 0, *[np.ones(1)] * 3)},
+            {"student": Measured("b", False, 0, *[np.ones(1)] * 3, teacher_length=1)},
         )
         for row, sample in enumerate(map(source.read, range(32)))
         for turn in sample.kinds
@@ -406,6 +491,8 @@ def test_examples_show_many_kinds_with_their_pictures() -> None:
         assert (example["student"], example["reference"]) == ("b", "a")
     assert [example["kind"] for example in few] == ["colour", "colour", "sum", "sum"]
     assert few[1]["images"] and few[2]["images"] == []
+    text = [result for result in results if not result.has_image]
+    assert len(examples_of(text, held_out(source))) == NUM_EXAMPLES < len(text)
 
 
 def decoded(uri: str) -> Image.Image:

@@ -1,6 +1,7 @@
 """What is said of a student's savings: operations and bytes are counted here, seconds never."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -119,6 +120,28 @@ def test_a_prompt_is_the_sample_and_its_words_again(student: Callable[..., Any],
     assert len(inputs["pixel_values"]) == len(sample.images)
 
 
+def test_teacher_and_student_are_timed_in_turn(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    """After a prefill of each that counts operations and warms up."""
+    model, sides = student(), []
+    model.register_forward_pre_hook(lambda *_: sides.append(swiftkv_backbone(model).config.swiftkv))
+    savings = measure_savings(model, encoded[2], lengths=(200, 300), repeats=3)
+    assert sides == [False, True] * (2 * (1 + 3)) and savings["prompt_images"] == 2
+
+
+def test_cpu_time_is_of_this_process_alone(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    """What a clock shows while the process waits, here as the teacher, is not in it."""
+    model, waiting = student(), 0.3
+
+    def wait(*_: Any) -> None:
+        time.sleep(0 if swiftkv_backbone(model).config.swiftkv else waiting)
+
+    model.register_forward_pre_hook(wait)
+    savings = measure_savings(model, encoded[1], lengths=(64,), repeats=1)
+    (cpu,), (clock,) = savings["teacher_prefill_cpu_seconds"], savings["teacher_prefill_seconds"]
+    assert 0 < cpu < waiting <= clock
+    assert savings["prefill_cpu_time_ratio"] == savings["student_prefill_cpu_seconds"][0] / cpu
+
+
 def test_lengths_that_cannot_be(student: Callable[..., Any], encoded: list[Encoded]) -> None:
     """Beyond the model's positions, within the sample's images, or beyond the time; one is always measured."""
     model, sample = student(), encoded[2]  # 512 positions; the images end after the 64th token
@@ -139,6 +162,7 @@ def test_savings_are_ready_for_json(student: Callable[..., Any], encoded: list[E
     assert json.loads(json.dumps(savings)) == savings
     assert set(savings) == {
         *("prompt_lengths", "teacher_prefill_seconds", "student_prefill_seconds"),
+        *("teacher_prefill_cpu_seconds", "student_prefill_cpu_seconds", "prefill_cpu_time_ratio", "prompt_images"),
         *("teacher_prefill_flops", "student_prefill_flops"),
         *("prompt_length", "prefill_time_ratio", "prefill_flops_ratio"),
         *("teacher_cache_bytes_per_token", "student_cache_bytes_per_token", "cache_bytes_ratio"),

@@ -1,11 +1,13 @@
 """A dry run says what would happen, and does nothing that lasts."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 from clusters import Command, has_ended, worker_processes
+from conftest import save_teacher, tiny_config
 from runs import main
 from waiting import wait_until
 
@@ -22,6 +24,39 @@ def test_a_dry_run_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str
     assert [path for path in sorted(files.rglob("*")) if "cache" not in path.parts] == [
         path for path in before if "cache" not in path.parts
     ]
+
+
+def test_a_dry_run_tells_how_well_the_teacher_foretells_the_answers(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cross-entropy on these samples, not its worse student's; one near ln(vocabulary) is warned of, here that
+    of random weights."""
+    shapes = [
+        *("model.num_key_value_layers=1", "optimizer.lr=1e-9"),
+        "data.sources=[{name: shapes, num_samples: 4}]",
+        "micro_batch_size=4",
+        "--num-samples",
+        "4",
+    ]
+    said = {}
+    random = save_teacher(tmp_path / "random", tiny_config(initializer_range=0.02))
+    for model, positions in ((str(random), 512), ("shapes-teacher", 2048)):
+        options = [f"model.name_or_path={model}", f"data.max_length={positions}", "evaluation.sources=[]", *shapes]
+        assert main(files / "run.yaml", *options, "--dry-run") == 0
+        printed = capsys.readouterr().out
+        found = re.search(r"^teacher +cross-entropy ([\d.e-]+) per supervised token of (\d+) samples$", printed, re.M)
+        assert found is not None and found[2] == "4"
+        said[model] = float(found[1]), "warning: that is near ln(" in printed
+    (at_random, is_warned), (trained, is_warned_too) = said.values()
+    assert at_random == pytest.approx(math.log(300), rel=0.1) and is_warned
+    assert trained < 0.1 and not is_warned_too
+
+
+def test_fine_tuning_has_no_teacher_to_tell_of(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["objective=sft", "model.num_key_value_layers=null", "evaluation.sources=[]", "--num-samples", "4"]
+    assert main(files / "run.yaml", *options, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "dry run: all is well" in printed and "\nteacher " not in printed
 
 
 def test_a_dry_run_tells_what_would_stop_the_run(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

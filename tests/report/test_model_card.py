@@ -57,9 +57,25 @@ def test_figures_are_those_of_the_report(tmp_path: Path, objective: str) -> None
     names = {"question", "expected", "teacher", "student before", "student after", "model", ""}
     assert all(line in in_card for line in in_page if line[0] not in names and line not in aside)
     headline = page.text[: page.text.index("Result")]
-    for figure in ("97.9%", "98.1%", "46.8%", "0.01234"):
+    for figure in ("97.9%", "98.1%", "46.8%", "0.01234", "1.12"):
         assert (f" {figure}**" in card) == (figure in headline)
     assert "training 246 s**" in card
+
+
+def test_answers_stand_below_the_result(tmp_path: Path) -> None:
+    """The student's below its teacher's, after the measures and before what is saved; of long ones the beginning."""
+    found = evaluation()
+    found["examples"][0] |= {"student": "red *and* " + "long " * 200, "images": []}
+    card = card_of(run_folder(tmp_path, evaluation=found, plots=False))
+    before, _, after = card.partition("Some greedy answers to held-out questions:\n\n")
+    assert "| KL per token, mean |" in before and "## What it saves" in after
+    first, second = after.split("\n- question")[:2]
+    assert first.startswith(
+        "- question: What colour is the disc?\n  - teacher: red\n  - student before: blue\n"
+        "  - student after: red \\*and\\* long long"
+    )
+    assert first.endswith("… (of 1,010 characters)") and len(first) < 650
+    assert second.startswith(", 1 image: What colour is the disc?\n  - teacher: red\n")
 
 
 def test_a_hub_reads_its_front_matter(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from pages import (
     SUMMARY,
     Page,
     evaluation,
+    free_text,
     metrics,
+    of_earlier_version,
     planted,
     planted_run,
     run_folder,
@@ -24,8 +26,10 @@ from pages import (
 )
 from waiting import HANG_SECONDS
 
+from vlskv_ray.report.model_card import write_model_card
 from vlskv_ray.report.plots import curve
 from vlskv_ray.report.run_page import write_report
+from vlskv_ray.report.summary import evaluation_table
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +54,110 @@ def test_a_whole_run_shows_everything(whole: Path) -> None:
     assert ["prefill operations", "19 GFLOP", "10.1 GFLOP", "0.53"] in cells
     assert ["too_long", "12"] in cells and ["torch", "2.13.0+cpu"] in cells
     assert ["teacher", "red ✓ right"] in cells and ["student before", "blue ✗ wrong"] in cells
-    for figure in ("97.9%", "0.01234", "98.1%", "46.8%", "246 s"):
-        assert figure in page.text[: page.text.index("Result")], "a headline figure"
+    assert tiles(whole.read_text()) == [
+        ("mean KL", "1.913 → 0.01234"),
+        ("top-1 agreement", "62.2% → 98.1%"),
+        ("perplexity, teacher / student", "1.106 / 1.12"),
+        ("agreed greedy prefix", "62.2% → 98.1%"),
+        ("prefill operations saved", "46.8%"),
+        ("accuracy kept", "97.9%"),
+        ("training", "246 s"),
+    ]
+
+
+def tiles(page: str) -> list[tuple[str, str]]:
+    """What heads a page: labels and figures."""
+    return re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page)
+
+
+def test_the_measures_come_in_the_order_of_what_they_say(whole: Path) -> None:
+    """Of any answers first, then exact match."""
+    page = Page(whole.read_text())
+    assert [label for label, *_ in page.tables[0][1:]] == [
+        *("KL per token, mean", "KL per token, 95th percentile", "top-1 agreement", "perplexity", "cross-entropy"),
+        *("agreed greedy prefix, tokens", "agreed greedy prefix, share"),
+        *("accuracy", "accuracy, with images", "accuracy, text only"),
+    ]
+
+
+@pytest.mark.parametrize("objective", ["distill", "sft"])
+def test_free_text_has_no_accuracy(tmp_path: Path, objective: str) -> None:
+    """Where no reference is given word for word, no figure, mark or curve is of exact match, and it is said why."""
+    found = free_text(evaluation() if objective == "distill" else sft_evaluation())
+    folder = run_folder(tmp_path, objective=objective, evaluation=found)
+    page = written(folder)
+    shown = page.text[: page.text.index("Configuration")]
+    assert not re.search(r"\b0\.0%|✓|✗", shown)
+    who = "teacher" if objective == "distill" else "model"
+    assert shown.count("ccuracy") == shown.count("matches its reference word for word, so no accuracy is shown.") == 1
+    assert f"None of the {who}'s matches" in shown
+    labels = [label for label, _ in tiles((folder / "report.html").read_text())]
+    assert labels[:2] == (["mean KL", "top-1 agreement"] if objective == "distill" else ["cross-entropy", "perplexity"])
+
+
+def test_accuracy_where_the_teacher_has_hardly_any_right_heads_nothing(tmp_path: Path) -> None:
+    """A few of many by chance: the table has it, after all else, but no student is judged by what it kept of those. Of
+    what the teacher has none right, there is no row."""
+    found = evaluation()
+    for side in ("teacher", "student_before", "student"):
+        found[side] |= {"accuracy": 0.01, "accuracy_vision": 0.02, "accuracy_text": 0.0}
+        found[side]["by_kind"] |= {"count": 0.0}
+    folder = run_folder(tmp_path, evaluation=found, plots=False)
+    page = written(folder)
+    assert "accuracy kept" not in dict(tiles((folder / "report.html").read_text()))
+    labels = [label for table in page.tables[:2] for label, *_ in table]
+    assert {"accuracy", "accuracy, with images", "colour (40)", "sum (30)"} <= set(labels)
+    assert not {"accuracy, text only", "count (30)"} & set(labels)
+
+
+def test_a_run_of_an_earlier_version_is_a_page(tmp_path: Path) -> None:
+    """What it did not measure is left out; its times are those of a clock."""
+    folder = run_folder(tmp_path, evaluation=of_earlier_version(evaluation()))
+    page = written(folder)
+    assert page.ids("section") == SECTIONS and page.ids("figure") == PLOTS
+    labels = {label for table in page.tables for label, *_ in table}
+    newer = {"perplexity", "agreed greedy prefix, share", "prefill CPU time"}
+    assert "prefill time" in labels and not newer & labels
+    assert "Prefill of a prompt of 2,048 tokens, with threads: 2. Teacher and student in turn, medians." in page.text
+    assert "Seconds until the first token" in page.text and "CPU seconds" not in page.text
+
+
+@pytest.mark.parametrize(("ratio", "warned"), [(0.32, True), (0.36, False), (0.79, False), (0.81, True)])
+@pytest.mark.parametrize("name", ["prefill_cpu_time_ratio", "prefill_time_ratio"])
+def test_times_that_contradict_the_operations_are_warned_of(
+    tmp_path: Path, name: str, ratio: float, warned: bool
+) -> None:
+    """By more than a factor of 1.5 off their 0.5316, in report, card and table."""
+    found = evaluation()
+    found["savings"][name] = ratio
+    folder = run_folder(tmp_path, evaluation=found, plots=False)
+    (folder / "final").mkdir()
+    texts = [written(folder).text, write_model_card(folder).read_text(), "\n".join(evaluation_table(found))]
+    label = "prefill CPU time" if "cpu" in name else "prefill time"
+    for text in texts:
+        assert (f"Warning: the ratio of {label} ({ratio}) is more than a factor of 1.5 off" in text) == warned
+        assert ("(0.53): the machine was busy" in text) == warned
+
+
+def test_an_answer_is_set_off_where_it_leaves_the_teachers(tmp_path: Path) -> None:
+    """Nothing of one that does not; a long one is cut and says how long it is."""
+    found = evaluation()
+    long = "so " * 2000
+    for example, student in zip(found["examples"], ("red", "rose & <b>", "reddish", "blue", "", long), strict=False):
+        example["student"] = student
+    folder = run_folder(tmp_path, evaluation=found, plots=False)
+    page = written(folder)
+    source = (folder / "report.html").read_text()
+    of_student = re.findall('<th scope="row">student after</th><td>(.*?) <span class="(?:right|wrong)', source)
+    assert of_student[:5] == [
+        "red",
+        'r<span class="differs">ose &amp; &lt;b&gt;</span>',
+        'red<span class="differs">dish</span>',
+        '<span class="differs">blue</span>',
+        "",
+    ]
+    assert len(of_student[5]) < 2100 and "… (of 6,000 characters)" in of_student[5]
+    assert "dotted from where an answer is no longer the teacher's" in page.text
 
 
 def test_rows_match_their_columns(whole: Path) -> None:

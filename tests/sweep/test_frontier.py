@@ -42,12 +42,14 @@ def test_the_edge_is_what_nothing_as_cheap_beats() -> None:
     assert edge(values, upwards=False) == [(0.2, 0.5), (0.3, 0.4)]
 
 
-def trial(folder: Path, name: str, accuracy: float | None, kl: float, prefill: float, cache: float) -> Trial:
+def trial(
+    folder: Path, name: str, accuracy: float | None, kl: float, prefill: float, cache: float, teacher: float = 0.95
+) -> Trial:
     made = Trial(name, {"model.num_key_value_layers": 2})
     write_json_in(
         folder / "trials" / name / "evaluation.json",
         {
-            "teacher": {"accuracy": 0.95},
+            "teacher": {"accuracy": teacher},
             "student": {"accuracy": accuracy, "kl_mean": kl},
             "savings": {"prefill_flops_ratio": prefill, "cache_bytes_ratio": cache},
         },
@@ -82,6 +84,20 @@ def test_files_of_a_frontier(tmp_path: Path) -> None:
     assert "train N4" in page and page.count("<svg") == 4
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert any("never: not done" in line for line in lines) and lines[-1].endswith("on more data:  train N4")
+
+
+def test_nothing_is_recommended_by_an_accuracy_that_nobody_has(tmp_path: Path) -> None:
+    """On free text no setting can lose any: the cheapest would win however bad it is."""
+    trials = [
+        trial(tmp_path, "N2", 0.0, 2.5, 0.3, 1.0, teacher=0.0),
+        trial(tmp_path, "N4", 0.0, 0.01, 0.5, 0.75, teacher=0.0),
+    ]
+    lines = write_frontier(tmp_path, trials, 0.01, lambda trial: f"train {trial.name}")
+    assert json.loads((tmp_path / "frontier.json").read_text())["recommended"] is None
+    text, page = "\n".join(lines), (tmp_path / "frontier.html").read_text()
+    for shown in (text, page):
+        assert "0.0%" not in shown and "2.5" in shown and "choose by KL among those marked *" in shown
+    assert page.count("<svg") == 2 and (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_of_which_nothing_came(tmp_path: Path) -> None:

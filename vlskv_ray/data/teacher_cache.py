@@ -36,7 +36,7 @@ from vlskv_ray.data.sample import ImageFile, Sample
 from vlskv_ray.model.wrappers import ImageInputs
 from vlskv_ray.words import format_bytes
 
-FORMAT = 3
+FORMAT = 4
 IN_MEMORY = Path(f"/dev/shm/vlskv_ray-{os.getuid()}")
 """In Linux's file system in memory, whose files every process of a machine shares. Anybody there can make a folder of
 this name first, so it is looked at before it is used, see `make_private`."""

@@ -8,8 +8,9 @@ has it.
 
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -43,7 +44,8 @@ class Rendering:
 
     text: str
     answers: list[Span]
-    """The assistant's turns, their end-of-turn tokens included; of one that was cut, its words alone."""
+    """The assistant's turns up to the token that ends them, included: what a model writes; of one that was cut, its
+    words alone."""
     texts: list[Span]
     """What is the conversation's own, in order."""
     images: list[Span]
@@ -80,8 +82,9 @@ def render(processor: Any, messages: Sequence[Message], *, add_generation_prompt
     """The conversation as text, by the processor's chat template, and where in it what stands.
 
     Texts of a turn that follow one another are one text. A newline after an image is dropped where the template writes
-    one itself. Where a template closes the last answer with no special token, the end-of-sequence token is added: a
-    student must learn where to stop.
+    one itself. An answer ends with its stop token: what a template writes after that, such as the newline after
+    `<|im_end|>`, no model generates. Where a template closes the last answer with no such token, the end-of-sequence
+    token is added: a student must learn where to stop.
 
     Args:
         processor: a stock processor.
@@ -116,7 +119,7 @@ def render(processor: Any, messages: Sequence[Message], *, add_generation_prompt
         own = _search(text, texts)
         images = [match.span() for match in re.finditer(re.escape(processor.image_token), text)]
     if not add_generation_prompt:
-        text, answers = _with_end(processor.tokenizer, text, answers, own[-1][1])
+        text, answers = _with_ends(processor.tokenizer, text, answers, own)
         known = dict(zip((mark for mark in outline.marks if mark is not None), own, strict=True)) if is_exact else {}
         answers = _without_ends_of_cut(text, answers, known, messages)
     in_order = [mark is None for mark in outline.marks]
@@ -425,14 +428,32 @@ def _without_ends_of_cut(
     return ended
 
 
-def _with_end(tokenizer: Any, text: str, answers: list[Span], end_of_words: int) -> tuple[str, list[Span]]:
-    """With the end-of-sequence token after the last answer, where the template writes no special token there."""
-    start, end = answers[-1]
-    closing, eos = text[end_of_words:], tokenizer.eos_token
-    if end != len(text) or not eos or eos in closing:
-        return text, answers
-    names = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
-    if any(name in closing for name in names if not name.isspace()):  # runs of spaces end nothing
-        return text, answers
-    text += eos
-    return text, [*answers[:-1], (start, len(text))]
+def _with_ends(tokenizer: Any, text: str, answers: Sequence[Span], own: Sequence[Span]) -> tuple[str, list[Span]]:
+    """With answers that end with their stop tokens; the end-of-sequence token is added after a last one that has none.
+
+    A stop token is the first special token after an answer's words, be it the tokenizer's end of sequence or not. Added
+    tokens that are not special may be markup of the answer: of those the last one counts, where there is no other.
+
+    Args:
+        tokenizer: the model's.
+        text: what the template makes of the conversation.
+        answers: the assistant's turns, with all that the template writes to close them.
+        own: the texts of the conversation.
+    """
+    special = set(tokenizer.all_special_tokens)
+    of_special, of_added = _any_of(special), _any_of(set(tokenizer.get_added_vocab()) - special)
+    ends_of_words, spans, stops = [end for _, end in own], [], []
+    for start, end in answers:
+        words_end = max(start, ends_of_words[bisect_right(ends_of_words, end) - 1])
+        stops = [*of_special.finditer(text, words_end, end)][:1] or [*of_added.finditer(text, words_end, end)][-1:]
+        spans.append((start, stops[0].end() if stops else end))
+    if not stops and tokenizer.eos_token and answers[-1][1] == len(text):
+        text += tokenizer.eos_token
+        spans[-1] = (spans[-1][0], len(text))
+    return text, spans
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the first of these names, the longest that fits; never runs of spaces, which end nothing."""
+    longest_first = sorted((name for name in names if name.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

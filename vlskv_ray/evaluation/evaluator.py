@@ -49,6 +49,8 @@ class Measured:
     """KL(teacher || this), in nats, at temperature 1."""
     agrees: NDArray[np.bool_] | None
     """Whether its likeliest token is the teacher's."""
+    teacher_length: int | None
+    """Tokens of the teacher's greedy answer, of which `agreed_prefix` is a part."""
 
 
 @dataclass(frozen=True)
@@ -224,13 +226,15 @@ class Evaluator:
         self._of_teacher: dict[str, tuple[list[int], str]] = {}  # kept: it does not change as the student does
 
     def typical_sample(self) -> Encoded | None:
-        """The first one with an image, if there is one."""
+        """The first one with an image, else the first one; None where none can be used."""
         self.left_out = Counter()
+        first: Encoded | None = None
         for place in self.places:
-            questions = self._read([place])
-            if questions and questions[0].sample.images:
-                return questions[0].sample
-        return None
+            for question in self._read([place])[:1]:
+                if question.sample.images:
+                    return question.sample
+                first = first or question.sample
+        return first
 
     def results(self, *sides: str, on_progress: Callable[[int, int], None] | None = None) -> list[Result]:
         """Every question with what each side makes of it. Few samples are held at a time.
@@ -267,27 +271,34 @@ class Evaluator:
         if side == "student_before":
             with before_distillation(self.model):
                 return self._measure("student", questions, references)
-        agreed: Sequence[int | None]
+        wanted: Sequence[list[int] | None]
         if side == "sft_model":
             answers, texts = greedy_answers(self.model, questions, self.processor, self.held_out)
             pairs = distributions(self.model, questions, self.held_out, alone=True)
-            agreed = [None] * len(questions)
+            wanted = [None] * len(questions)
         elif side == "teacher":
             answers, texts = self._teacher_answers(questions)
             pairs = distributions(self.teacher or self.model, questions, self.held_out, alone=True)
             of_itself = [np.zeros_like(pair["teacher_ce"]) for pair in pairs]
             pairs = [{**pair, "kl": zero, "agrees": zero == 0} for pair, zero in zip(pairs, of_itself, strict=True)]
-            agreed = [len(ids) for ids in answers]
+            wanted = answers
         else:
             wanted, _ = self._teacher_answers(questions)
             with toggled(self.model, on=True):
                 answers, texts = greedy_answers(self.model, questions, self.processor, self.held_out)
             pairs = distributions(self.model, questions, self.held_out, self.teacher)
-            agreed = [common_prefix(mine, its) for mine, its in zip(answers, wanted, strict=True)]
         cross_entropy = "student_ce" if side == "student" else "teacher_ce"
         return [
-            Measured(text, text == reference, prefix, pair[cross_entropy], pair.get("kl"), pair.get("agrees"))
-            for text, reference, prefix, pair in zip(texts, references, agreed, pairs, strict=True)
+            Measured(
+                answer=text,
+                correct=text == reference,
+                agreed_prefix=None if its is None else common_prefix(mine, its),
+                cross_entropy=pair[cross_entropy],
+                kl=pair.get("kl"),
+                agrees=pair.get("agrees"),
+                teacher_length=None if its is None else len(its),
+            )
+            for mine, its, text, reference, pair in zip(answers, wanted, texts, references, pairs, strict=True)
         ]
 
     def _teacher_answers(self, questions: Sequence[Question]) -> tuple[list[list[int]], list[str]]:
@@ -318,6 +329,7 @@ def evaluation_of(
         "samples": len({result.place for result in results}),
         "questions": len(results),
         "left_out": dict(sum((left_out for _, left_out in shares), Counter())),
+        "max_new_tokens": held_out.max_new_tokens,
         "sources": [source.name for source in held_out.sources],
         "examples": examples_of(results, held_out),
     }
@@ -346,6 +358,8 @@ def _figures(measured: Sequence[Measured]) -> dict[str, Any]:
     kl = _joined([m.kl for m in measured if m.kl is not None])
     agrees = [m.agrees for m in measured if m.agrees is not None]
     prefixes = [m.agreed_prefix for m in measured if m.agreed_prefix is not None]
+    teacher_tokens = sum(m.teacher_length or 0 for m in measured)
+    cross_entropy = mean(_joined([m.cross_entropy for m in measured]))
     return {
         "questions": len(measured),
         "accuracy": mean([m.correct for m in measured]),
@@ -353,8 +367,16 @@ def _figures(measured: Sequence[Measured]) -> dict[str, Any]:
         "kl_p95": percentile_95(kl),
         "top1_agreement": mean(_joined(agrees)),
         "agreed_prefix": mean(prefixes),
-        "cross_entropy": mean(_joined([m.cross_entropy for m in measured])),
+        "agreed_prefix_share": sum(prefixes) / teacher_tokens if teacher_tokens else None,
+        "perplexity": None if cross_entropy is None else perplexity(cross_entropy),
+        "cross_entropy": cross_entropy,
     }
+
+
+def perplexity(cross_entropy: float) -> float | None:
+    """Of how many tokens, all as likely, it would be as unsure; None where no float holds it."""
+    with np.errstate(over="ignore"):
+        return _finite(np.exp(cross_entropy))
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -377,16 +399,12 @@ def _finite(value: Any) -> float | None:
 
 
 def examples_of(results: Sequence[Result], held_out: HeldOut) -> list[dict[str, Any]]:
-    """Questions to show, of as many kinds as fit, most of them about images, with their pictures as data URIs."""
-    chosen: list[Result] = []
-    for with_image, count in ((False, NUM_EXAMPLES // 4), (True, NUM_EXAMPLES)):
-        by_kind: dict[str, list[Result]] = {}
-        for result in results:
-            if result.has_image == with_image:
-                by_kind.setdefault(result.kind, []).append(result)
-        groups = [by_kind[kind] for kind in sorted(by_kind)]
-        in_turn = [group[nth] for nth in range(count) for group in groups if nth < len(group)]
-        chosen = [*in_turn[: count - len(chosen)], *chosen]
+    """Questions to show, of as many kinds as fit, most of them about images where there are any, with their pictures as
+    data URIs."""
+    in_turn = {with_image: _kinds_in_turn(results, with_image) for with_image in (True, False)}
+    num_text = max(NUM_EXAMPLES - len(in_turn[True]), NUM_EXAMPLES // 4)
+    text = in_turn[False][:num_text]
+    chosen = [*in_turn[True][: NUM_EXAMPLES - len(text)], *text]
     return [
         {
             "id": result.id,
@@ -398,6 +416,17 @@ def examples_of(results: Sequence[Result], held_out: HeldOut) -> list[dict[str, 
         }
         for result in chosen
     ]
+
+
+def _kinds_in_turn(results: Sequence[Result], with_image: bool) -> list[Result]:
+    """The first of every kind of question, then the second ones, and so on: as many as are ever shown."""
+    by_kind: dict[str, list[Result]] = {}
+    for result in results:
+        if result.has_image == with_image:
+            by_kind.setdefault(result.kind, []).append(result)
+    groups = [by_kind[kind] for kind in sorted(by_kind)]
+    in_turn = [group[nth] for nth in range(NUM_EXAMPLES) for group in groups if nth < len(group)]
+    return in_turn[:NUM_EXAMPLES]
 
 
 def _pictures(sample: Sample) -> list[str]:

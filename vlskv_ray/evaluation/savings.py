@@ -1,7 +1,9 @@
 """What a SwiftKV student saves against its teacher, measured on one model: prefill time and operations, and cache.
 
 Teacher and student are the same weights with SwiftKV off and on. Each prefill is that of `generate()`: the whole model,
-vision tower included, for one prompt and the logits of its last token.
+vision tower included, for one prompt and the logits of its last token. Times are the medians of prefills of teacher and
+student in turn: CPU time, in which what else runs on the machine counts little (with several threads more, since they
+wait for each other by spinning), and beside it what a clock shows.
 """
 
 import time
@@ -29,6 +31,9 @@ class Prefill:
     """What the prefill of one prompt takes."""
 
     seconds: float
+    """By the clock."""
+    cpu_seconds: float | None
+    """Of all threads of this process; None on a GPU, which computes beside them."""
     flops: int
     cache_bytes: int
 
@@ -54,8 +59,8 @@ def measure_savings(
         repeats: timed pairs of a teacher's and a student's prefill at each length, whose medians count.
 
     Returns:
-        A flat dict, ready for JSON. Times and operations are lists along `prompt_lengths`; ratios are student over
-        teacher at `prompt_length`, the longest measured.
+        A flat dict, ready for JSON. Times and operations are lists along `prompt_lengths`, CPU times None on a GPU;
+        ratios are student over teacher at `prompt_length`, the longest measured.
     """
     config = swiftkv_backbone(model).config
     sample = sample or plain_text(model)
@@ -78,11 +83,15 @@ def measure_savings(
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return {
         "prompt_lengths": list(measured),
+        "teacher_prefill_cpu_seconds": [teacher.cpu_seconds for teacher, _ in measured.values()],
+        "student_prefill_cpu_seconds": [student.cpu_seconds for _, student in measured.values()],
         "teacher_prefill_seconds": [teacher.seconds for teacher, _ in measured.values()],
         "student_prefill_seconds": [student.seconds for _, student in measured.values()],
         "teacher_prefill_flops": [teacher.flops for teacher, _ in measured.values()],
         "student_prefill_flops": [student.flops for _, student in measured.values()],
         "prompt_length": longest,
+        "prompt_images": len(sample.images),
+        "prefill_cpu_time_ratio": ratio(student.cpu_seconds, teacher.cpu_seconds),
         "prefill_time_ratio": student.seconds / teacher.seconds,
         "prefill_flops_ratio": student.flops / teacher.flops,
         "teacher_cache_bytes_per_token": teacher.cache_bytes / longest,
@@ -93,6 +102,11 @@ def measure_savings(
         "threads": torch.get_num_threads(),
         "device": str(model.device.type),
     }
+
+
+def ratio(student: float | None, teacher: float | None) -> float | None:
+    """None where there is none: not measured, or by a clock too coarse for it."""
+    return student / teacher if student is not None and teacher else None
 
 
 def layers_of(model: Any) -> dict[str, int]:
@@ -143,20 +157,29 @@ def special_ids(model: Any) -> list[int]:
 def compare_prefills(model: Any, inputs: dict[str, Tensor], repeats: int) -> tuple[Prefill, Prefill]:
     """Teacher's and student's prefill of one prompt, timed in turn so that what else the machine does hits both."""
     counts = {side: count_prefill(model, inputs, side) for side in (TEACHER, STUDENT)}  # which also warms up
-    seconds: dict[bool, list[float]] = {TEACHER: [], STUDENT: []}
+    times: dict[bool, list[tuple[float, float | None]]] = {TEACHER: [], STUDENT: []}
     for _ in range(repeats):
-        for side, times in seconds.items():
-            began = when_done(model)
-            prefill(model, inputs, side)
-            times.append(when_done(model) - began)
-    return Prefill(median(seconds[TEACHER]), *counts[TEACHER]), Prefill(median(seconds[STUDENT]), *counts[STUDENT])
+        for side, of_side in times.items():
+            of_side.append(time_prefill(model, inputs, side))
+
+    def medians(side: bool) -> Prefill:
+        cpu_seconds = [cpu for _, cpu in times[side] if cpu is not None]
+        seconds = median(seconds for seconds, _ in times[side])
+        return Prefill(seconds, median(cpu_seconds) if cpu_seconds else None, *counts[side])
+
+    return medians(TEACHER), medians(STUDENT)
 
 
-def when_done(model: Any) -> float:
-    """The time, in seconds, once the model's device has done what it was given: a GPU computes beside the program."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
+def time_prefill(model: Any, inputs: dict[str, Tensor], swiftkv: bool) -> tuple[float, float | None]:
+    """Seconds of one prefill by the clock, and of CPU time, see `Prefill`."""
+    is_gpu = model.device.type == "cuda"
+    wait = torch.cuda.synchronize if is_gpu else lambda device: None  # a GPU computes beside the program
+    wait(model.device)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    prefill(model, inputs, swiftkv)
+    wait(model.device)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    return seconds, None if is_gpu else cpu_seconds
 
 
 def prefill(model: Any, inputs: dict[str, Tensor], swiftkv: bool) -> Any:

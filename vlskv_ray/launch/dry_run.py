@@ -1,6 +1,7 @@
 """`--dry-run`: some samples and steps in this process, and what they say of memory and time. Writes nothing."""
 
 import itertools
+import math
 import multiprocessing
 import os
 import resource
@@ -22,8 +23,9 @@ from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import StoppedRun
 from vlskv_ray.launch.start_block import describe_parameters
 from vlskv_ray.model.build import trainable_parameters
-from vlskv_ray.training.distill import shared_pass
-from vlskv_ray.training.objective import build_model
+from vlskv_ray.model.swiftkv import swiftkv_backbone
+from vlskv_ray.training.distill import LossSums, shared_pass
+from vlskv_ray.training.objective import build_model, objective_of
 from vlskv_ray.training.profiling import flop_counter, peak_bytes
 from vlskv_ray.training.run import Run
 from vlskv_ray.training.step import GradientBuffer, StepResult, autocast, build_optimizer, loss_of, train_step
@@ -33,6 +35,10 @@ TRIED_SAMPLES = 64
 TIMED_MICRO_BATCHES = 6
 SHORT_STEP = 0.5
 """Seconds below which what Ray does for a step counts."""
+NEAR_CHANCE = 0.75
+"""Of ln(vocabulary), the cross-entropy of a model to which all tokens are equally likely: from this share on a teacher
+is taken for one that knows nothing. One that knows how common each token is, and no more, is below it: at about 0.7 in
+natural text. Language models are at 0.1 to 0.4, a random head at 1 or above."""
 SHOWN_REJECTED = 5
 SHOWN_IDS = 4
 
@@ -64,12 +70,16 @@ def dry_run(run: Run, loader: Loader) -> float:
     neighbours = min(config.cluster.most_workers or 1, cpus // threads) - 1 if here else 0
     neighbours = 0 if run.config.cluster.use_gpu else neighbours  # each has a GPU of its own
     with busy_neighbours(run, timed, neighbours):  # they share caches and memory with each other
-        seconds = mean(seconds_of(step_on, timed))
-        cached = seconds_of(step_on, [with_states(model, batch) for batch in timed]) if run.cache else [0.0]
+        results, times = time_steps(step_on, timed)
+        cached = time_steps(step_on, [with_states(model, batch) for batch in timed])[1] if run.cache else [0.0]
+    seconds = mean(times)
     step = seconds_per_step(run, seconds, data_seconds, threads, reserved)
     later = seconds_per_step(run, mean(cached), 0, threads, reserved)  # which decodes no image
 
     print_first_step(largest, result)
+    if objective_of(run.config).has_student:
+        vocabulary = swiftkv_backbone(model).config.vocab_size
+        print_teacher(sum((of_step.sums for of_step in results), LossSums()), vocabulary)
     print_memory(run, model, peak)
     print(
         f"time          {seconds:.3g} s a micro-batch with {plural(threads, 'thread')}; the one above "
@@ -86,6 +96,19 @@ def print_first_step(batch: Batch, result: StepResult) -> None:
     names = ", ".join(ids) + (f" and {more} more" if more > 0 else "")
     print(f"micro-batch   {names}: {tokens} tokens, {supervised} supervised in all")
     print(f"loss          {result.sums.loss / supervised:.4g}, gradient norm {result.grad_norm:.4g}")
+
+
+def print_teacher(sums: LossSums, vocabulary: int) -> None:
+    """How well the teacher foretells the answers, which no step changes, and a warning where it hardly does at all."""
+    cross_entropy, chance = sums.teacher_ce / sums.supervised_tokens, math.log(vocabulary)
+    samples = plural(int(sums.samples), "sample")
+    print(f"teacher       cross-entropy {cross_entropy:.4g} per supervised token of {samples}")
+    if not cross_entropy < NEAR_CHANCE * chance:
+        print(
+            f"warning: that is near ln({vocabulary:,} tokens) = {chance:.4g}: it answers as if it knew nothing. Had "
+            f"all weights been read when its checkpoint was made? A head that is the embeddings is drawn at random "
+            f"unless tie_word_embeddings is true in config.json, at its outermost level"
+        )
 
 
 def print_memory(run: Run, model: Any, peak: int) -> None:
@@ -134,14 +157,16 @@ def count_step(step_on: Callable[[Batch], StepResult], batch: Batch) -> tuple[St
     return result, counter.get_total_flops() / 1e9, peak_bytes(lambda: step_on(batch))
 
 
-def seconds_of(step_on: Callable[[Batch], StepResult], batches: Sequence[Batch]) -> list[float]:
-    """What a step on each of some micro-batches takes."""
-    seconds = []
+def time_steps(
+    step_on: Callable[[Batch], StepResult], batches: Sequence[Batch]
+) -> tuple[list[StepResult], list[float]]:
+    """What a step on each of some micro-batches comes to, and the seconds that it takes."""
+    results, seconds = [], []
     for batch in batches:
         began = time.perf_counter()
-        step_on(batch)
+        results.append(step_on(batch))
         seconds.append(time.perf_counter() - began)
-    return seconds
+    return results, seconds
 
 
 def with_states(model: Any, batch: Batch) -> Batch:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlskv_ray.report.figures import (
+    ACCURACIES,
     MEASURES,
     SIDE_TITLES,
     decimal,
@@ -14,6 +15,8 @@ from vlskv_ray.report.figures import (
     percent,
     savings_note,
     savings_rows,
+    savings_warning,
+    scores,
     seconds,
     whole,
 )
@@ -22,10 +25,12 @@ from vlskv_ray.report.run_files import DASH, RunFiles, as_written, at, read_run
 from vlskv_ray.report.summary import closing_lines
 
 COLUMNS = (
-    *("layers with their own cache", "group", "accuracy before", "accuracy after"),
-    *("kept", "kept with images", "kept text only", "KL", "top-1"),
-    *("prefill operations", "prefill time", "cache bytes", "trained weights", "training"),
+    *("layers with their own cache", "group", "KL before", "KL", "top-1"),
+    *("perplexity", "the teacher's perplexity", "agreed prefix"),
+    *("accuracy before", "accuracy after", "kept", "kept with images", "kept text only"),
+    *("prefill operations", "prefill CPU time", "prefill time", "cache bytes", "trained weights", "training"),
 )
+SUMMARISED = ("kl_mean", "top1_agreement", "perplexity", "agreed_prefix_share", "accuracy")
 
 
 def finished(folder: Path) -> RunFiles:
@@ -47,22 +52,26 @@ def closing_texts(runs: Sequence[RunFiles]) -> str:
 
 
 def summaries(runs: Sequence[RunFiles]) -> str:
-    """Six rows of each run's result, as Markdown. ValueError for one that distils nothing."""
+    """The rows that matter most of each run's result, as Markdown. ValueError for one that distils nothing."""
     return "\n\n".join("\n".join(_of(_with_student(run), _summary_lines)) for run in runs)
 
 
 def _summary_lines(run: RunFiles) -> list[str]:
     evaluation, who = run.evaluation, ("teacher", "student_before", "student")
+    has_accuracy = scores(evaluation, "accuracy")
     rows = [
         (label, [form(at(evaluation, side, key)) for side in who])
         for key, label, form in MEASURES
-        if key in ("accuracy", "kl_mean", "top1_agreement")
+        if key in SUMMARISED and (key != "accuracy" or has_accuracy)
     ]
-    rows.insert(1, ("accuracy kept", ["", "", kept(evaluation, "accuracy")]))
-    for label, (its, mine, share) in savings_rows(evaluation)[:2]:  # prefill: time and operations
-        rows.append((label, [its, "", f"{mine} ({share} of the teacher's)"]))
+    if has_accuracy:
+        rows.append(("accuracy kept", ["", "", kept(evaluation, "accuracy")]))
+    for label, (its, mine, share) in savings_rows(evaluation):
+        if label.startswith("prefill"):
+            rows.append((label, [its, "", f"{mine} ({share} of the teacher's)"]))
     table = markdown_table([SIDE_TITLES[side] for side in who], rows)
-    return [table, "", escape_markdown(f"{held_out(run)} {savings_note(evaluation)}")]
+    notes = (held_out(run), savings_note(evaluation), savings_warning(evaluation))
+    return [table, "", escape_markdown(" ".join(filter(None, notes)))]
 
 
 def _with_student(run: RunFiles) -> RunFiles:
@@ -84,18 +93,25 @@ def row(run: RunFiles) -> list[str]:
         whole(at(evaluation, "model", key))
         for key in ("num_hidden_layers", "num_key_value_layers", "key_value_group_size")
     )
-    before, after = (at(evaluation, side, "accuracy") for side in ("student_before", "student"))
+    of_teacher, before, after = (
+        {key: at(evaluation, side, key) for key in ("kl_mean", "top1_agreement", "perplexity", "accuracy")}
+        for side in ("teacher", "student_before", "student")
+    )
+    has_accuracy = scores(evaluation, "accuracy")
     return [
         f"{first} of {layers}",
         group,
-        percent(before),
-        percent(after),
-        *(kept(evaluation, measure) for measure in ("accuracy", "accuracy_vision", "accuracy_text")),
-        decimal(at(evaluation, "student", "kl_mean")),
-        percent(at(evaluation, "student", "top1_agreement")),
+        decimal(before["kl_mean"]),
+        decimal(after["kl_mean"]),
+        percent(after["top1_agreement"]),
+        decimal(after["perplexity"]),
+        decimal(of_teacher["perplexity"]),
+        percent(at(evaluation, "student", "agreed_prefix_share")),
+        *(percent(side["accuracy"]) if has_accuracy else DASH for side in (before, after)),
+        *(kept(evaluation, measure) for measure in ACCURACIES),
         *(
             ratio(at(evaluation, "savings", f"{what}_ratio"))
-            for what in ("prefill_flops", "prefill_time", "cache_bytes")
+            for what in ("prefill_flops", "prefill_cpu_time", "prefill_time", "cache_bytes")
         ),
         whole(at(evaluation, "savings", "trainable_parameters")),
         seconds(at(run.summary, "training_seconds")),

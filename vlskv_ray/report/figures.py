@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlskv_ray.report.run_files import DASH, RunFiles, at, base_name
+from vlskv_ray.words import shorten
 
 SIDE_TITLES = {
     "teacher": "teacher",
@@ -69,25 +70,50 @@ def columns(evaluation: dict[str, Any]) -> list[str]:
 
 
 MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("accuracy", "accuracy", percent),
-    ("accuracy_vision", "accuracy, with images", percent),
-    ("accuracy_text", "accuracy, text only", percent),
     ("kl_mean", "KL per token, mean", decimal),
     ("kl_p95", "KL per token, 95th percentile", decimal),
     ("top1_agreement", "top-1 agreement", percent),
-    ("agreed_prefix", "agreed greedy prefix, tokens", decimal),
+    ("perplexity", "perplexity", decimal),
     ("cross_entropy", "cross-entropy", decimal),
+    ("agreed_prefix", "agreed greedy prefix, tokens", decimal),
+    ("agreed_prefix_share", "agreed greedy prefix, share", percent),
+    ("accuracy", "accuracy", percent),
+    ("accuracy_vision", "accuracy, with images", percent),
+    ("accuracy_text", "accuracy, text only", percent),
 )
+"""What is measured of each side, the first first: what says something of any answers, then exact match."""
+ACCURACIES = ("accuracy", "accuracy_vision", "accuracy_text")
+
+LEAST_KEPT = 0.1
+"""The teacher's accuracy from which on the share of it that a student keeps heads a report. Where it matches fewer
+references word for word, they are free text of which a few match by chance."""
 
 
 def result_rows(evaluation: dict[str, Any]) -> Rows:
-    """The result, a column for each of `columns`; measures that none of them has are left out."""
-    rows = [(label, [form(evaluation[side].get(key)) for side in sides(evaluation)]) for key, label, form in MEASURES]
+    """The result, a column for each of `columns`. Left out are measures that none of them has, and accuracies where the
+    teacher does not score."""
+    rows = [
+        (label, [form(evaluation[side].get(key)) for side in sides(evaluation)])
+        for key, label, form in MEASURES
+        if key not in ACCURACIES or scores(evaluation, key)
+    ]
     return [(label, texts) for label, texts in rows if set(texts) - {DASH}]
 
 
+def scores(evaluation: dict[str, Any], *keys: str) -> bool:
+    """Whether exact match says anything of these samples: the teacher, or a model without one, has some right.
+
+    Args:
+        evaluation: evaluation.json.
+        keys: of an accuracy in what it holds of a side.
+    """
+    accuracy = at(evaluation, *sides(evaluation)[:1], *keys)
+    return is_number(accuracy) and accuracy > 0
+
+
 def kind_rows(evaluation: dict[str, Any]) -> Rows:
-    """Accuracy by kind of question, each with the number of questions, a column for each of `columns`."""
+    """Accuracy by kind of question, each with the number of questions, a column for each of `columns`. Left out are
+    kinds on which the teacher does not score."""
     measured = [evaluation[side] for side in sides(evaluation)]
     kinds = sorted({kind for side in measured for kind in at(side, "by_kind") or {}})
     return [
@@ -96,6 +122,7 @@ def kind_rows(evaluation: dict[str, Any]) -> Rows:
             [percent(at(side, "by_kind", kind)) for side in measured],
         )
         for kind in kinds
+        if scores(evaluation, "by_kind", kind)
     ]
 
 
@@ -117,19 +144,56 @@ def held_out(run: RunFiles) -> str:
     details = at(evaluation, measured[0], "details")
     parts = [whole(at(details, part, "questions")) for part in ("vision", "text")]
     left_out = ", ".join(f"{whole(count)} {reason}" for reason, count in (evaluation.get("left_out") or {}).items())
-    return (
+    sentence = (
         f"{questions} questions ({parts[0]} with images, {parts[1]} text only) of {samples} held-out samples from "
         f"{', '.join(map(str, evaluation.get('sources') or [DASH]))}; left out: {left_out or 'none'}."
     )
+    return f"{sentence} {note}" if (note := answers_note(evaluation)) else sentence
+
+
+def answers_note(evaluation: dict[str, Any]) -> str:
+    """What a reader must know of the greedy answers, if anything: where they were cut, and why no accuracy is shown."""
+    notes, measured = [], sides(evaluation)
+    if is_number(most := evaluation.get("max_new_tokens")):
+        notes.append(f"Greedy answers of at most {whole(most)} tokens.")
+    if measured and at(evaluation, measured[0], "accuracy") == 0:
+        who = "the model's" if measured[0] == "sft_model" else "the teacher's"
+        notes.append(f"None of {who} matches its reference word for word, so no accuracy is shown.")
+    return " ".join(notes)
+
+
+# ------------------------------------------------------------------------------------------------------- the examples
+def answer_pairs(evaluation: dict[str, Any], num_pairs: int, most: int) -> list[Rows]:
+    """Some examples to read: of each the question, then the greedy answer of every side that has one.
+
+    Args:
+        evaluation: evaluation.json.
+        num_pairs: how many of its examples, the first ones; they are of as many kinds as there are.
+        most: characters of a text, which is cut where it has more.
+    """
+    pairs = []
+    for example in (evaluation.get("examples") or [])[:num_pairs]:
+        pictures = len(example.get("images") or [])
+        question = "question" + (f", {pictures} images" if pictures > 1 else ", 1 image" if pictures else "")
+        lines = [(question, example.get("question"))]
+        lines += [(title, example[side]) for side, title in SIDE_TITLES.items() if side in example]
+        pairs.append([(label, [shorten(DASH if text is None else str(text), most)]) for label, text in lines])
+    return pairs
 
 
 # --------------------------------------------------------------------------------------------------------- the savings
 SAVINGS_COLUMNS = ["teacher", "student", "ratio"]
 SAVINGS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
-    ("prefill time", "prefill_seconds", "prefill_time_ratio", seconds),
     ("prefill operations", "prefill_flops", "prefill_flops_ratio", operations),
+    ("prefill CPU time", "prefill_cpu_seconds", "prefill_cpu_time_ratio", seconds),
+    ("prefill time", "prefill_seconds", "prefill_time_ratio", seconds),
     ("cache bytes per token", "cache_bytes_per_token", "cache_bytes_ratio", whole),
 )
+MOST_DISAGREEMENT = 1.5
+"""The factor between a ratio of times and that of operations above which a reader is warned. At prompts of 1,024 and
+2,048 tokens CPU time came within 1.25 of the operations, even of the smallest models and on two cores with six times
+their work, where a clock was off by 2.4. Prompts of 64 tokens on the smallest models come to 1.8, where it is true that
+the operations do not say how long a prefill takes, and threads that wait for each other on a busy machine to 3."""
 
 
 def savings_rows(evaluation: dict[str, Any]) -> Rows:
@@ -141,17 +205,44 @@ def savings_rows(evaluation: dict[str, Any]) -> Rows:
     for label, name, ratio, form in SAVINGS:
         values = [_at_longest(savings.get(f"{side}_{name}")) for side in ("teacher", "student")]
         share = savings.get(ratio)
-        rows.append((label, [*map(form, values), f"{share:.2f}" if is_number(share) else DASH]))
+        texts = [*map(form, values), f"{share:.2f}" if is_number(share) else DASH]
+        if name != "prefill_cpu_seconds" or set(texts) - {DASH}:  # not of runs on a GPU, nor of older ones
+            rows.append((label, texts))
     rows.append(("parameters", ["", whole(savings.get("parameters")), ""]))
     rows.append(("trained parameters", ["", whole(savings.get("trainable_parameters")), ""]))
     return rows
 
 
 def savings_note(evaluation: dict[str, Any]) -> str:
-    """What `savings_rows` were measured on: one sentence."""
+    """What `savings_rows` were measured on, and how: two sentences."""
     length, threads = (whole(at(evaluation, "savings", key)) for key in ("prompt_length", "threads"))
     where = "on a GPU" if at(evaluation, "savings", "device") == "cuda" else f"with threads: {threads}"
-    return f"Prefill of a prompt of {length} tokens, {where}."
+    images = at(evaluation, "savings", "prompt_images")
+    of = {None: "", 0: " of text", 1: ", 1 image among them"}.get(images, f", {whole(images)} images among them")
+    times = "Teacher and student in turn, medians"
+    if at(evaluation, "savings", "prefill_cpu_time_ratio") is not None:
+        times += "; CPU time is that of all threads of the process"
+    return f"Prefill of a prompt of {length} tokens{of}, {where}. {times}."
+
+
+def savings_warning(evaluation: dict[str, Any]) -> str:
+    """One sentence where a measured time disagrees with the counted operations; empty where none does."""
+    counted = at(evaluation, "savings", "prefill_flops_ratio")
+    measured = {label: at(evaluation, "savings", name) for label, _, name, _ in SAVINGS if "time" in label}
+    wrong = [
+        f"{label} ({ratio:.2f})"
+        for label, ratio in measured.items()
+        if is_number(ratio)
+        and is_number(counted)
+        and not counted / MOST_DISAGREEMENT <= ratio <= counted * MOST_DISAGREEMENT
+    ]
+    if not wrong:
+        return ""
+    return (
+        f"Warning: the ratio of {' and '.join(wrong)} is more than a factor of {MOST_DISAGREEMENT} off that of the "
+        f"operations ({counted:.2f}): the machine was busy, or model and prompt are so small that other things than "
+        f"these operations take the time."
+    )
 
 
 def _at_longest(values: Any) -> Any:
@@ -160,23 +251,40 @@ def _at_longest(values: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------- the run
 def headline(run: RunFiles) -> Rows:
-    """The few figures that say how the run went; those that were not measured are left out."""
+    """The few figures that say how the run went, the first first; those that were not measured are left out."""
     evaluation, saved = run.evaluation, at(run.evaluation, "savings", "prefill_flops_ratio")
     if not run.objective.has_student:
         side = run.objective.trained_side
         rows = [
-            ("accuracy", percent(at(evaluation, side, "accuracy"))),
             ("cross-entropy", decimal(at(evaluation, side, "cross_entropy"))),
+            ("perplexity", decimal(at(evaluation, side, "perplexity"))),
+            ("accuracy", percent(at(evaluation, side, "accuracy")) if scores(evaluation, "accuracy") else DASH),
         ]
     else:
+        accuracy = at(evaluation, "teacher", "accuracy")
+        is_kept_shown = is_number(accuracy) and accuracy >= LEAST_KEPT
         rows = [
-            ("accuracy kept", kept(evaluation, "accuracy")),
-            ("mean KL", decimal(at(evaluation, "student", "kl_mean"))),
-            ("top-1 agreement", percent(at(evaluation, "student", "top1_agreement"))),
+            ("mean KL", _before_and_after(evaluation, "kl_mean", decimal)),
+            ("top-1 agreement", _before_and_after(evaluation, "top1_agreement", percent)),
+            ("perplexity, teacher / student", _beside_teacher(evaluation, "perplexity", decimal)),
+            ("agreed greedy prefix", _before_and_after(evaluation, "agreed_prefix_share", percent)),
             ("prefill operations saved", percent(1 - saved) if is_number(saved) else DASH),
+            ("accuracy kept", kept(evaluation, "accuracy") if is_kept_shown else DASH),
         ]
     rows.append(("training", seconds(at(run.summary, "training_seconds"))))
     return [(label, [text]) for label, text in rows if text != DASH]
+
+
+def _before_and_after(evaluation: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
+    """A student's figure before and after distillation: 1.9 → 0.012; the latter alone where only it is known."""
+    before, after = (form(at(evaluation, side, key)) for side in ("student_before", "student"))
+    return after if DASH in (before, after) else f"{before} → {after}"
+
+
+def _beside_teacher(evaluation: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
+    """The teacher's figure and the student's: 4.1 / 4.3."""
+    its, mine = (form(at(evaluation, side, key)) for side in ("teacher", "student"))
+    return mine if DASH in (its, mine) else f"{its} / {mine}"
 
 
 def training_rows(run: RunFiles) -> Rows:

@@ -58,7 +58,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 s
 main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { margin: 0; font-size: 1.8rem; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin: 3rem 0 .75rem; font-size: 1.2rem; }
-header p, caption, figcaption { color: var(--soft); overflow-wrap: anywhere; }
+header p, section > p, caption, figcaption { color: var(--soft); overflow-wrap: anywhere; }
 .headline { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0 0; }
 .headline div { flex: 1 1 8.5rem; padding: .7rem .9rem; background: var(--card); border-radius: .5rem; }
 dt { color: var(--soft); font-size: .8rem; }
@@ -90,6 +90,8 @@ article td { white-space: pre-wrap; }
 .right, .wrong { white-space: nowrap; font-size: .85rem; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); }
+.differs { border-bottom: 1px dotted var(--third); }
+.warning { padding: .6rem .9rem; border-left: .25rem solid var(--third); background: var(--card); }
 pre { overflow-x: auto; padding: .9rem; background: var(--card); border-radius: .5rem; font-size: .8rem; }
 @media (max-width: 32rem) {
   .figures, .facts { font-size: .88rem; }

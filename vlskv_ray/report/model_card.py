@@ -10,6 +10,7 @@ import yaml
 from vlskv_ray.files import write_text
 from vlskv_ray.report.figures import (
     SAVINGS_COLUMNS,
+    answer_pairs,
     columns,
     environment_rows,
     headline,
@@ -18,11 +19,15 @@ from vlskv_ray.report.figures import (
     result_rows,
     savings_note,
     savings_rows,
+    savings_warning,
     training_rows,
 )
 from vlskv_ray.report.markdown import escape_markdown, markdown_table
 from vlskv_ray.report.run_files import RunFiles, as_written, at, read_run
 
+NUM_PAIRS = 4
+MOST_CHARACTERS = 500
+"""How many answers to read the card shows, and what of each."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,9 +56,11 @@ def card(run: RunFiles) -> str:
         escape_markdown(held_out(run)),
         markdown_table(columns(evaluation), result_rows(evaluation)),
         markdown_table(columns(evaluation), kind_rows(evaluation), "accuracy by kind (questions)"),
+        answers(evaluation),
     ]
     if rows := savings_rows(evaluation):
         parts += ["## What it saves", escape_markdown(savings_note(evaluation)), markdown_table(SAVINGS_COLUMNS, rows)]
+        parts.append(escape_markdown(savings_warning(evaluation)))
     parts += [
         "## Training",
         markdown_table(["value"], training_rows(run)),
@@ -62,6 +69,17 @@ def card(run: RunFiles) -> str:
         markdown_table(["version"], environment_rows(run)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def answers(evaluation: dict[str, Any]) -> str:
+    """Some greedy answers to read, as a list: the student's below its teacher's."""
+    pairs = answer_pairs(evaluation, NUM_PAIRS, MOST_CHARACTERS)
+    lines = [
+        f"{'  ' if i else ''}- {label}: {escape_markdown(text)}"
+        for rows in pairs
+        for i, (label, [text]) in enumerate(rows)
+    ]
+    return "\n".join(["Some greedy answers to held-out questions:", "", *lines]) if lines else ""
 
 
 def front_matter(run: RunFiles) -> str:

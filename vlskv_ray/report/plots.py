@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from vlskv_ray.report.figures import is_number, percent, whole
+from vlskv_ray.report.figures import is_number, percent, scores, whole
 from vlskv_ray.report.run_files import RunFiles, at
 
 NUM_POINTS = 120
@@ -73,23 +73,29 @@ def agreement_plot(run: RunFiles) -> str:
     curves = [
         (f"{label}, training", curve(run.metrics, key), STUDENT, "-"),
         (f"{label}, held out", curve(run.metrics, f"eval_{key}"), STUDENT, "o:"),
-        ("accuracy, held out", curve(run.metrics, "eval_accuracy"), THIRD, "s--"),
     ]
-    steps = [step for _, points, *_ in curves for step, _ in points]
-    teacher = at(run.evaluation, "teacher", "accuracy")
-    if steps and is_number(teacher):
-        ends = [(min(steps), teacher), (max(steps), teacher)]
-        curves.append(("accuracy of the teacher, held out", ends, TEACHER, "-."))
-    return curves_plot("agreement", f"Training: agreement and accuracy{averaging_note(run)}", curves, shares=True)
+    what, accuracy = "agreement", curve(run.metrics, "eval_accuracy")
+    if scores(run.evaluation, "accuracy"):
+        what = "agreement and accuracy"
+        curves.append(("accuracy, held out", accuracy, THIRD, "s--"))
+        steps = [step for _, points, *_ in curves for step, _ in points]
+        teacher = at(run.evaluation, "teacher", "accuracy")
+        if steps and is_number(teacher):
+            ends = [(min(steps), teacher), (max(steps), teacher)]
+            curves.append(("accuracy of the teacher, held out", ends, TEACHER, "-."))
+    return curves_plot("agreement", f"Training: {what}{averaging_note(run)}", curves, shares=True)
 
 
 def prefill_plot(savings: Any) -> str:
-    lengths = at(savings, "prompt_lengths") or []
+    """By CPU time where that was measured: on a GPU, and in files of earlier versions, there is none."""
+    lengths, by_cpu = at(savings, "prompt_lengths") or [], at(savings, "prefill_cpu_time_ratio") is not None
     curves = []
     for side, colour, style in (("teacher", TEACHER, "s--"), ("student", STUDENT, "o-")):
-        pairs = zip(lengths, at(savings, f"{side}_prefill_seconds") or [], strict=False)
+        times = at(savings, f"{side}_prefill_{'cpu_' if by_cpu else ''}seconds") or []
+        pairs = zip(lengths, times, strict=False)
         curves.append((side, [(x, y) for x, y in pairs if is_number(x) and is_number(y)], colour, style))
-    caption = "Seconds until the first token of the answer can be chosen, by tokens of the prompt"
+    what = "CPU seconds" if by_cpu else "Seconds"
+    caption = f"{what} until the first token of the answer can be chosen, by tokens of the prompt"
     return curves_plot("prefill-time", caption, curves, x_label="tokens of the prompt", log=True, log_x=True)
 
 

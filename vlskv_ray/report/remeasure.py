@@ -50,15 +50,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     stop_if_refused(evaluator, options.on_refused)
     if sample is None:
         left_out = ", ".join(f"{count} x {reason}" for reason, count in evaluator.left_out.most_common(5)) or "none"
-        if sum(evaluator.left_out.values()) == len(evaluator.places):
-            assert evaluator.example is not None
-            for_one = f"{evaluator.example['id']}: {evaluator.example['detail']}"
-            raise ValueError(
-                f"--data: none of the samples of {names} can be used (left out: {left_out}). For one, {for_one}"
-            )
+        assert evaluator.example is not None  # a source without rows is an error before
+        for_one = f"{evaluator.example['id']}: {evaluator.example['detail']}"
         raise ValueError(
-            f"--data: no sample of {names} has an image (left out: {left_out}), so nothing could be said of what the "
-            f"student sees; add a source with images, such as --data shapes"
+            f"--data: none of the samples of {names} can be used (left out: {left_out}). For one, {for_one}"
         )
 
     def tell(done: int, of: int) -> None:

@@ -4,6 +4,7 @@ A pure function of the files of a run folder. Whatever comes from data or config
 says so to the browser (Content-Security-Policy).
 """
 
+import os
 import re
 from html import escape
 from pathlib import Path
@@ -21,6 +22,9 @@ from vlskv_ray.report.figures import (
     result_rows,
     savings_note,
     savings_rows,
+    savings_warning,
+    scores,
+    sides,
     training_rows,
     whole,
 )
@@ -34,8 +38,11 @@ from vlskv_ray.report.plots import (
     prefill_plot,
 )
 from vlskv_ray.report.run_files import DASH, RunFiles, as_written, at, read_run
+from vlskv_ray.words import shorten
 
 NUM_EXAMPLES = 8
+MOST_CHARACTERS = 2000
+"""Of a question or an answer on the page."""
 DATA_URI = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
 
 
@@ -53,15 +60,11 @@ def report_page(run: RunFiles) -> str:
     """The whole page. Sections without data are left out, or say why they are empty."""
     sections = (
         ("result", "Result", result_section(run)),
+        ("samples", "Answers to read", samples_section(run.evaluation)),
         ("training", "Training", training_section(run)),
         ("prefill", "Prefill time", prefill_plot(run.evaluation.get("savings"))),
         ("data", "Data", data_section(run)),
-        (
-            "savings",
-            "What the student saves",
-            html_table(SAVINGS_COLUMNS, savings_rows(run.evaluation), savings_note(run.evaluation)),
-        ),
-        ("samples", "Held-out samples", samples_section(run.evaluation)),
+        ("savings", "What the student saves", savings_section(run.evaluation)),
         ("config", "Configuration", f"<pre>{escape(run.config_text)}</pre>" if run.config_text else ""),
         ("environment", "Environment", html_table([], environment_rows(run), "Versions and machine of the run.")),
     )
@@ -84,7 +87,11 @@ def result_section(run: RunFiles) -> str:
     if not columns(run.evaluation):
         return f"<p>{escape(note)}</p>"
     if run.objective.has_student:
-        note += " KL in nats per token of the reference answers; agreement is with the teacher."
+        note += (
+            " KL in nats, agreement, perplexity and cross-entropy are per token of the reference answers; the agreed "
+            "prefix is what a greedy answer has in common with the teacher's from its start, its share that of all "
+            "tokens of the teacher's answers."
+        )
     return html_table(columns(run.evaluation), result_rows(run.evaluation), note) + html_table(
         columns(run.evaluation),
         kind_rows(run.evaluation),
@@ -108,13 +115,25 @@ def data_section(run: RunFiles) -> str:
     )
 
 
+def savings_section(evaluation: dict[str, Any]) -> str:
+    table = html_table(SAVINGS_COLUMNS, savings_rows(evaluation), savings_note(evaluation))
+    warning = savings_warning(evaluation)
+    return table + (f'<p class="warning">{escape(warning)}</p>' if warning else "")
+
+
 def samples_section(evaluation: dict[str, Any]) -> str:
-    """The first examples, each answer marked in words and by colour."""
+    """The first examples with their answers, each marked in words and by colour where exact match says something."""
     examples = (evaluation.get("examples") or [])[:NUM_EXAMPLES]
-    return f'<div class="samples">{"".join(map(sample_article, examples))}</div>' if examples else ""
+    is_marked = scores(evaluation, "accuracy")
+    articles = "".join(sample_article(example, is_marked) for example in examples)
+    legend = "Greedy answers to some held-out questions"
+    legend += "; dotted from where an answer is no longer the teacher's." if "teacher" in sides(evaluation) else "."
+    return f'<p>{legend}</p>\n<div class="samples">{articles}</div>' if examples else ""
 
 
-def sample_article(example: dict[str, Any]) -> str:
+def sample_article(example: dict[str, Any], is_marked: bool) -> str:
+    """A question, its pictures, and the answers, each cut where it is very long. What of a student's answer comes after
+    all that is the teacher's too is set off."""
     reference, name = example.get("reference"), escape(str(example.get("id", "")))
     uris = [str(uri) for uri in example.get("images") or []]
     shown = [uri for uri in uris if DATA_URI.fullmatch(uri)]  # an SVG could hold a script, an address would be loaded
@@ -123,21 +142,28 @@ def sample_article(example: dict[str, Any]) -> str:
     )
     if len(shown) < len(uris):
         pictures += f"<p>{len(uris) - len(shown)} not shown: no PNG, JPEG or WebP data URI.</p>"
-    lines = [("question", example.get("question"), ""), ("expected", reference, "")]
-    lines += [
-        (title, example[side], MARKS[example[side] == reference])
-        for side, title in SIDE_TITLES.items()
-        if side in example
-    ]
-    rows = "".join(
-        f'<tr><th scope="row">{label}</th><td>{escape(DASH if text is None else str(text))}{mark}</td></tr>\n'
-        for label, text, mark in lines
-    )
+    lines = [("question", shown_text(example.get("question"))), ("expected", shown_text(reference))]
+    for side, title in SIDE_TITLES.items():
+        if side in example:
+            mark = MARKS[example[side] == reference] if is_marked else ""
+            text = shown_text(example[side], None if side == "teacher" else example.get("teacher"))
+            lines.append((title, text + mark))
+    rows = "".join(f'<tr><th scope="row">{label}</th><td>{text}</td></tr>\n' for label, text in lines)
     return (
         f'<article>\n<div class="pictures">{pictures}</div>\n<table>\n'
         f"<caption>{escape(str(example.get('kind') or ''))} <code>{name}</code></caption>\n"
         f"<tbody>\n{rows}</tbody>\n</table>\n</article>\n"
     )
+
+
+def shown_text(text: Any, beside: Any = None) -> str:
+    """A text as HTML, set off from where it is no longer the one beside it."""
+    if text is None:
+        return DASH
+    text = shorten(str(text), MOST_CHARACTERS)
+    alike = len(text if beside is None else os.path.commonprefix([text, shorten(str(beside), MOST_CHARACTERS)]))
+    rest = f'<span class="differs">{escape(text[alike:])}</span>' if text[alike:] else ""
+    return escape(text[:alike]) + rest
 
 
 MARKS = {

@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from vlskv_ray.files import write_json
-from vlskv_ray.report.figures import SAVINGS_COLUMNS, Rows, columns, kind_rows, result_rows, savings_note, savings_rows
+from vlskv_ray.report.figures import (
+    SAVINGS_COLUMNS,
+    Rows,
+    answer_pairs,
+    answers_note,
+    columns,
+    kind_rows,
+    result_rows,
+    savings_note,
+    savings_rows,
+    savings_warning,
+)
 from vlskv_ray.report.run_files import RunFiles, read_run
 from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run
-from vlskv_ray.words import format_duration, short_path
+from vlskv_ray.words import format_duration, printable, short_path
 
 AVERAGED = {
     "loss": "loss",
@@ -23,6 +34,9 @@ AVERAGED = {
     "ce_text": "cross-entropy, text only",
     "token_accuracy": "likeliest token is right",
 }
+NUM_PAIRS = 3
+MOST_CHARACTERS = 240
+"""How many answers to read are printed, and what of each: two or three lines of a terminal."""
 PACKAGES = ("vlskv_ray", "ray", "torch", "transformers", "datasets", "pillow", "matplotlib")
 
 
@@ -96,7 +110,7 @@ def closing(folder: Path) -> str:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> list[str]:
-    """Lines for a terminal: what each side answers, and what the student saves."""
+    """Lines for a terminal: how close the student is to its teacher, some answers to read, and what it saves."""
     lines: list[str] = []
 
     def table(columns: list[str], rows: Rows) -> None:
@@ -106,10 +120,14 @@ def evaluation_table(evaluation: dict[str, Any]) -> list[str]:
     if evaluation.get("questions"):
         lines.append(f"{evaluation['questions']} questions of {evaluation['samples']} held-out samples")
         table(columns(evaluation), [*result_rows(evaluation), *kind_rows(evaluation)])
+        lines += [note] if (note := answers_note(evaluation)) else []
     if left_out := evaluation.get("left_out"):
         lines.append(f"held-out samples left out: {', '.join(f'{n} x {reason}' for reason, n in left_out.items())}")
+    for rows in answer_pairs(evaluation, NUM_PAIRS, MOST_CHARACTERS):
+        lines += ["", *(f"{label:20}{printable(' '.join(text.split()))}".rstrip() for label, [text] in rows)]
     if "savings" in evaluation:
         lines += [""] if lines else []
         table(list(SAVINGS_COLUMNS), savings_rows(evaluation))
         lines.append(savings_note(evaluation))
+        lines += [warning] if (warning := savings_warning(evaluation)) else []
     return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlskv_ray.report.figures import decimal, is_number, percent
-from vlskv_ray.report.run_files import at, read_run
+from vlskv_ray.report.run_files import DASH, at, read_run
 from vlskv_ray.sweep.trials import TRIAL_DONE, Trial, outcome_of
 from vlskv_ray.words import plural, terminal_table
 
@@ -50,8 +50,16 @@ class Frontier:
     """The outcome of each trial that is no point."""
 
     @property
+    def has_accuracy(self) -> bool:
+        """Whether exact match says anything of these samples: the teacher has some right. On free text it has none."""
+        return any(point.teacher_accuracy > 0 for point in self.points)
+
+    @property
     def recommended(self) -> Point | None:
-        """The cheapest prefill, then cache, then KL, of those that lose little enough; None where all lose more."""
+        """The cheapest prefill, then cache, then KL, of those that lose little enough; None where all lose more, and
+        where accuracy says nothing: there nothing could lose any."""
+        if not self.has_accuracy:
+            return None
         limit = self.max_accuracy_drop + 1e-9  # 0.95 - 0.94 is a little more than 0.01
         allowed = [point for point in self.points if point.accuracy_drop <= limit]
         return min(allowed, key=lambda point: (point.prefill, point.cache, point.kl), default=None)
@@ -109,8 +117,8 @@ def terminal_lines(frontier: Frontier) -> list[str]:
     lines: list[str] = []
     if points := frontier.points:
         lines += terminal_table([["trial", *COLUMNS], *([point.name, *cells(point, frontier)] for point in points)])
-        teacher = percent(points[0].teacher_accuracy)
-        lines += ["", f"the teacher's accuracy is {teacher}; * not beaten in KL, prefill and cache together"]
+        known = f"the teacher's accuracy is {percent(points[0].teacher_accuracy)}; " if frontier.has_accuracy else ""
+        lines += ["", f"{known}* not beaten in KL, prefill and cache together"]
     for name, outcome in frontier.others.items():
         lines.append(f"{name}: {outcome['status']}" + (f": {outcome['reason']}" if outcome.get("reason") else ""))
     return [*lines, "", recommendation(frontier)]
@@ -120,7 +128,8 @@ def cells(point: Point, frontier: Frontier) -> list[str]:
     """A point under `COLUMNS`."""
     mark = "* recommended" if point == frontier.recommended else "*" if point.pareto else ""
     costs = [f"{cost:.2f}" for cost in (point.prefill, point.cache)]
-    return [percent(point.accuracy), f"{100 * point.accuracy_drop:.1f} points", decimal(point.kl), *costs, mark]
+    kept = [percent(point.accuracy), f"{100 * point.accuracy_drop:.1f} points"] if frontier.has_accuracy else [DASH] * 2
+    return [*kept, decimal(point.kl), *costs, mark]
 
 
 def recommendation(frontier: Frontier) -> str:
@@ -133,6 +142,11 @@ def recommendation(frontier: Frontier) -> str:
         return f"recommended, the cheapest that loses {limit}: {best.name}, which saves {' and '.join(saved)}"
     if not frontier.points:
         return "no trial came to its end, so there is nothing to recommend"
+    if not frontier.has_accuracy:
+        return (
+            "none is recommended by tune.max_accuracy_drop: the teacher has no reference word for word, so there is no "
+            "accuracy to lose; choose by KL among those marked *"
+        )
     least = min(frontier.points, key=lambda point: point.accuracy_drop)
     return (
         f"no trial loses {limit}; {least.name} loses least, {100 * least.accuracy_drop:.1f} points: train longer, try "

@@ -62,11 +62,12 @@ def write_frontier(
 
 
 def write_picture(path: Path, frontier: Frontier) -> None:
-    """All four panels in one PNG."""
+    """All panels in one PNG."""
     style = {key: PAPER.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(10, 7.5), layout="constrained")
-        for axes, (cost, quality) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        drawn = panels_of(frontier)
+        figure = Figure(figsize=(10, 3.75 * len(drawn) / 2), layout="constrained")
+        for axes, (cost, quality) in zip(figure.subplots(len(drawn) // 2, 2).flat, drawn, strict=True):
             draw_panel(axes, frontier, cost, quality, PAPER.__getitem__)
         figure.suptitle(
             "Kept and saved: blue is not beaten in KL, prefill and cache together, the ring is recommended",
@@ -119,9 +120,14 @@ def panels(frontier: Frontier) -> str:
             "; ".join(f"{p.name}: {getattr(p, quality):.4g} at {getattr(p, cost):.2f}" for p in frontier.points),
             partial(draw_panel, frontier=frontier, cost=cost, quality=quality),
         )
-        for cost, quality in PANELS
+        for cost, quality in panels_of(frontier)
         if frontier.points
     )
+
+
+def panels_of(frontier: Frontier) -> list[tuple[str, str]]:
+    """Those of `PANELS` that show something: accuracy where there is any."""
+    return [(cost, quality) for cost, quality in PANELS if quality != "accuracy" or frontier.has_accuracy]
 
 
 def draw_panel(

@@ -26,6 +26,7 @@ ANSWERED_AT_ONCE: dict[str, list[tuple[list[str], int]]] = {
     "evaluate": [(["--model", "m", "--data", "rows.jsonl", "--split", "test"], 2)],
     "answers": [(["--model", "m"], 2), (["--model", "m", "--data", "d", "--output", "o.jsonl", "--top-k", "3"], 2)],
     "generate": [(["--model", "m"], 2)],
+    "assemble": [(["--text", "m"], 2), (["--text", "m", "--output", "."], 2)],
     "compare": [([], 2)],
     "cache": [(WRONG_CONFIG, 2), (["--config", QUICKSTART, "model.teacher_cache=memory"], 2)],
     "doctor": [(WRONG_CONFIG, 2), (["epochs=1"], 2)],

@@ -1,6 +1,7 @@
 """The probe: the distances of untrained students, all of them by one pass of the teacher."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import batch_of
+from torch.overrides import TorchFunctionMode
 
 from vlskv_ray.data.collate import Encoded, supervised_positions
 from vlskv_ray.model.swiftkv import SwiftKVModel
@@ -49,6 +51,30 @@ def test_the_teacher_runs_once_a_batch(student: Callable[..., Any], encoded: lis
     model.model.language_model.layers[0].register_forward_hook(lambda *_: calls.append("layer 0"))
     assert len(list(measure_batch(model, batch_of(encoded), settings_of(6, range(1, 6), [1, 2]), 256))) == 7
     assert calls == ["tower", "layer 0"]
+
+
+def test_the_head_runs_once_for_the_teacher_and_once_for_each_setting(
+    student: Callable[..., Any], encoded: list[Encoded]
+) -> None:
+    """And no gradient is made: of all matrix products with the head's weights, these are all."""
+    model, batch = student(num_key_value_layers=1, moved=False), batch_of(encoded)
+    settings = settings_of(6, range(1, 6), [1, 2])
+    weight = model.get_output_embeddings().weight
+    products: Counter[str] = Counter()
+
+    class CountHead(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(argument is weight for argument in args) and func in (
+                torch.nn.functional.linear,
+                torch.Tensor.matmul,
+            ):
+                products[func.__name__] += len(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with CountHead():
+        list(measure_batch(model, batch, settings, 256))
+    kept = int(supervised_positions(batch.labels).sum())
+    assert products == {"linear": kept * (1 + len(settings))}
 
 
 def test_settings_that_a_model_cannot_have_are_left_out() -> None:

@@ -87,6 +87,10 @@ def rows_and_columns(text: str) -> tuple[int, int]:
 def assemble(options: argparse.Namespace) -> int:
     """Makes the model, checks it as a run would, and writes it whole or not at all. ValueError for what the user can
     mend."""
+    output, aside = places(options.output)
+    template = options.chat_template
+    if template is not None and template != "plain":
+        template = read_template(template)
     import torch
 
     from vlskv_ray.assembly.assemble import TILES, check_written
@@ -94,13 +98,10 @@ def assemble(options: argparse.Namespace) -> int:
     from vlskv_ray.assembly.text_model import read_text_model
     from vlskv_ray.files import make_readable
 
-    output, aside = places(options.output)
-    template = options.chat_template
-    if template is not None and template != "plain":
-        template = read_template(template)
+    new_tower = None if options.vision else new_tower_of(options)
     with name_option("--text"):
         text = read_text_model(options.text, getattr(torch, options.dtype) if options.dtype else None)
-    tower = tower_of(options, text.model.dtype)
+    tower = tower_of(options, new_tower, text.model.dtype)
     print(f"text          {described(text.name, text.model)}, {text.config.vocab_size:,} tokens")
     print(f"vision        {described(tower.name, tower.model)}, pictures of {tower.config.image_size} px", flush=True)
     grid = options.grid or (((1, 1),) if tower.is_new else TILES)
@@ -151,20 +152,27 @@ def read_template(path: str) -> str:
         raise ValueError(f"--chat-template: {path} cannot be read: {error}") from error
 
 
-def tower_of(options: argparse.Namespace, dtype: Any) -> Any:
-    """The vision tower that is asked for. ValueError where it cannot be had."""
-    from vlskv_ray.assembly.vision_tower import NewTower, draw_tower, read_tower
+def new_tower_of(options: argparse.Namespace) -> Any:
+    """The size of the new tower that is asked for. ValueError where there can be none."""
+    from vlskv_ray.assembly.vision_tower import NewTower
 
-    if options.vision:
-        with name_option("--vision"):
-            return read_tower(options.vision, dtype)
     sizes = {
         "image_size": options.image_size,
         "patch_size": options.patch_size,
         "width": options.vision_width,
         "layers": options.vision_layers,
     }
-    return draw_tower(NewTower(**{name: size for name, size in sizes.items() if size}), options.seed, dtype)
+    return NewTower(**{name: size for name, size in sizes.items() if size})
+
+
+def tower_of(options: argparse.Namespace, new_tower: Any, dtype: Any) -> Any:
+    """The vision tower that is asked for. ValueError where it cannot be had."""
+    from vlskv_ray.assembly.vision_tower import draw_tower, read_tower
+
+    if new_tower:
+        return draw_tower(new_tower, options.seed, dtype)
+    with name_option("--vision"):
+        return read_tower(options.vision, dtype)
 
 
 def described(name: str, model: Any) -> str:

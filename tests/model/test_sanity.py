@@ -242,6 +242,7 @@ def test_a_tower_without_a_class_token(tmp_path: Path) -> None:
     model, processor = presets.build_teacher(config), presets.llava_next_processor(config)
     model.save_pretrained(tmp_path / "siglip")
     processor.save_pretrained(tmp_path / "siglip")
+    change(tmp_path / "siglip" / PROCESSOR, top(num_additional_image_tokens=1))
     assert "num_additional_image_tokens: 1; wanted 0" in refusal(tmp_path / "siglip")
     change(tmp_path / "siglip" / PROCESSOR, top(num_additional_image_tokens=0))
     files = find_model(str(tmp_path / "siglip"))

@@ -23,6 +23,7 @@ from vlskv_ray.training.distill import (
     kl_divergence,
     rows_per_chunk,
     shared_pass,
+    soften,
 )
 from vlskv_ray.training.objective import Loss
 from vlskv_ray.training.profiling import peak_bytes
@@ -310,6 +311,17 @@ def test_kl_and_gradient_equal_torchs(temperature: float) -> None:
     wanted.sum().backward()
     kl, gradient = kl_divergence(student.detach(), teacher, temperature)
     assert torch.allclose(kl, wanted.detach(), rtol=1e-12) and torch.allclose(gradient, student.grad, atol=1e-14)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_cross_entropies_are_those_at_temperature_1(temperature: float, dtype: torch.dtype, tolerance: float) -> None:
+    """Though they are made from the softmax at another; also of tokens that are next to impossible."""
+    logits, targets = torch.randn(30, 400, dtype=torch.float64) * 8, torch.randint(0, 400, (30,))
+    targets[:5] = logits[:5].argmin(-1)
+    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    got = soften(logits.to(dtype), temperature).cross_entropy(targets, temperature)
+    assert torch.allclose(got.double(), wanted, rtol=tolerance, atol=10 * tolerance)
 
 
 def test_kl_is_finite_at_the_edges() -> None:

@@ -17,7 +17,8 @@ from vlskv_ray.data.prompts import Prompts
 from vlskv_ray.errors import StoppedRun
 from vlskv_ray.evaluation.answers import WINDOW_BATCHES, Answerer, Part, Sampling
 from vlskv_ray.evaluation.loading import build_side
-from vlskv_ray.model.build import ModelFiles, fingerprint_of, load_config, parameter_counts
+from vlskv_ray.model.build import ModelFiles, load_config, parameter_counts
+from vlskv_ray.model.fingerprint import fingerprint_of
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.swiftkv import has_swiftkv
 from vlskv_ray.training.faults import fault_point
@@ -97,8 +98,8 @@ def share_out(
     free = ray.available_resources()
     cpus = max(1.0, free.get("CPU", 0) if cluster.joined else cluster.cpus)  # others may hold some
     if workers is None:
-        is_student = has_swiftkv(load_config(job.files))
-        num_bytes = 4 * WEIGHTS_AND_REST * sum(parameter_counts(job.files, all_weights=not is_student))
+        sizes = parameter_counts(job.files, load_config(job.files))
+        num_bytes = 4 * WEIGHTS_AND_REST * sum(sizes.values())
         workers = max(1, min(int(cpus // (threads or 1)), int(free.get("memory", 0) // num_bytes)))
     workers = min(workers, num_windows)
     return workers, threads or max(1, int(min(cpus // workers, cluster.largest_node)))

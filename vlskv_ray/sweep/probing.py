@@ -23,7 +23,7 @@ from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.model.build import build_student
 from vlskv_ray.model.swiftkv import SwiftKVPass, check_layers, swiftkv_backbone
 from vlskv_ray.report.figures import decimal, percent
-from vlskv_ray.training.distill import DivergenceAtHead, frozen_states, rows_per_chunk
+from vlskv_ray.training.distill import distances_at_head, frozen_states, rows_per_chunk
 from vlskv_ray.training.run import Run
 from vlskv_ray.training.step import autocast
 from vlskv_ray.words import terminal_table
@@ -112,19 +112,22 @@ def measure_batch(
         model: a student with N = 1 and groups of 1; left with the weights of the last setting.
         batch: with something supervised.
         settings: what is measured.
-        logits_memory_mib: as in the config.
+        logits_memory_mib: as in the config; hidden states of settings measured together take as much at most.
     """
     backbone, head = swiftkv_backbone(model), model.get_output_embeddings()
+    rows = rows_per_chunk(head.weight.shape[0], logits_memory_mib)
     with autocast(model):
         known = frozen_states(model, batch, sorted({n for n, _ in settings}))
         keep = supervised_positions(batch.labels)
-        targets = batch.labels[:, 1:][keep[:, :-1]]
-        rows = rows_per_chunk(head.weight.shape[0], logits_memory_mib)
-        for n, g in settings:
-            with as_setting(backbone, n, g):
-                student = student_states(backbone, batch, known[n], keep)
-            kl, _, _, agrees = DivergenceAtHead.apply(student, known[n].teacher, head, targets, 1.0, rows)
-            yield (n, g), kl, agrees
+        teacher = known[settings[0][0]].teacher  # the same for all
+        at_once = max(1, logits_memory_mib * 2**20 // (teacher.numel() * teacher.element_size()))
+        for start in range(0, len(settings), at_once):
+            some, students = settings[start : start + at_once], []
+            for n, g in some:
+                with as_setting(backbone, n, g):
+                    students.append(student_states(backbone, batch, known[n], keep))
+            for setting, (kl, agrees) in zip(some, distances_at_head(students, teacher, head, rows), strict=True):
+                yield setting, kl, agrees
 
 
 @contextmanager

@@ -7,7 +7,7 @@ positions, as is the teacher's last layer; none of this changes a gradient (Swif
 Shapes: B samples, T tokens, D hidden, V vocabulary, n supervised positions of the micro-batch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -140,14 +140,60 @@ def cached_pass(model: Any, batch: Batch) -> States:
     return States(student[0], batch.teacher, swiftkv.student_input[0], batch.teacher_input, batch.trunk)
 
 
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student) of each row and its gradient by the student's logits.
+@dataclass(frozen=True)
+class Softened:
+    """A softmax at some temperature of rows of logits, and what the loss needs beside it, by few passes over them: of
+    large vocabularies these passes, not the matrix products, are what takes time."""
 
-    With p and q the softmax of the teacher's and the student's logits over `temperature`, dKL/dlogits is
-    (q - p) / temperature, and KL = sum p (log p - log q) is taken as sum p (log p - log q) + q - p: the same number,
-    since p and q both add up to 1, but a rounding error common to a row's log-probabilities then cancels, where it
-    would swamp a small KL. A token that the teacher rules out (logit -inf) makes nothing infinite; KL is infinite only
-    where the student rules out what the teacher does not.
+    scaled: Tensor
+    """(logits - their largest) / temperature, float[n, V]."""
+    probabilities: Tensor
+    """float[n, V]."""
+    log_total: Tensor
+    """Logarithm of the sum of exp(scaled), float64[n, 1]: what float32 rounds off it would swamp a small KL."""
+    likeliest: Tensor
+    """The token with the largest logit, int64[n]."""
+
+    def cross_entropy(self, targets: Tensor, temperature: float) -> Tensor:
+        """At temperature 1, float[n]: exp(logit) is exp(scaled) to the power of the temperature."""
+        if temperature == 2:
+            powers = torch.linalg.vector_norm(self.probabilities, dim=-1).square()
+        elif temperature == 1:
+            powers = self.probabilities.sum(-1)
+        else:
+            powers = self.probabilities.pow(temperature).sum(-1)
+        of_targets = self.scaled.gather(-1, targets[:, None])[:, 0]
+        return powers.log() + temperature * (self.log_total[:, 0].to(powers.dtype) - of_targets)
+
+
+def soften(logits: Tensor, temperature: float) -> Softened:
+    """The softmax of float32 or float64[n, V] over `temperature`, which must be the caller's own: it is overwritten."""
+    highest, likeliest = logits.max(-1, keepdim=True)
+    scaled = logits.sub_(highest)
+    if temperature != 1:
+        scaled = scaled.div_(temperature)
+    probabilities = scaled.exp()
+    total = probabilities.sum(-1, keepdim=True)
+    return Softened(scaled, probabilities.div_(total), total.double().log(), likeliest[:, 0])
+
+
+def divergence(student: Softened, teacher: Softened) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) of each row, float[n], and q - p, float[n, V], which `student.probabilities` become.
+
+    With p and q the teacher's and the student's probabilities, KL = sum p (log p - log q) is taken as
+    sum p (log p - log q) + q - p: the same number, since p and q both add up to 1, but a rounding error common to a
+    row's probabilities then cancels, where it would swamp a small KL. A token that the teacher rules out (logit
+    -inf) makes nothing infinite; KL is infinite only where the student rules out what the teacher does not.
+    """
+    log_ratio = teacher.scaled - student.scaled
+    log_ratio -= (teacher.log_total - student.log_total).to(log_ratio.dtype)
+    log_ratio.masked_fill_(teacher.probabilities == 0, 0)
+    difference = student.probabilities.sub_(teacher.probabilities)
+    return torch.linalg.vecdot(teacher.probabilities, log_ratio) + difference.sum(-1), difference
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) of each row and its gradient by the student's logits, which is (q - p) / temperature.
 
     Args:
         student_logits, teacher_logits: float32 or float64[n, V], unscaled.
@@ -155,12 +201,9 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     Returns:
         float[n] and float[n, V].
     """
-    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
-    log_q = F.log_softmax(student_logits / temperature, dim=-1)
-    p = log_p.exp()
-    difference = log_q.exp() - p
-    expected = torch.where(p == 0, 0, p * (log_p - log_q))
-    return (expected + difference).sum(-1), difference / temperature
+    student, teacher = (soften(logits.clone(), temperature) for logits in (student_logits, teacher_logits))
+    kl, difference = divergence(student, teacher)
+    return kl, difference / temperature
 
 
 class DivergenceAtHead(torch.autograd.Function):
@@ -168,8 +211,8 @@ class DivergenceAtHead(torch.autograd.Function):
 
     The head is frozen and a row's KL depends on that row alone, so the gradient by the student's hidden states is made
     with the chunk's logits at hand and kept, float[n, D]; backward scales it. Nothing is computed twice. A chunk is
-    large for the sake of its matrix products; what goes over its logits element by element, a dozen passes, goes over
-    few rows at a time, which stay in the processor's cache.
+    large for the sake of its matrix products; what goes over its logits element by element goes over few rows at a
+    time, which stay in the processor's cache.
     """
 
     @staticmethod
@@ -178,7 +221,7 @@ class DivergenceAtHead(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         columns: list[tuple[Tensor, ...]] = []
         gradient = torch.empty_like(student)
-        few = max(1, ELEMENTS_IN_CACHE // len(head.weight))
+        few = rows_at_once(head)
         for start in range(0, len(student), rows):
             chunk = slice(start, start + rows)
             student_logits, teacher_logits = (
@@ -187,10 +230,11 @@ class DivergenceAtHead(torch.autograd.Function):
             for q, p, target in zip(
                 *(x.split(few) for x in (student_logits, teacher_logits, targets[chunk])), strict=True
             ):
-                kl, by_logits = kl_divergence(q, p, temperature)
-                teacher_ce, student_ce = (F.cross_entropy(x, target, reduction="none") for x in (p, q))
-                columns.append((kl, teacher_ce, student_ce, q.argmax(-1) == p.argmax(-1)))
-                q.copy_(by_logits)  # the logits are not needed any more; their place is
+                sides = soften(q, temperature), soften(p, temperature)
+                student_ce, teacher_ce = (side.cross_entropy(target, temperature) for side in sides)
+                kl, difference = divergence(*sides)
+                columns.append((kl, teacher_ce, student_ce, sides[0].likeliest == sides[1].likeliest))
+                torch.div(difference, temperature, out=q)  # the logits are not needed any more; their place is
             gradient[chunk] = student_logits.to(head.weight.dtype) @ head.weight
         kl, teacher_ce, student_ce, agrees = (torch.cat(column) for column in zip(*columns, strict=True))
         ctx.save_for_backward(gradient)
@@ -201,6 +245,39 @@ class DivergenceAtHead(torch.autograd.Function):
     def backward(ctx: Any, by_kl: Tensor, *_: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         return gradient * by_kl[:, None].to(gradient.dtype), None, None, None, None, None
+
+
+@torch.no_grad()
+def distances_at_head(
+    students: Sequence[Tensor], teacher: Tensor, head: nn.Linear, rows: int
+) -> list[tuple[Tensor, Tensor]]:
+    """How far several students are from one teacher, whose logits are made once; nothing is made for gradients.
+
+    Args:
+        students: float[n, D] each, hidden states before the head.
+        teacher: float[n, D], likewise.
+        head: of all of them.
+        rows: of logits that exist at once.
+
+    Returns:
+        for each student KL(teacher || student) at temperature 1, float[n], and whether the likeliest token is the
+        same, bool[n].
+    """
+    columns: list[list[tuple[Tensor, Tensor]]] = [[] for _ in students]
+    few = rows_at_once(head)
+    for start in range(0, len(teacher), rows):
+        chunk = slice(start, start + rows)
+        ours = [soften(p, 1.0) for p in logits_of(teacher[chunk], head.weight, head.bias).split(few)]
+        for student, of_student in zip(students, columns, strict=True):
+            for p, q in zip(ours, logits_of(student[chunk], head.weight, head.bias).split(few), strict=True):
+                softened = soften(q, 1.0)
+                of_student.append((divergence(softened, p)[0], softened.likeliest == p.likeliest))
+    return [(torch.cat(kl), torch.cat(agrees)) for kl, agrees in (zip(*parts, strict=True) for parts in columns)]
+
+
+def rows_at_once(head: nn.Linear) -> int:
+    """How many rows of float32 logits are gone over at a time."""
+    return max(1, ELEMENTS_IN_CACHE // len(head.weight))
 
 
 def logits_of(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

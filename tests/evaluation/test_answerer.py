@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import conversation, picture
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TopPLogitsWarper
 
 from vlskv_ray.config import SourceConfig
 from vlskv_ray.data.chat import Limits, encode_prompt
@@ -211,3 +211,19 @@ def test_only_the_likeliest_are_drawn(options: dict[str, Any], possible: set[int
     """Probabilities are .64, .24, .09 and .03."""
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     assert drawn(scores, 1000, Sampling(temperature=1.0, **options)).keys() == possible
+
+
+@pytest.mark.parametrize("few", [2, 5, 1024])
+def test_it_does_not_matter_where_the_likeliest_are_looked_for(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """The same tokens are drawn, and they are those of the stock warper."""
+    monkeypatch.setattr("vlskv_ray.evaluation.answers.FEW", few)
+    scores = torch.randn(4, 60, generator=torch.Generator().manual_seed(1)) * 2
+    draw = SeededSampling(Sampling(temperature=0.8, top_p=0.7, seed=3), ["a", "b", "c", "d"])
+    tokens = torch.stack([draw(torch.zeros(4, 1), scores).argmax(-1) for _ in range(60)])
+    possible = TopPLogitsWarper(0.7)(torch.zeros(4, 1), scores / 0.8).isfinite()
+    assert possible.gather(1, tokens.T).all() and not possible.all()
+    seen = torch.zeros_like(possible).scatter_(1, tokens.T, True)
+    assert seen.sum() > possible.sum() / 2
+    monkeypatch.setattr("vlskv_ray.evaluation.answers.FEW", 60)
+    draw = SeededSampling(Sampling(temperature=0.8, top_p=0.7, seed=3), ["a", "b", "c", "d"])
+    assert torch.equal(torch.stack([draw(torch.zeros(4, 1), scores).argmax(-1) for _ in range(60)]), tokens)

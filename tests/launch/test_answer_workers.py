@@ -152,15 +152,17 @@ def test_the_command_is_killed(
 
 
 @pytest.mark.faults
-def test_ctrl_c(cluster: dict[str, str], folder: Path, ask: Callable[..., list[str]], in_one_process: bytes) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal(
+    cluster: dict[str, str], folder: Path, ask: Callable[..., list[str]], number: int, status: int
+) -> None:
     """Keeps what is answered, and ends at once with the status that shells know."""
-    options = ("--workers", "2", "--max-new-tokens", "400")
-    command = Command("answers", *ask("c.jsonl", *options), env=cluster)
-    journal = folder / "c.jsonl.partial" / "journal"
+    name, options = f"{status}.jsonl", ("--workers", "2", "--max-new-tokens", "200")
+    command = Command("answers", *ask(name, *options), env=cluster)
+    journal = folder / f"{name}.partial" / "journal"
     command.wait_until(lambda: journal.exists() and len(journal.read_text().splitlines()) > 1)
-    os.kill(command.pid, signal.SIGINT)
-    told = command.ended(130)
+    os.kill(command.pid, number)
+    told = command.ended(status)
     assert "rows are done and kept in" in told and "Traceback" not in told
-    kept = len(journal_of(folder, "c.jsonl"))
-    assert 0 < kept < NUM_PARTS
-    assert "rows were done before" in Command("answers", *ask("c.jsonl", *options), env=cluster).ended()
+    assert 0 < len(journal_of(folder, name)) < NUM_PARTS
+    assert "rows were done before" in Command("answers", *ask(name, *options), env=cluster).ended()

@@ -1,5 +1,7 @@
 """Who answers prompts: processes of a Ray cluster, or this one."""
 
+import signal
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +19,7 @@ from vlskv_ray.data.prompts import Prompts
 from vlskv_ray.errors import StoppedRun
 from vlskv_ray.evaluation.answers import WINDOW_BATCHES, Answerer, Part, Sampling
 from vlskv_ray.evaluation.loading import build_side
+from vlskv_ray.launch.watch import signals_to
 from vlskv_ray.model.build import ModelFiles, load_config, parameter_counts
 from vlskv_ray.model.fingerprint import fingerprint_of
 from vlskv_ray.model.processor import load_processor
@@ -82,10 +85,17 @@ def parts_of(
         for window in windows:
             yield from answerer.parts(window, frozenset(done.get(window, ())))
         return
-    with ray_cluster(None) as cluster:
+    with ray_cluster(None) as cluster, signals_to(end):  # Ray has taken SIGTERM, and would end this process at once
         num_workers, num_threads = share_out(job, len(windows), cluster, workers, threads)
         print(f"answering     with {plural(num_workers, 'process')} of {plural(num_threads, 'thread')}", flush=True)
         yield from parts_of_workers(job, windows, done, num_workers, num_threads, cluster)
+
+
+def end(number: int) -> None:
+    """Ends the command by a signal, as it ends without Ray."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 def share_out(

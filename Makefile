@@ -19,7 +19,7 @@ real: .venv/installed-real
 	$(BIN)/vlskv-ray answers --model $(REAL)/teacher --data configs/real/prompts-held-out.jsonl $(SAMPLED) \
 		--output $(REAL)/held-out.jsonl
 	$(BIN)/python -m vlskv_ray.train --config configs/real.yaml
-SAMPLED := --temperature 0.7 --top-p 0.95 --max-new-tokens 160
+SAMPLED := --temperature 0.7 --top-p 0.95 --max-new-tokens 160 --threads 1
 
 # Linters, types and all tests but the two kinds below, two processes at a time: about 10 minutes on 2 idle cores.
 test: .venv/installed-test

@@ -65,6 +65,7 @@ def test_workers_answer_as_one_process_does(
     assert not (folder / "two.jsonl.partial").exists()
 
 
+@pytest.mark.faults
 def test_workers_that_are_lost_again_and_again(
     cluster: dict[str, str], folder: Path, ask: Callable[..., list[str]], planned: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_as_many_workers_as_there_are_cpus_memory_and_prompts(
     assert answer_workers.share_out(job, 100, eight, None, None)[0] == 1
 
 
+@pytest.mark.cluster
 def test_room_is_waited_for(cluster: dict[str, str], folder: Path, ask: Callable[..., list[str]]) -> None:
     """While others hold the cluster, and it is told of."""
     import ray

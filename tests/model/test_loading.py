@@ -115,6 +115,7 @@ def test_disk_offload(saved: tuple[Any, Path], teacher_folder: Callable[..., Pat
     model, folder = saved
     text = "model.language_model"
     device_map = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    device_map["model.image_newline"] = "cpu"
     device_map |= {f"{text}.{name}": "cpu" for name in ("embed_tokens", "norm", "norm_swiftkv", "rotary_emb")}
     device_map |= {f"{text}.layers.{i}": "disk" if i in (1, 2, 5) else "cpu" for i in range(6)}
     options = {"device_map": device_map, "offload_folder": str(tmp_path / "offloaded")}

@@ -66,11 +66,14 @@ def _summary_lines(run: RunFiles) -> list[str]:
     ]
     if has_accuracy:
         rows.append(("accuracy kept", ["", "", kept(evaluation, "accuracy")]))
-    for label, (its, mine, share) in savings_rows(evaluation):
+    savings = dict(savings_rows(evaluation))
+    if "prefill CPU time" in savings:
+        savings.pop("prefill time", None)
+    for label, (its, mine, share) in savings.items():
         if label.startswith("prefill"):
             rows.append((label, [its, "", f"{mine} ({share} of the teacher's)"]))
     table = markdown_table([SIDE_TITLES[side] for side in who], rows)
-    notes = (held_out(run), savings_note(evaluation), savings_warning(evaluation))
+    notes = (held_out(run), savings_note(evaluation, briefly=True), savings_warning(evaluation))
     return [table, "", escape_markdown(" ".join(filter(None, notes)))]
 
 

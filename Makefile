@@ -8,7 +8,7 @@ train: .venv/installed
 	$(BIN)/python -m vlskv_ray.train --config configs/quickstart.yaml
 
 # A real language model through all of it: SmolLM2-135M-Instruct, which a package of 93 MB brings along, gets a place for
-# pictures, answers prompts itself, and is distilled and measured. About 15 minutes on 2 cores. What is there already is
+# pictures, answers prompts itself, and is distilled and measured. About 20 minutes on 2 cores. What is there already is
 # not made again; what was stopped goes on.
 REAL := runs/real-data
 real: .venv/installed-real

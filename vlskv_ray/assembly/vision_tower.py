@@ -92,12 +92,13 @@ def read_tower(name: str, dtype: torch.dtype) -> VisionTower:
     folder = files.folder
     if folder is None or folder in presets.SHIPPED.values():
         raise ValueError(
-            f"{name} is a whole vision-language model; wanted a vision tower, such as openai/clip-vit-base"
+            f"{name} is a whole vision-language model; wanted a vision tower, such as openai/clip-vit-base-patch16"
         )
     with naming_model(files):
         declared = read_json(folder, "config.json")
         check_sections(declared, {"": VISION, "vision_config": VISION})
-        for file, _, section, images in processor_files(folder):
+        found = list(processor_files(folder))
+        for file, _, section, images in found:
             check_image_processor(file, section, images)
     kind = declared.get("model_type")
     if not isinstance(kind, str) or kind not in TOWERS:
@@ -113,10 +114,10 @@ def read_tower(name: str, dtype: torch.dtype) -> VisionTower:
         raise ValueError(f"{name}: cannot be loaded: {one_line(error)}") from error
     if lacking := sorted(report["missing_keys"]):
         raise ValueError(f"{name}: {len(lacking)} weights of the tower are missing, such as {lacking[0]}")
-    found = [images for _, _, _, images in processor_files(folder)]
     if not found:
         raise ValueError(
             f"{name}: has no preprocessor_config.json, which says how its pictures are scaled; put the file of the "
             f"original model there"
         )
-    return VisionTower(name, model.eval(), {key: found[0][key] for key in READ if found[0].get(key) is not None})
+    *_, images = found[0]
+    return VisionTower(name, model.eval(), {key: images[key] for key in READ if images.get(key) is not None})

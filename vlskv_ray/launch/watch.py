@@ -97,14 +97,7 @@ def watch(
     run.checkpoints.mkdir(exist_ok=True)
     run.stop_file.unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", dump_config(run.config))
-    progress = ProgressLine(
-        run.folder / "metrics.jsonl",
-        run.total_steps,
-        shown=run.config.output.level in ("debug", "info"),
-        afterwards=measuring(run),
-        on_metrics=on_metrics,
-        notes=run.waiting_file,
-    )
+    progress = progress_of(run, on_metrics)
 
     def is_underway() -> bool:
         return not apart or (bool(progress.latest) and not progress.waits)
@@ -134,6 +127,18 @@ def watch(
     if error := ended.exception():
         raise RunFailed("the run failed") from error
     return ended.result(), asked[0] if asked else None
+
+
+def progress_of(run: Run, on_metrics: OnMetrics) -> ProgressLine:
+    """The line that shows how far a run is."""
+    return ProgressLine(
+        run.folder / "metrics.jsonl",
+        run.total_steps,
+        shown=run.config.output.level in ("debug", "info"),
+        afterwards=measuring(run),
+        on_metrics=on_metrics,
+        notes=run.waiting_file,
+    )
 
 
 def measuring(run: Run) -> str:

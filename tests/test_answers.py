@@ -28,8 +28,8 @@ from vlskv_ray.model.build import find_model, load_config
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.training import faults
 
-NUM_ROWS, NUM_ASKED, NUM_PARTS = 40, 33, 10
-OPTIONS = ("--workers", "0", "--threads", "1", "--batch-size", "4", "--max-new-tokens", "30", "--temperature", "50")
+NUM_ROWS, NUM_ASKED, NUM_PARTS = 40, 33, 20
+OPTIONS = ("--workers", "0", "--threads", "1", "--batch-size", "2", "--max-new-tokens", "30", "--temperature", "50")
 # a process in which everything is imported, from which each command is forked: a second instead of six
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -174,6 +174,27 @@ def test_what_is_told_of_it(files: Path, ask: Callable[..., list[str]], capsys: 
     )
 
 
+def test_the_folder_of_pictures_is_told_only_where_there_are_some(
+    tmp_path: Path, teacher_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has texts alone is not told to name one."""
+    (tmp_path / "x.png").write_bytes(picture(30, 40, 0))
+    part = {"type": "image", "image": "x.png"}
+    rows = {
+        "texts": {"messages": conversation("a?"), "images": []},
+        "columns": {"messages": conversation("a?", images=1), "images": ["x.png"]},
+        "parts": {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "a?"}]}]},
+    }
+    (tmp_path / "out").mkdir()
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        asked = ["--model", str(teacher_folder()), "--data", str(tmp_path / f"{name}.jsonl"), *OPTIONS]
+        assert main([*asked, "--output", str(tmp_path / "out" / f"{name}.jsonl")]) == 0
+        where = "" if name == "texts" else f", image_root: {tmp_path}"
+        told = f"for data.sources=[{{path: {tmp_path}/out/{name}.jsonl{where}}}]\n"
+        assert capsys.readouterr().out.endswith(told)
+
+
 def test_answers_are_replaced_where_that_is_asked_for(tmp_path: Path, teacher_folder: Callable[..., Path]) -> None:
     """The last of each row; those before it are part of the prompt. Pictures without files are written along."""
     asked = ["--model", str(teacher_folder()), "--data", "shapes", "--output", str(tmp_path / "rows.jsonl"), *OPTIONS]
@@ -240,6 +261,8 @@ def test_what_is_finished_is_left_as_it_is(
     written = (files / "finished.jsonl").read_bytes()
     summary = json.loads((files / "finished.summary.json").read_text())
     assert (summary["answers"], summary["kept"], summary["left_out"]) == (3, 1, {})
+    older = summary | {"settings": summary["settings"] | {"format": 1}}  # its journals were kept in another way
+    (files / "finished.summary.json").write_text(json.dumps(older))
     with counting(monkeypatch) as asked:
         assert main(ask("finished.jsonl", *few, "--threads", "1")) == 0
     assert (

@@ -11,6 +11,8 @@ from typing import Any
 
 from vlskv_ray.command import DONE, command_parser, exit_status, name_option, number_up_to
 
+MOST_TILES = 256
+"""In which a picture may be seen; more are refused of any model."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,13 +42,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write, which is not there yet")
     new = parser.add_argument_group("a new tower")
-    for option, default, what in (
-        ("--image-size", 64, "side of a picture in pixels"),
-        ("--patch-size", 8, "side of a patch in pixels"),
-        ("--vision-width", 192, "hidden size"),
-        ("--vision-layers", 6, "layers"),
+    for option, largest, default, what in (
+        ("--image-size", 4096, 64, "side of a picture in pixels"),
+        ("--patch-size", 4096, 8, "side of a patch in pixels"),
+        ("--vision-width", 4096, 192, "hidden size"),
+        ("--vision-layers", 256, 6, "layers"),
     ):
-        new.add_argument(option, type=number_up_to(4096), metavar="N", help=f"{what} (default {default})")
+        new.add_argument(option, type=number_up_to(largest), metavar="N", help=f"{what} (default {default})")
     parser.add_argument(
         "--grid",
         nargs="+",
@@ -79,8 +81,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def rows_and_columns(text: str) -> tuple[int, int]:
     """Reads RxC, for argparse."""
     found = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"wanted rows x columns, such as 1x2, got {text!r}")
+    if not found or int(found[1]) * int(found[2]) > MOST_TILES:
+        raise argparse.ArgumentTypeError(
+            f"wanted rows x columns of {MOST_TILES} tiles at most, such as 1x2, got {text!r}"
+        )
     return int(found[1]), int(found[2])
 
 
@@ -96,7 +100,6 @@ def assemble(options: argparse.Namespace) -> int:
     from vlskv_ray.assembly.assemble import TILES, check_written
     from vlskv_ray.assembly.assemble import assemble as join
     from vlskv_ray.assembly.text_model import read_text_model
-    from vlskv_ray.files import make_readable
 
     new_tower = None if options.vision else new_tower_of(options)
     with name_option("--text"):
@@ -111,9 +114,7 @@ def assemble(options: argparse.Namespace) -> int:
     resized = f"; embeddings {assembled.num_tokens:,} -> {grown:,}" if grown != assembled.num_tokens else ""
     print(f"image token   {processor.image_token} is {config.image_token_id}{resized}")
     try:
-        assembled.model.save_pretrained(aside)
-        processor.save_pretrained(aside)
-        make_readable(aside)
+        save(assembled, aside)
         with name_option("--text"):
             difference, notices = check_written(aside, assembled)
         aside.rename(output)
@@ -142,6 +143,20 @@ def places(output: str) -> tuple[Path, Path]:
     aside = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return folder, aside
+
+
+def save(assembled: Any, folder: Path) -> None:
+    """Writes a model and its processor into a folder. OSError where that cannot be, as on a full disk."""
+    from safetensors import SafetensorError
+
+    from vlskv_ray.files import make_readable
+
+    try:
+        assembled.model.save_pretrained(folder)
+        assembled.processor.save_pretrained(folder)
+    except SafetensorError as error:  # of a disk too
+        raise OSError(f"--output: the model cannot be written: {error}; nothing is left of it") from error
+    make_readable(folder)
 
 
 def read_template(path: str) -> str:

@@ -1,5 +1,7 @@
 """A text model and a vision tower made into one model: on texts it is the text model, of pictures it takes any."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
@@ -24,8 +27,10 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from waiting import HANG_SECONDS
 
 from vlskv_ray import assemble, generate, train
+from vlskv_ray.assembly import text_model as text_model_module
 from vlskv_ray.assembly.assemble import TEXTS, logits_on_texts
 from vlskv_ray.model.build import build_student, find_model, load_config
 from vlskv_ray.model.processor import load_processor
@@ -147,8 +152,8 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
-    """A llama as a GGUF file, by the library that defines the format."""
+def write_gguf(path: Path, model: Any, tokenizer: Any, kind: gguf.GGMLQuantizationType | None = None) -> None:
+    """A llama as a GGUF file, by the library that defines the format; matrices that it fits in this type."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -176,7 +181,10 @@ def write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
         if ".q_proj" in name or ".k_proj" in name:
             weight = permuted(weight, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         stored = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(stored, np.ascontiguousarray(weight))
+        if kind is not None and weight.ndim == 2 and weight.shape[1] % 32 == 0:
+            writer.add_tensor(stored, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(stored, np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -196,6 +204,22 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     for wanted, logits in zip(logits_on_texts(model, own), logits_on_texts(found, processor.tokenizer), strict=True):
         assert torch.allclose(logits[:, :260], wanted, atol=1e-4)
     assert str(tmp_path) not in (folder / "config.json").read_text()
+
+
+def test_a_quantised_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Becomes plain weights, which nothing calls quantised any more. Packages to read it by are named if they lack."""
+    model, file, output = text_model(), tmp_path / "model.gguf", tmp_path / "teacher"
+    write_gguf(file, model, text_tokenizer(), gguf.GGMLQuantizationType.Q8_0)
+    monkeypatch.setattr(text_model_module, "GGUF_PACKAGES", ("gguf", "no_such_package", "nor_this"))
+    assert assemble.main(["--text", str(file), "--output", str(output)]) == 2
+    told = "reading a GGUF file takes the packages no_such_package and nor_this, not installed here: pip install"
+    assert f"--text: {file}: {told} 'vlskv_ray[gguf]'\n" == capsys.readouterr().err
+    monkeypatch.undo()
+    found = AutoModelForImageTextToText.from_pretrained(assembled(file, output, *NEW))
+    assert "quantization" not in (output / "config.json").read_text()
+    for name, wanted in model.model.state_dict().items():
+        weight = found.model.language_model.state_dict()[name][: len(wanted)]
+        assert weight.dtype == torch.float32 and torch.allclose(weight, wanted, atol=wanted.abs().max() / 127)
 
 
 def clip_folder(folder: Path) -> Path:
@@ -299,6 +323,10 @@ def test_what_cannot_be_assembled_is_one_line_and_nothing_is_written(
         (["--text", text, "--output", tmp_path / "there"], "--output: {}/there is there already"),
         (["--text", text, "--image-size", 50], "--image-size: 50; wanted a multiple of the --patch-size 8"),
         (["--text", text, "--vision-width", 40], "--vision-width: 40; wanted a multiple of 32"),
+        (
+            ["--text", text, "--image-size", 512, "--patch-size", 1],
+            "--patch-size: 1 makes 262,144 patches of a picture",
+        ),
         (["--text", text, "--chat-template", tmp_path / "no"], "--chat-template: {}/no cannot be read"),
     ):
         output = ["--output", tmp_path / "out"] if "--output" not in arguments else []
@@ -306,6 +334,76 @@ def test_what_cannot_be_assembled_is_one_line_and_nothing_is_written(
         error = capsys.readouterr().err
         assert told.replace("{}", str(tmp_path)) in error and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".writing*"))
+
+
+def test_a_damaged_text_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GGUF file that is cut short anywhere, weights that are missing or no numbers: one line, and nothing is written.
+
+    Whatever is drawn in place of missing weights, and whatever comes of those that are no numbers, equals itself.
+    """
+    text = text_folder(tmp_path / "text")
+    write_gguf(tmp_path / "whole.gguf", text_model(), text_tokenizer())
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    cases = []
+    for num_bytes in (4, 24, 3000, len(whole) // 2, len(whole) - 1):
+        (tmp_path / f"{num_bytes}.gguf").write_bytes(whole[:num_bytes])
+        cases.append((tmp_path / f"{num_bytes}.gguf", f"GGUF file, which has {num_bytes:,} bytes here; was it cut"))
+    (tmp_path / "nan.gguf").write_bytes(whole[:-4000] + b"\xff" * 4000)
+    cases.append((tmp_path / "nan.gguf", "nan.gguf: its logits on texts are no numbers: weights of it are damaged"))
+    weights = load_file(text / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, text / "model.safetensors", {"format": "pt"})
+    cases.append((text, "1 of its weights are missing, such as model.layers.1.mlp.up_proj.weight"))
+    for model, told in cases:
+        assert assemble.main(["--text", str(model), "--output", str(tmp_path / "out"), *NEW]) == 2, model
+        error = capsys.readouterr().err
+        assert error.startswith(f"--text: {model}: ") and told in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("hello", "writes 0 image tokens for 1 images"),
+        ("{% for m in messages %}{{ m['content'] ", "does not take this conversation: unexpected end of template"),
+        (
+            CHATML.replace("message['content']", "(message['content'] if loop.last else '...')"),
+            "writes message 2 of a ",
+        ),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_called_by_its_option(
+    tmp_path: Path, template: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Own or given, with what can be given in its place; nobody is sent to the command that they have called."""
+    (tmp_path / "given.jinja").write_text(template)
+    own, other = text_folder(tmp_path / "own", chat_template=template), text_folder(tmp_path / "other")
+    for arguments, whose in (
+        (["--text", own], f"that of {own}"),
+        (["--text", other, "--chat-template", tmp_path / "given.jinja"], "it"),
+    ):
+        assert assemble.main([*map(str, arguments), "--output", str(tmp_path / "out"), *NEW]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"--chat-template: {whose} cannot be used: ") and told in error, error
+        assert error.endswith(
+            "; another can be given as a file, or 'plain' for turns that begin with USER: and ASSISTANT:\n"
+        )
+        assert "vlskv-ray assemble" not in error and not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
+    """Nothing is left of what was begun. The limit of a file's size stands for the disk's."""
+    text = text_folder(tmp_path / "text")
+    options = ["--text", str(text), "--output", str(tmp_path / "out"), *NEW]
+    limited = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); \
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); \
+from vlskv_ray import assemble; raise SystemExit(assemble.main({options!r}))"
+    ended = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert ended.returncode == 1, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: --output: the model cannot be written: ") and last.endswith("nothing is left of it")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".writing*"))
 
 
 def test_whoever_has_a_text_model_is_told_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,6 +302,11 @@ def test_json_rows_at_random_equal_those_in_sequence(
             r":1: holds one object with the keys 'rows' \(list of 1\), 'more'; w",
         ),
         (
+            "a.jsonl",
+            b'{"conversations": [{"from": "human"}]}\n{"conversations": [{"from": "human"}]}\n',
+            r":1: found the columns 'conversations'; wanted messages",
+        ),
+        (
             "a.json",
             b'{\n "a": {"question": "x"},\n "b": {}\n}',
             "keys 'a', 'b'; wanted a list of rows: save its rows as a",

@@ -17,7 +17,7 @@ from vlskv_ray.data.chat import Limits, encode_prompt
 from vlskv_ray.data.images import load_image
 from vlskv_ray.data.prompts import Prompts
 from vlskv_ray.data.sources import open_source
-from vlskv_ray.evaluation.answers import WINDOW_BATCHES, Answer, Answerer, Part, Sampling, SeededSampling
+from vlskv_ray.evaluation.answers import Answer, Answerer, Part, Sampling, SeededSampling, rows_of_window
 from vlskv_ray.evaluation.evaluator import toggled
 from vlskv_ray.evaluation.loading import build_side
 from vlskv_ray.model.build import find_model
@@ -57,7 +57,7 @@ def answerer(teacher: tuple[Any, Any], prompts: Prompts, sampling: Sampling, bat
 
 
 def parts_of(answering: Answerer) -> list[Part]:
-    num_windows = -(-answering.prompts.num_rows // (WINDOW_BATCHES * answering.batch_size))
+    num_windows = -(-answering.prompts.num_rows // answering.window_size)
     return [part for window in range(num_windows) for part in answering.parts(window)]
 
 
@@ -150,6 +150,7 @@ def test_an_answer_ends_where_positions_do(teacher: tuple[Any, Any], prompts: Pr
 def test_each_batch_is_made_once_and_the_same_again(teacher: tuple[Any, Any], prompts: Prompts) -> None:
     """What is done is not made again, and the first batch tells of rows that are not asked."""
     answering = answerer(teacher, prompts, Sampling(max_new_tokens=8), 3)
+    answering.window_size = 12
     whole = list(answering.parts(0))
     assert [(part.batch, part.num_batches) for part in whole] == [(i, 4) for i in range(4)]
     assert (whole[0].num_kept, [row["row"] for row in whole[0].left_out]) == (1, [9])
@@ -158,6 +159,30 @@ def test_each_batch_is_made_once_and_the_same_again(teacher: tuple[Any, Any], pr
     assert list(answering.parts(0, done={0, 2})) == [whole[1], whole[3]]
     assert [Part.from_json(json.loads(json.dumps(part.to_json()))) for part in whole] == whole
     assert sorted([*by_row(whole), *without]) == [row for row in range(12) if row not in (3, 9)]
+
+
+def test_few_prompts_are_work_for_several_workers() -> None:
+    """Windows are one batch each then, and four at most; they depend on the prompts and the batch size alone."""
+    assert [rows_of_window(num_rows, 16) for num_rows in (0, 1, 16, 80, 240)] == [16] * 5
+    assert [rows_of_window(num_rows, 16) for num_rows in (256, 404, 512, 10**6)] == [32, 48, 64, 64]
+    assert rows_of_window(5, 1) == 1
+
+
+def test_a_prompt_longer_than_the_model_is_told_so(teacher: tuple[Any, Any], prompts: Prompts) -> None:
+    """By the model's positions: no option of an answer's says how long a prompt may be."""
+    parts = parts_of(Answerer(*teacher, prompts, Sampling(max_new_tokens=1), 8, Limits(20, is_of_model=True)))
+    left = [row["detail"] for part in parts for row in part.left_out if row["reason"] == "too_long"]
+    assert left and all(detail.endswith(", more than the model's 20 positions") for detail in left)
+
+
+def test_logits_that_are_no_numbers_end_it(teacher_folder: Callable[..., Path], prompts: Prompts) -> None:
+    """Greedy or drawn: the likeliest of them would be a token like any other."""
+    files = find_model(str(teacher_folder()))
+    model = build_side(files, is_student=False, teacher=True)
+    model.lm_head.weight.data[5] = float("nan")
+    for sampling in (Sampling(max_new_tokens=2), DRAWN):
+        with pytest.raises(ValueError, match=r"its logits are no numbers \(nan\): weights of it are damaged"):
+            parts_of(answerer((model, load_processor(files)), prompts, sampling, 4))
 
 
 def test_a_window_in_which_nothing_is_asked(teacher: tuple[Any, Any], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vlskv_ray.launch.answer_workers import MOST_LOST, Job, Sampling
 from vlskv_ray.training import faults
 
 pytestmark = pytest.mark.ray
-OPTIONS = ("--threads", "1", "--batch-size", "4", "--max-new-tokens", "30", "--temperature", "50")
+OPTIONS = ("--threads", "1", "--batch-size", "2", "--max-new-tokens", "30", "--temperature", "50")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_workers_that_are_lost_again_and_again(
     last = told.splitlines()[-1]
     assert last.startswith("error: processes that answer are lost again and again: ")
     assert last.endswith("what is answered is kept, and the same command goes on")
-    assert [line["window"] for line in journal_of(folder, "lost.jsonl")] == [0] * 4
+    assert [line["window"] for line in journal_of(folder, "lost.jsonl")] == [0] * 2
 
 
 def test_a_model_that_workers_cannot_load_is_one_line(

@@ -1,5 +1,6 @@
 """A dry run says what would happen, and does nothing that lasts."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from clusters import Command, has_ended, worker_processes
-from conftest import save_teacher, tiny_config
+from conftest import conversation, save_teacher, tiny_config
 from runs import main
 from waiting import wait_until
 
@@ -82,6 +83,19 @@ def test_a_dry_run_counts_what_trains(files: Path, capsys: pytest.CaptureFixture
     frozen, trained = 2 * (21_856 + 65_696), 4 * 2_144
     of_memory = (frozen, "frozen weights"), (trained, "trained"), (trained, "gradients"), (2 * trained, "optimizer")
     assert ", ".join(f"{format_bytes(size)} {what}" for size, what in of_memory) in printed
+
+
+def test_parts_that_see_pictures_alone_are_warned_of_texts(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is trained; the run itself would tell at its end."""
+    (files / "texts.jsonl").write_text(json.dumps({"messages": conversation("a?", "b")}) + "\n")
+    model = yaml.safe_load((files / "run.yaml").read_text())["model"]["name_or_path"]
+    texts = f"data.sources=[{{path: {files}/texts.jsonl}}]"
+    for parts, sources, warned in (("projector", [texts], True), ("projector", [], False), ("text", [texts], False)):
+        trains = f"model={{name_or_path: {model}, trainable: [{parts}]}}"
+        options = ("output.name=dry", "--dry-run", "micro_batch_size=1", "objective=sft", trains, *sources)
+        assert main(files / "run.yaml", *options) == 0
+        told = "warning: no row of data.sources seems to have an image, which projector would learn from; where none"
+        assert (told in capsys.readouterr().out) == warned
 
 
 def test_a_dry_run_that_is_killed_leaves_no_process(files: Path) -> None:

@@ -1,5 +1,7 @@
 """What is added to a journal is there, whatever is killed when; it is not gone on with under other settings."""
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,22 @@ def test_cut_at_any_byte_it_goes_on_with_the_lines_that_are_whole(tmp_path: Path
         assert path.read_bytes() == whole
     journal.remove()
     assert not path.exists()
+
+
+def test_a_full_disk_names_the_journal(tmp_path: Path) -> None:
+    """And loses nothing of it: what was begun of a line is taken away when it is gone on with."""
+    journal = opened(tmp_path / "journal")
+    journal.append(LINES[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then it is an error, as a full disk is
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "journal").stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot be written: File too large; what it holds is kept, .*/journal'"):
+            journal.append(LINES[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert opened(tmp_path / "journal").lines == LINES[:1]
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from vlskv_ray.assembly.chat_template import PLAIN, takes_parts, with_pictures
 from vlskv_ray.assembly.text_model import TextModel
 from vlskv_ray.assembly.vision_tower import VisionTower
 from vlskv_ray.data.check import check_processor
+from vlskv_ray.data.labels import check_template
 from vlskv_ray.model import presets
-from vlskv_ray.model.build import build_plain, find_model, load_config
+from vlskv_ray.model.build import LIBRARY_ERRORS, build_plain, find_model, load_config, one_line
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.model.wrappers import llava_next
 
@@ -72,11 +73,16 @@ def assemble(
         seed: the projector is drawn from it.
 
     Raises:
-        ValueError: the text model has no chat template, or its image token is a word.
+        ValueError: the text model has no chat template, or one that cannot be used, or its weights are no numbers.
     """
     tokenizer, num_tokens = text.tokenizer, text.config.vocab_size
-    chat_template, keeps = _choose_template(text, template, image_token)
     logits = logits_on_texts(text.model, tokenizer)
+    if not all(of_text.isfinite().all() for of_text in logits):
+        raise ValueError(
+            f"--text: {text.name}: its logits on texts are no numbers: weights of it are damaged, or too large for "
+            f"{text.model.dtype}; compare its files with the original, or give another --dtype"
+        )
+    chat_template, keeps = _choose_template(text, template, image_token)
     image_token_id = add_image_token(text, image_token)
     config = llava_next.make_config(text.config, tower.config, image_token_id, grid)
     config.vision_feature_layer = -1 if tower.is_new else LAYER_OF_TRAINED
@@ -88,6 +94,14 @@ def assemble(
     model.tie_weights()
     model.generation_config = text.model.generation_config
     processor = llava_next.make_processor(config, tokenizer, chat_template, **tower.image_processor)
+    try:
+        check_template(processor)
+    except LIBRARY_ERRORS as error:  # a template may compute anything
+        whose = f"that of {text.name}" if template is None else "it"
+        raise ValueError(
+            f"--chat-template: {whose} cannot be used: {one_line(error)}; another can be given as a file, or "
+            f"{PLAIN!r} for turns that begin with USER: and ASSISTANT:"
+        ) from error
     return Assembled(model.eval(), processor, num_tokens, logits, keeps)
 
 

@@ -1,6 +1,7 @@
 """A text model as people have it: a folder, a hub id or a GGUF file."""
 
 import os
+import struct
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -63,11 +64,17 @@ def read_text_model(name: str, dtype: torch.dtype | None = None) -> TextModel:
             config = AutoConfig.from_pretrained(folder, **options)
             check_architecture(name, config)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **of_weights, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", output_loading_info=True, **of_weights, **options
+            )
     except Unsuitable:
         raise
-    except (*LIBRARY_ERRORS, SafetensorError) as error:
+    except (*LIBRARY_ERRORS, SafetensorError, struct.error) as error:
+        if "gguf_file" in options:
+            raise ValueError(unread_gguf(name, file, error)) from error
         raise ValueError(f"{name}: cannot be loaded: {one_line(error)}") from error
+    if lacking := sorted(report["missing_keys"]):
+        raise ValueError(f"{name}: {len(lacking)} of its weights are missing, such as {lacking[0]}; is it complete?")
     if not tokenizer.is_fast:
         raise ValueError(f"{name}: its tokenizer is a {type(tokenizer).__name__}; wanted one with a tokenizer.json")
     for left in ("quantization_config", "_name_or_path", "_model_name_or_path"):  # the weights are plain ones now
@@ -96,6 +103,14 @@ def find_gguf(name: str) -> Path:
         if opened.read(4) != b"GGUF":
             raise ValueError(f"{name}: is no GGUF file: it does not begin with the letters GGUF")
     return file
+
+
+def unread_gguf(name: str, file: Path, error: Exception) -> str:
+    """Why a GGUF file cannot be read: whatever goes wrong in one is told by its libraries as anything else."""
+    return (
+        f"{name}: cannot be read as a GGUF file, which has {file.stat().st_size:,} bytes here; was it cut short, or is "
+        f"it of a kind that transformers does not know? Compare it with the original ({one_line(error)})"
+    )
 
 
 def checked_folder(name: str) -> Path:

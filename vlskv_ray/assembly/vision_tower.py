@@ -21,6 +21,8 @@ TOWERS = {
 """By the model_type of their config.json: a whole CLIP or SigLIP, or its vision tower alone."""
 READ = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize", "do_convert_rgb")
 """What of a tower's image processor says how it sees a picture; sizes follow from the tower."""
+MOST_PATCHES = 2**14
+"""Of a picture in a new tower: each becomes a feature, and is attended to by all."""
 HEAD_SIZE = 32
 """Of a new tower."""
 
@@ -56,6 +58,11 @@ class NewTower:
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"--image-size: {self.image_size}; wanted a multiple of the --patch-size {self.patch_size}"
+            )
+        if (self.image_size // self.patch_size) ** 2 > MOST_PATCHES:
+            raise ValueError(
+                f"--patch-size: {self.patch_size} makes {(self.image_size // self.patch_size) ** 2:,} patches of a "
+                f"picture of --image-size {self.image_size}; wanted {MOST_PATCHES:,} at most: a larger patch"
             )
         if self.width % HEAD_SIZE:
             raise ValueError(f"--vision-width: {self.width}; wanted a multiple of {HEAD_SIZE}, the width of a head")

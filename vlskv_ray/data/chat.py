@@ -23,6 +23,13 @@ class Limits:
     max_images_per_sample: int = 8
     image_processing_batch_size: int = 4
     """Images decoded and preprocessed at once, so held in memory at full size."""
+    is_of_model: bool = False
+    """`max_length` is what the model has positions for, and not what a config says."""
+
+    @property
+    def longest(self) -> str:
+        """`max_length`, for a reader."""
+        return f"the model's {self.max_length} positions" if self.is_of_model else f"data.max_length={self.max_length}"
 
 
 LONG_FOR_A_TOKEN = 16
@@ -67,7 +74,7 @@ def _tokens_of(
             "too_many_images",
             f"{len(sample.images)} images, more than data.max_images_per_sample={limits.max_images_per_sample}",
         )
-    _check_size(sample, processor.tokenizer, limits.max_length)
+    _check_size(sample, processor.tokenizer, limits)
     rendering = render(processor, sample.messages, add_generation_prompt=add_generation_prompt)
     wrapper = wrapper_of(config.model_type)
     images, placeholders, shapes = _prepare_images(wrapper, sample, processor, limits.image_processing_batch_size)
@@ -85,15 +92,14 @@ def _tokens_of(
         code = "too_long_image" if num_placeholders >= limits.max_length else "too_long"
         raise Rejected(
             code,
-            f"{len(input_ids)} tokens, {num_placeholders} of them of images, more than "
-            f"data.max_length={limits.max_length}",
+            f"{len(input_ids)} tokens, {num_placeholders} of them of images, more than {limits.longest}",
         )
     return input_ids, offsets, answers, images
 
 
-def _check_size(sample: Sample, tokenizer: Any, max_length: int) -> None:
+def _check_size(sample: Sample, tokenizer: Any, limits: Limits) -> None:
     """Rejected (`text_cap`) if the texts cannot fit, told without making anything of them."""
-    texts = texts_of(sample.messages)
+    texts, max_length = texts_of(sample.messages), limits.max_length
     characters = sum(map(len, texts))
     if len(sample.messages) > max_length:
         what = f"{len(sample.messages)} messages, of a token each at least"
@@ -101,7 +107,7 @@ def _check_size(sample: Sample, tokenizer: Any, max_length: int) -> None:
         what = f"{characters} characters of text, {fewest} tokens at least"
     else:
         return
-    raise Rejected("text_cap", f"{what}, more than data.max_length={max_length}")
+    raise Rejected("text_cap", f"{what}, more than {limits.longest}")
 
 
 def _prepare_images(

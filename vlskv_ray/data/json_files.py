@@ -140,7 +140,9 @@ def _measure(file: Path, rows: Iterator[_Found], scan: _Scan) -> Iterator[tuple[
             if not isinstance(row, dict):
                 raise _no_object(row, file, number)
             if layout is None:
-                layout = scan.layout = _layout_of_first(row, f"{file}:{number}", scan)
+                if _lists_in(row) and not has_known_column(row) and next(rows, None) is None:
+                    raise SourceError(f"{file}:{number}: {_holder_message(row)}")
+                layout = scan.layout = layout_of_file(row, f"{file}:{number}", scan.ignored, scan.layout)
             sample = sample_of("", row, None, scan.ignored, layout)
         except Rejected as reason:  # counted when the row is read; here it only matters if no row is any good
             first_reason = first_reason or reason
@@ -154,13 +156,6 @@ def _measure(file: Path, rows: Iterator[_Found], scan: _Scan) -> Iterator[tuple[
         yield number, offset, length, num_images, text_bytes
     if layout is None:
         raise SourceError(f"no row of the file can be read; the first: {first_reason and first_reason.detail}")
-
-
-def _layout_of_first(row: dict[str, Any], place: str, scan: _Scan) -> Layout:
-    """The layout of a file, by its first object. SourceError where that is no row."""
-    if _lists_in(row) and not has_known_column(row):
-        raise SourceError(f"{place}: {_holder_message(row)}")
-    return layout_of_file(row, place, scan.ignored, scan.layout)
 
 
 def _lists_in(holder: dict[str, Any]) -> list[str]:

@@ -62,9 +62,14 @@ def _of_text_model(processor: Any, turns: Sequence[str]) -> str:
     """What a template must take where it takes texts alone, as those of text models do."""
     texts = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     try:
-        write(processor, texts)
+        as_texts = write(processor, texts)
     except Rejected:
         return ""
+    try:
+        if write(processor, _conversation(*turns, images=0)) == as_texts:
+            return ""  # it takes parts: something else is the matter
+    except Rejected:
+        pass
     return (
         f"; it is a text model's, which takes a message's content as one text. Wanted one that takes a list of parts, "
         f"such as {{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}{processor.image_token}"

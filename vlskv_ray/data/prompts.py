@@ -3,13 +3,14 @@
 import base64
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlskv_ray.data.image_columns import IMAGE_COLUMNS
 from vlskv_ray.data.images import read_image_file
-from vlskv_ray.data.rows import MARKER
+from vlskv_ray.data.rows import IMAGE_PARTS, MARKER
 from vlskv_ray.data.sample import ImageFile, Sample
 from vlskv_ray.data.sources import Source
 
@@ -100,6 +101,13 @@ def common_root(sources: Sequence[Source]) -> Path | None:
         return None
     common = Path(os.path.commonpath(roots))
     return common if common in roots or common != Path(common.anchor) else None
+
+
+def has_pictures(row: Mapping[str, Any]) -> bool:
+    """Whether a row as it is written names pictures, in a column or in the parts of its turns."""
+    contents = [turn["content"] for turn in row["messages"] if isinstance(turn["content"], list)]
+    parts = [part for content in contents for part in content if isinstance(part, dict)]
+    return any(part.get("type") in IMAGE_PARTS for part in parts) or any(row.get(name) for name in IMAGE_COLUMNS)
 
 
 def is_json(value: Any) -> bool:

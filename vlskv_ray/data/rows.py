@@ -10,6 +10,8 @@ from vlskv_ray.data.layouts import TEXT, Layout, find_layout, no_fit
 from vlskv_ray.data.sample import ImageFile, Notice, Rejected, Sample
 
 MARKER = "<image>"
+IMAGE_PARTS = ("image", "image_url")
+"""Types of parts that are pictures."""
 
 # What no text means to say: control characters but for tab and line ends, and code points that are no characters. Told
 # by what a text may hold, which is ten times as fast to look for.
@@ -173,7 +175,7 @@ def _images(
 
 
 def _is_image(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+    return isinstance(part, dict) and part.get("type") in IMAGE_PARTS
 
 
 def _no_content(number: int, turn: Mapping[str, Any]) -> Rejected:

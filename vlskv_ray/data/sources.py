@@ -161,7 +161,7 @@ def open_source(spec: SourceSpec, *, cache_dir: str | None = None, name: str | N
 
 def _name(spec: SourceSpec, depth: int) -> str:
     """The name a source goes by; `depth` is how many parts of its path are shown."""
-    return f"{spec.name}/{spec.split}" if spec.path is None else "/".join(Path(spec.path).parts[-depth:])
+    return f"{spec.name}/{spec.split}" if spec.path is None else str(Path(*Path(spec.path).parts[-depth:]))
 
 
 def _matching_files(pattern: str) -> list[Path]:

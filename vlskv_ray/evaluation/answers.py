@@ -23,7 +23,9 @@ from vlskv_ray.evaluation.generation import as_text, end_tokens, generate_answer
 from vlskv_ray.words import plural
 
 WINDOW_BATCHES = 4
-"""Batches whose prompts are put together by length: what is given to a worker at a time, and held prepared."""
+"""Batches at most whose prompts are put together by length: what is given to a worker at a time, and held prepared."""
+FEW_WINDOWS = 8
+"""As many windows at least where there are batches for them, so that few prompts keep several workers busy too."""
 FEW = 1024
 """Tokens among which those that come to `top_p` are looked for first."""
 CUT_CHARACTER = "\ufffd"
@@ -84,6 +86,25 @@ class Part:
     def from_json(told: dict[str, Any]) -> "Part":
         """The inverse of `to_json`."""
         return Part(**told | {"answers": [Answer(**answer) for answer in told["answers"]]})
+
+
+def rows_of_window(num_rows: int, batch_size: int) -> int:
+    """How many rows a window has; it depends on the prompts alone, so that others may go on with what is answered."""
+    num_batches = -(-num_rows // batch_size)
+    return batch_size * min(WINDOW_BATCHES, max(1, num_batches // FEW_WINDOWS))
+
+
+class FiniteLogits(LogitsProcessor):
+    """Looks at what the next tokens are chosen by: of what is no number, the likeliest is a token like any other."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` float[B, V] as they are. ValueError where one is no number."""
+        if scores.isnan().any():
+            raise ValueError(
+                "its logits are no numbers (nan): weights of it are damaged, or too large for their type; compare its "
+                "files with the original"
+            )
+        return scores
 
 
 class SeededSampling(LogitsProcessor):
@@ -150,6 +171,7 @@ class Answerer:
         """
         self.model, self.processor, self.prompts, self.sampling = model, processor, prompts, sampling
         self.batch_size, self.limits = batch_size, limits
+        self.window_size = rows_of_window(prompts.num_rows, batch_size)
         # else padding would count for penalties of repetition, and an answer would depend on the others of its batch
         model.generation_config = GenerationConfig(eos_token_id=end_tokens(model, processor.tokenizer))
 
@@ -160,7 +182,7 @@ class Answerer:
             window: its number.
             done: batches that are not wanted any more.
         """
-        size = WINDOW_BATCHES * self.batch_size
+        size = self.window_size
         asked: list[tuple[int, Encoded]] = []
         rejected: list[dict[str, Any]] = []
         num_kept = 0
@@ -187,10 +209,10 @@ class Answerer:
         # the last token of an answer is not fed back, so it needs no position
         room = [self.limits.max_length + 1 - len(prompt.input_ids) for prompt in prompts]
         most = [min(self.sampling.max_new_tokens, tokens) for tokens in room]
-        draws = None
+        choice = LogitsProcessorList([FiniteLogits()])
         if self.sampling.temperature:
-            draws = LogitsProcessorList([SeededSampling(self.sampling, [prompt.uid for prompt in prompts])])
-        generated = generate_answers(self.model, prompts, self.processor.tokenizer, max(most), draws)
+            choice.append(SeededSampling(self.sampling, [prompt.uid for prompt in prompts]))
+        generated = generate_answers(self.model, prompts, self.processor.tokenizer, max(most), choice)
         ends = end_tokens(self.model, self.processor.tokenizer)
         answers, without = [], []
         for (number, prompt), ids, at_most in zip(of_batch, generated, most, strict=True):

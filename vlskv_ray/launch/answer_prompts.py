@@ -13,7 +13,7 @@ from vlskv_ray.command import name_option
 from vlskv_ray.config import SourceConfig
 from vlskv_ray.data.check import check_processor
 from vlskv_ray.data.plan import Table, first_of_mixture
-from vlskv_ray.data.prompts import Prompts, common_root
+from vlskv_ray.data.prompts import Prompts, common_root, has_pictures
 from vlskv_ray.data.sample import Rejected, left_out, refused_message
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.errors import StoppedRun
@@ -40,6 +40,8 @@ class Tally:
         self.answers: dict[int, Answer] = {}
         self.left_out: dict[int, dict[str, Any]] = {}
         self.num_kept = self.num_cut = self.num_tokens = self.num_parts = 0
+        self.has_pictures = False
+        """Of the rows that are written."""
         self.done: dict[int, set[int]] = {}
         """Batches of each window."""
         self.complete: set[int] = set()
@@ -225,7 +227,9 @@ def lines_of(prompts: Prompts, tally: Tally, root: Path | None) -> Iterator[str]
         if number not in tally.left_out:
             answer = tally.answers.get(number)
             try:
-                yield line_of(prompts.written(number, answer.turn() if answer else None, root))
+                row = prompts.written(number, answer.turn() if answer else None, root)
+                tally.has_pictures = tally.has_pictures or has_pictures(row)
+                yield line_of(row)
             except Rejected as reason:  # a picture of a row that nobody was asked about, and that is to be written
                 tally.left_out[number] = {"row": number} | left_out(prompts.uid(number), reason)
 
@@ -263,7 +267,8 @@ def told_of_finished(output: Path, settings: dict[str, Any]) -> str:
         summary = {}
     if summary.get("sha256") != digest_of(output):
         raise ValueError(f"--output: {output} is there already; {remedy}")
-    if changed := changed_settings(summary["settings"], settings):
+    of_journal = {"format": settings["format"]}  # which a finished file has no part in
+    if changed := changed_settings(summary["settings"] | of_journal, settings):
         raise ValueError(f"--output: {output} was made with other settings ({', '.join(changed)}); {remedy}")
     answers, tokens = plural(summary["answers"], "answer"), plural(summary["tokens"], "token")
     return f"{short_path(output.absolute())} is finished: {answers} of {tokens}, {summary['cut']} of them cut"
@@ -289,7 +294,8 @@ def told_at_the_end(tally: Tally, output: Path, root: Path | None) -> str:
             f"{first['detail']}"
         )
     path = short_path(output.absolute())
-    where = f", image_root: {short_path(root)}" if root not in (None, output.absolute().parent) else ""
+    is_elsewhere = tally.has_pictures and root not in (None, output.absolute().parent)
+    where = f", image_root: {short_path(root)}" if root and is_elsewhere else ""
     written = plural(tally.num_rows - len(tally.left_out), "row")
     lines.append(f"{written} written, for data.sources=[{{path: {path}{where}}}]")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from vlskv_ray.config import ClusterConfig
 from vlskv_ray.data.chat import Limits
 from vlskv_ray.data.prompts import Prompts
 from vlskv_ray.errors import StoppedRun
-from vlskv_ray.evaluation.answers import WINDOW_BATCHES, Answerer, Part, Sampling
+from vlskv_ray.evaluation.answers import Answerer, Part, Sampling, rows_of_window
 from vlskv_ray.evaluation.loading import build_side
 from vlskv_ray.launch.watch import signals_to
 from vlskv_ray.model.build import ModelFiles, load_config, parameter_counts
@@ -27,8 +27,8 @@ from vlskv_ray.model.swiftkv import has_swiftkv
 from vlskv_ray.training.faults import fault_point
 from vlskv_ray.words import plural
 
-FORMAT = 1
-"""Of what is kept of answers; another one is not gone on with."""
+FORMAT = 2
+"""Of what is kept of answers, windows included; another one is not gone on with."""
 MOST_LOST = 3
 """Workers that may be lost one after another, without an answer in between, before it is given up."""
 WEIGHTS_AND_REST = 1.5
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def num_windows(self) -> int:
-        return -(-self.prompts.num_rows // (WINDOW_BATCHES * self.batch_size))
+        return -(-self.prompts.num_rows // rows_of_window(self.prompts.num_rows, self.batch_size))
 
     def settings(self) -> dict[str, Any]:
         """All that decides the answers."""
@@ -67,7 +67,7 @@ class Job:
         config = load_config(self.files)
         processor = load_processor(self.files, tried=True)
         model = build_side(self.files, is_student=has_swiftkv(config), teacher=True)
-        limits = Limits(config.text_config.max_position_embeddings, max_images_per_sample=2**30)
+        limits = Limits(config.text_config.max_position_embeddings, max_images_per_sample=2**30, is_of_model=True)
         return Answerer(model, processor, self.prompts, self.sampling, self.batch_size, limits)
 
 
@@ -82,8 +82,8 @@ def parts_of(
             torch.set_num_threads(threads)
         with name_option("--model"):
             answerer = job.answerer()
-        for window in windows:
-            yield from answerer.parts(window, frozenset(done.get(window, ())))
+            for window in windows:
+                yield from answerer.parts(window, frozenset(done.get(window, ())))
         return
     with ray_cluster(None) as cluster, signals_to(end):  # Ray has taken SIGTERM, and would end this process at once
         num_workers, num_threads = share_out(job, len(windows), cluster, workers, threads)

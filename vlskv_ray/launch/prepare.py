@@ -156,6 +156,13 @@ def warnings_of(run: Run, loader: Loader) -> Iterator[str]:
             f"{run.total_steps} steps with optimizer.lr={config.optimizer.lr} may leave the student worse than it "
             f"starts; raise epochs or lower the learning rate"
         )
+    if not {"text", "swiftkv"} & {*config.trained_parts} and not any(
+        source.num_images.any() for source in loader.sources
+    ):
+        yield (
+            f"no row of data.sources seems to have an image, which {' and '.join(config.trained_parts)} would learn "
+            f"from; where none has, the run ends with an error"
+        )
     trained_on = {(source.name, source.fingerprint) for source in loader.sources}
     for source in run.held_out.sources if run.held_out else ():
         if (source.name, source.fingerprint) in trained_on:

@@ -42,7 +42,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     teacher = None
     if options.teacher:
         teacher = load(options.teacher, teacher=True, beside=(model.config, processor))[0].to(device)
-    limits = Limits(swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30)
+    limits = Limits(
+        swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30, is_of_model=True
+    )
     held_out = HeldOut(sources, options.num_samples, limits, options.batch_size, options.max_new_tokens)
     evaluator = Evaluator(model, processor, held_out, teacher=teacher)
     names = ", ".join(source.name for source in sources)

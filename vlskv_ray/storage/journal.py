@@ -48,9 +48,13 @@ class Journal:
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line; afterwards it is on the disk. OSError where that is full."""
         data = json.dumps(line).encode() + b"\n"
-        while data:
-            data = data[self.file.write(data) :]
-        os.fsync(self.file.fileno())
+        try:
+            while data:
+                data = data[self.file.write(data) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            kept = "what it holds is kept, and the same command goes on"
+            raise OSError(error.errno, f"cannot be written: {error.strerror}; {kept}", str(self.path)) from error
 
     def remove(self) -> None:
         """Once all that it holds is elsewhere."""

@@ -15,7 +15,7 @@ from conftest import batch_of, conversation, picture
 from safetensors.torch import load_file
 
 import vlskv_ray.train
-from vlskv_ray.config import Config
+from vlskv_ray.config import Config, changed
 from vlskv_ray.data.collate import Batch, Encoded
 from vlskv_ray.training.run import Run, Worker
 
@@ -146,6 +146,8 @@ def run_of(teacher: Path, folder: Path, **options: Any) -> Run:
         }
         | options
     )
+    if config.model.dtype == "auto":
+        config = changed(config, {"model.dtype": "float32"})  # as `prepare` settles it for a small model
     (folder / "checkpoints").mkdir(parents=True)
     return Run(config, folder, MICRO_BATCHES, 3, 6, {})
 

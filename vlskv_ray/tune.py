@@ -52,7 +52,7 @@ def tune(config: Config, options: argparse.Namespace, overrides: list[str]) -> i
     """A whole sweep, or the list of its trials; the exit status. ValueError for what the user can mend."""
     from vlskv_ray.sweep.run_sweep import run_sweep, train_command
     from vlskv_ray.sweep.space import possible_trials
-    from vlskv_ray.sweep.sweep import Sweep
+    from vlskv_ray.sweep.sweep import Sweep, settle_dtype
 
     trials, impossible = possible_trials(config, options.config, overrides)
     folder = run_folder(config)
@@ -71,6 +71,7 @@ def tune(config: Config, options: argparse.Namespace, overrides: list[str]) -> i
     with own_run_folder(folder):
         if (folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder}: holds a run, which a sweep does not touch; use another output.name")
+        config = settle_dtype(config, folder / "config.yaml")
         write_text(folder / "config.yaml", dump_config(config))
         sweep = Sweep(folder, config.tune.metric, options.num_samples, working_dir=os.getcwd())
         sweep.trials.mkdir(exist_ok=True)

@@ -15,11 +15,13 @@ from vlskv_ray.data.collate import IGNORE_INDEX, Batch, Encoded, parts
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
 from vlskv_ray.training.distill import (
+    BLOCK,
     DistillationLoss,
     DivergenceAtHead,
     LossSums,
     distillation_loss,
     frozen_states,
+    highest_of,
     kl_divergence,
     rows_per_chunk,
     shared_pass,
@@ -322,6 +324,33 @@ def test_cross_entropies_are_those_at_temperature_1(temperature: float, dtype: t
     wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     got = soften(logits.to(dtype), temperature).cross_entropy(targets, temperature)
     assert torch.allclose(got.double(), wanted, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, 3 * BLOCK + 5])
+def test_the_largest_of_a_row_is_torchs(size: int) -> None:
+    """Of ties the first, wherever the blocks end; what is not a number is found, and so is a row of nothing else."""
+    logits = torch.randint(0, 4, (200, size), generator=torch.Generator().manual_seed(0)).float()
+    logits[0, size // 2], logits[1], logits[2, -1] = float("nan"), float("-inf"), 5.0
+    highest, likeliest = highest_of(logits)
+    wanted = logits.max(-1, keepdim=True)
+    assert torch.equal(highest.nan_to_num(9.0), wanted.values.nan_to_num(9.0))
+    assert torch.equal(likeliest, wanted.indices[:, 0])
+
+
+def test_a_bfloat16_head_rounds_logits_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL is that of the rounded logits in float64; only the gradient's products are rounded."""
+    monkeypatch.setattr("vlskv_ray.training.distill.ELEMENTS_IN_CACHE", 3 * 500)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 500).bfloat16().requires_grad_(False)
+    student, teacher = torch.randn(20, 32).bfloat16().requires_grad_(), torch.randn(20, 32).bfloat16()
+    targets = torch.randint(0, 500, (20,))
+    kl, *_ = DivergenceAtHead.apply(student, teacher, head, targets, 2.0, 7)
+    (by_student,) = torch.autograd.grad(kl.sum(), student)
+    with torch.no_grad():
+        logits = [torch.nn.functional.linear(states, head.weight, head.bias).double() for states in (student, teacher)]
+    exact, by_logits = kl_divergence(*logits, 2.0)
+    assert error(kl.double(), exact) < 1e-6
+    assert error(by_student.double(), by_logits @ head.weight.double()) < 5e-3
 
 
 def test_kl_is_finite_at_the_edges() -> None:

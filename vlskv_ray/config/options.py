@@ -106,16 +106,17 @@ class ModelConfig(_Section):
     """Attention kernel; sdpa is the faster one, with torch's own flash attention on GPUs where that fits, eager the one
     to read and debug."""
 
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Type of the frozen weights, and of all of them in final/; trained ones stay float32 until then. bfloat16 halves
-    memory; slow on CPUs without AMX. auto: bfloat16 on GPUs, else the one in which this machine is faster, measured
-    when a run starts; kept when it goes on."""
+    memory; slow on CPUs without units for it. auto: bfloat16 where the hidden size is 512 at least and its matrix
+    products are 1.5 times as fast as those of float32 at least, which is taken for granted of GPUs and measured of CPUs
+    when a run starts; else, or where nothing is frozen, float32. Kept when the run goes on."""
 
     gradient_checkpointing: bool = False
     """Less memory for more time, with the same bits: what a layer that trains makes inside is not kept for its
     gradient but made again. About half of a step's memory with objective=sft; little where answers are short."""
 
-    logits_memory_mib: PositiveInt = 256
+    logits_memory_mib: PositiveInt = 96
     """Budget in MiB for the float32 logits of one chunk of the loss; lower it to trade a little time for memory."""
 
     teacher_cache: Literal["off", "memory", "disk"] = "off"
@@ -582,7 +583,7 @@ class Config(_Section):
         of_student = ("num_key_value_layers", "key_value_group_size") if "swiftkv" not in self.trained_parts else ()
         useless += [f"model.{name}" for name in of_student if getattr(self.model, name) is not None]
         problems = dict.fromkeys(useless, "has no effect with objective=sft; remove it")
-        if self.model.dtype != "float32" and self.trained_parts == PLAIN_PARTS:
+        if self.model.dtype == "bfloat16" and self.trained_parts == PLAIN_PARTS:
             problems["model.dtype"] = (
                 "has no effect with objective=sft where nothing is frozen; remove it, or name the parts that train in "
                 "model.trainable"

@@ -27,6 +27,7 @@ from vlskv_ray.launch.start_block import start_block
 from vlskv_ray.launch.token_estimate import lengths_of, tokens_of
 from vlskv_ray.model.build import ModelFiles, find_model, load_config, parameter_counts
 from vlskv_ray.model.fingerprint import fingerprint_of
+from vlskv_ray.model.parts import PLAIN_PARTS
 from vlskv_ray.model.processor import load_processor
 from vlskv_ray.report.run_files import at
 from vlskv_ray.storage.checkpoint import SavedState
@@ -39,6 +40,12 @@ LARGEST_STEP = 2**24
 """Samples."""
 FEW_STEPS = 20
 """With which a student may end worse than it begins."""
+LEAST_WIDTH_OF_BFLOAT16 = 512
+"""Hidden size from which model.dtype=auto may be bfloat16. Below it a run takes minutes in any case, and has the same
+numbers on every machine."""
+LEAST_GAIN_OF_BFLOAT16 = 1.5
+"""How many times as fast its matrix products must be: the rest of a step gains nothing by it. CPUs with units for it
+make two to four times as many, others fewer than of float32, so that chance decides nothing."""
 
 
 def prepare(
@@ -103,6 +110,12 @@ def resolve_model(config: Config, files: ModelFiles, saved: SavedState | None) -
     if config.model.dtype == "auto":
         settled["model.dtype"] = dtype_of(config, saved, text_config)
     return changed(config, settled), model_config
+
+
+def settle_dtype(config: Config) -> Config:
+    """The config with model.dtype=auto settled on this machine, for runs that are to have the same on many."""
+    files = find_model(config.model.name_or_path, config.model.revision)
+    return changed(config, {"model.dtype": resolve_model(config, files, None)[0].model.dtype})
 
 
 def max_length_of(config: Config, text_config: Any) -> int:
@@ -170,19 +183,28 @@ def warnings_of(run: Run, loader: Loader) -> Iterator[str]:
 
 
 def dtype_of(config: Config, saved: SavedState | None, text: Any) -> str:
-    """What model.dtype=auto stands for, the same on all workers: as the checkpoint has it, else the type that GPUs are
-    made for, or what is measured here."""
+    """What model.dtype=auto stands for, the same on all workers: as the checkpoint has it, else bfloat16 where weights
+    are frozen and enough of them for it to pay, on GPUs or where products of it are faster as measured here.
+
+    Args:
+        config: of the run.
+        saved: the checkpoint that it goes on from.
+        text: config of the text model that trains.
+    """
     if saved:
         before = at(saved.state["config"], "model", "dtype")
         return str(before) if before in ("float32", "bfloat16") else "float32"
+    if config.trained_parts == PLAIN_PARTS or text.hidden_size < LEAST_WIDTH_OF_BFLOAT16:
+        return "float32"
     if config.cluster.use_gpu:
         return "bfloat16"
     threads = threads_of(config.cluster, os.cpu_count() or 1)
     seconds = matmul_seconds(512, text.hidden_size, text.intermediate_size, threads)
-    chosen = min(seconds, key=lambda name: seconds[name])
-    other = max(seconds.values()) / min(seconds.values())
-    print_info(config, f"precision     {chosen}: {other:.1f} times as fast here as the other of float32 and bfloat16")
-    return chosen
+    times = seconds["float32"] / seconds["bfloat16"]
+    if times < LEAST_GAIN_OF_BFLOAT16:
+        return "float32"
+    print_info(config, f"precision     bfloat16 of frozen weights, its products {times:.1f} times as fast here")
+    return "bfloat16"
 
 
 def held_out_of(config: Config, limits: Limits) -> HeldOut | None:

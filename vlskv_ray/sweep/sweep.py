@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlskv_ray.config import Config, changed, changed_keys, load_config
+from vlskv_ray.launch import prepare
 from vlskv_ray.report.finished import is_finished
 from vlskv_ray.sweep.trials import OUTCOME_FILE, TRIAL_DONE, TRIAL_FAILED, Trial, outcome_of
 
@@ -48,6 +49,15 @@ class Sweep:
         if config.model.teacher_cache == "disk" and config.model.teacher_cache_dir is None:
             config = changed(config, {"model.teacher_cache_dir": str(self.folder.parent / ".teacher-cache")})
         return config
+
+
+def settle_dtype(config: Config, stored: Path) -> Config:
+    """The config of a sweep with model.dtype=auto settled for all of its trials, which may be on machines of several
+    kinds and are compared: as it is stored, where the sweep goes on, else by this machine."""
+    if config.model.dtype != "auto" or {"model.dtype", "model.name_or_path"} & config.tune.space.keys():
+        return config
+    before = load_config(stored).model.dtype if stored.exists() else "auto"
+    return prepare.settle_dtype(config) if before == "auto" else changed(config, {"model.dtype": before})
 
 
 def known_trials(config: Config, sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:

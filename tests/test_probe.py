@@ -45,6 +45,17 @@ def test_a_probe_measures_what_a_student_built_so_has(
     assert (config.num_key_value_layers, config.key_value_group_size) == (1, 1)
 
 
+def test_each_setting_is_measured_with_its_own_weights_in_bfloat16(
+    student: Callable[..., Any], encoded: list[Encoded]
+) -> None:
+    """Rounded weights of one setting are not taken for those of the next, which differ where layers share them."""
+    model, batch = student(dtype=torch.bfloat16, num_key_value_layers=1, moved=False), batch_of(encoded)
+    together = {setting: kl for setting, kl, _ in measure_batch(model, batch, [(2, 1), (2, 4)], 256)}
+    [(_, alone, _)] = measure_batch(model, batch, [(2, 4)], 256)
+    assert torch.equal(together[2, 4], alone)
+    assert not torch.equal(together[2, 4], together[2, 1])
+
+
 def test_the_teacher_runs_once_a_batch(student: Callable[..., Any], encoded: list[Encoded]) -> None:
     model, calls = student(num_key_value_layers=1, moved=False), []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append("tower"))

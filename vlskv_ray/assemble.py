@@ -156,7 +156,7 @@ def save(assembled: Any, folder: Path) -> None:
         assembled.processor.save_pretrained(folder)
     except SafetensorError as error:  # of a disk too
         raise OSError(f"--output: the model cannot be written: {error}; nothing is left of it") from error
-    make_readable(folder)
+    make_readable(*folder.iterdir())
 
 
 def read_template(path: str) -> str:

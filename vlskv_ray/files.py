@@ -26,11 +26,11 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return held
 
 
-def make_readable(folder: Path) -> None:
+def make_readable(*files: Path) -> None:
     """Gives files the permissions that others have: safetensors writes weights for their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.iterdir():
+    for path in files:
         path.chmod(0o666 & ~umask)
 
 

@@ -1,5 +1,6 @@
-"""One worker's life: build, resume, step, log, save. It knows neither Ray nor where its micro-batches come from."""
+"""One worker's life: build, resume, fit, step, log, save. It knows neither Ray nor whence its micro-batches come."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ import torch
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import AskedToStop, StoppedRun
-from vlskv_ray.evaluation.evaluator import Evaluator, evaluation_of, figures_of
+from vlskv_ray.evaluation.evaluator import FITTED, Evaluator, evaluation_of, figures_of
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.files import write_json
 from vlskv_ray.model.build import trainable_parameters
@@ -33,6 +34,7 @@ from vlskv_ray.training.faults import fault_point
 from vlskv_ray.training.objective import Loss, build_model, objective_of
 from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run, Worker, gather_objects, this_rank
+from vlskv_ray.training.start import BatchOf, is_whole, read_weights, start_fitted
 from vlskv_ray.training.step import (
     GradientBuffer,
     StepResult,
@@ -72,13 +74,16 @@ class Training:
     """These three are one worker's, who writes for all."""
 
 
-def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]]) -> Outcome:
+def train_worker(
+    run: Run, worker: Worker, batches_from: Callable[[int], Iterator[Batch]], batch_of: BatchOf | None = None
+) -> Outcome:
     """Trains from the newest checkpoint to the end of the run; what is measured goes into evaluation.json.
 
     Args:
         run: the same on every worker.
         worker: this one.
         batches_from: this worker's micro-batches from a step on, in the order of the plan.
+        batch_of: the micro-batch of any samples, for a student that is fitted before its first step.
     """
     torch.set_num_threads(run.config.cluster.threads_per_worker or 1)  # Ray sets 1; the number decides the last bits
     with run.cache.in_use() if run.cache is not None else nullcontext():
@@ -94,7 +99,7 @@ def train_worker(run: Run, worker: Worker, batches_from: Callable[[int], Iterato
             return Outcome("refused", message=str(error))
         training = build(run, worker, model, optimizer, step, counts, attempts)
         training.watchdog.begin()
-        failure = run_steps(training, batches_from(training.step))
+        failure = run_steps(training, batches_from(training.step), batch_of)
         close(training)
         outcome = finish(training, failure)
         training.watchdog.rest()
@@ -129,7 +134,14 @@ def build(
         log = RunLog(run.folder, step, order=config.output.order, tensorboard=config.output.tensorboard)
     if run.held_out:
         processor = load_processor(run.model_files, tried=True)
-        evaluator = Evaluator(model, processor, run.held_out, rank=worker.rank, world_size=worker.world_size)
+        evaluator = Evaluator(
+            model,
+            processor,
+            run.held_out,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            fitted=functools.partial(read_weights, run.start_file),
+        )
     stall_seconds = config.cluster.stall_seconds if config.cluster.most_workers else None
     return Training(
         run=run,
@@ -151,11 +163,16 @@ def build(
 
 
 # ---------------------------------------------------------------------------------------------------------- the steps
-def run_steps(training: Training, batches: Iterator[Batch]) -> str | None:
+def run_steps(training: Training, batches: Iterator[Batch], batch_of: BatchOf | None) -> str | None:
     """Makes the steps that are left, up to a stop if one is asked for; why the run cannot go on, if it cannot."""
     config, counts = training.run.config, training.counts
     try:
+        if training.step == 0 and training.run.fit is not None:
+            assert batch_of is not None
+            start_fitted(training.run, training.model, batch_of, training.watchdog)
         train(training, batches)
+    except AskedToStop:
+        return None
     except StoppedRun as reason:
         return str(reason)
     if training.step < training.run.total_steps:
@@ -367,10 +384,11 @@ def measure(training: Training) -> None:
             watchdog.done()
 
         watchdog.begin()
-        results = evaluator.results(*objective.sides, on_progress=stop_if_asked)
+        sides = sides_of(run)
+        results = evaluator.results(*sides, on_progress=stop_if_asked)
         everyone = gather_objects((results, evaluator.left_out))
         if worker.rank == 0:
-            evaluation = evaluation_of(everyone, objective.sides, evaluator.held_out)
+            evaluation = evaluation_of(everyone, sides, evaluator.held_out)
     watchdog.rest()  # the workers part here
     if worker.rank == 0:
         if objective.has_student:
@@ -382,6 +400,13 @@ def measure(training: Training) -> None:
         except OSError as error:
             raise StoppedRun(f"{error.filename} {error.strerror}; {MAKE_ROOM}") from error
         fault_point("end", run.total_steps)
+
+
+def sides_of(run: Run) -> tuple[str, ...]:
+    """Whose answers are compared at the end."""
+    *others, trained = objective_of(run.config).sides
+    fitted = run.fit is not None and is_whole(run.start_file)  # somebody may have taken it away
+    return (*others, *([FITTED] if fitted else []), trained)
 
 
 def stop_if_refused(run: Run, evaluator: Evaluator) -> None:

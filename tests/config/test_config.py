@@ -432,6 +432,8 @@ def test_the_parts_that_train() -> None:
             "objective=sft model.trainable=[text] model.num_key_value_layers=2",
             "model.num_key_value_layers: has no effect with objective=sft; remove it",
         ),
+        ("objective=sft model.start=fit", "model.start: has no effect with objective=sft; remove it"),
+        ("model.fit_tokens=9", "model.fit_tokens: nothing is fitted with start=copy; use start=fit, or remove it"),
         (
             "objective=sft model.trainable=[projector] optimizer.learning_rates.text=1",
             "optimizer.learning_rates.text: text does not train, but projector; remove it, or add text to "

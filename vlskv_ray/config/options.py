@@ -97,6 +97,13 @@ class ModelConfig(_Section):
     key_value_group_size: PositiveInt | None = None
     """Layers above N that share one key/value cache. None: what the checkpoint says, else 1, which loses the least."""
 
+    start: Literal["fit", "copy"] = "copy"
+    """How a student's keys and values start. copy: as the teacher's, which were made for other inputs. fit: as near to
+    the teacher's as a linear map comes, by one pass over some samples and a solve of seconds; see docs/fit.md."""
+
+    fit_tokens: PositiveInt | None = None
+    """With start=fit: about how many tokens that pass sees. None: 64 for each number of a hidden state."""
+
     trainable: Annotated[tuple[Trainable, ...], Strict(False)] = ()
     """Parts that train; the others are frozen, and no gradient of them is computed. projector: with all between tower
     and text model; text: with embeddings and head; swiftkv: of a student, with objective=sft by itself alone. None
@@ -568,6 +575,8 @@ class Config(_Section):
             problems["cluster.bit_identical"] = "no two runs on GPUs give the same bits; remove it or cluster.use_gpu"
         if self.objective == "sft" and self.model.teacher_cache != "off":
             problems["model.teacher_cache"] = "there is no teacher with objective=sft; remove it"
+        if self.model.fit_tokens is not None and self.model.start == "copy":
+            problems["model.fit_tokens"] = "nothing is fitted with start=copy; use start=fit, or remove it"
         if self.objective == "sft":
             problems |= self._useless_with_sft()
         elif self.model.num_hidden_layers is not None:
@@ -582,6 +591,8 @@ class Config(_Section):
         useless = [name for name in names if getattr(self, name) != defaults[name]]
         of_student = ("num_key_value_layers", "key_value_group_size") if "swiftkv" not in self.trained_parts else ()
         useless += [f"model.{name}" for name in of_student if getattr(self.model, name) is not None]
+        if "swiftkv" not in self.trained_parts and self.model.start == "fit":
+            useless.append("model.start")
         problems = dict.fromkeys(useless, "has no effect with objective=sft; remove it")
         if self.model.dtype == "bfloat16" and self.trained_parts == PLAIN_PARTS:
             problems["model.dtype"] = (

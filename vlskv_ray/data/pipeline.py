@@ -64,6 +64,10 @@ class Loader:
             notices=notices,
         )
 
+    def batch_of(self, numbers: Sequence[int]) -> Batch:
+        """A micro-batch of any samples, by their numbers in the plan, whatever the teacher cache has of them."""
+        return replace(self, cache=None)({"step": 0, "micro_batch": 0, "samples": list(numbers)})
+
     def samples(self, numbers: Sequence[int]) -> tuple[list[Encoded], list[dict[str, Any]], list[dict[str, str]]]:
         """The samples of these numbers in the plan that can be used, all or none with states; why others cannot; and
         what was changed in those that can."""

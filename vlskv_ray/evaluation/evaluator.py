@@ -10,7 +10,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ from vlskv_ray.evaluation.generation import as_text, generate_answers
 from vlskv_ray.model.swiftkv import SwiftKVPass, has_swiftkv, swiftkv_backbone
 from vlskv_ray.training.distill import kl_divergence, rows_per_chunk, shared_pass
 
+FITTED = "student_fitted"
+"""The side that is the student as it was fitted, before it was trained."""
 NUM_EXAMPLES = 8
 SAMPLES_HELD = 8
 """Batches of samples that are held prepared at a time: enough to sort by length, few enough for memory."""
@@ -55,7 +57,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Result:
-    """A question with its answers by `teacher`, `student_before` and `student`, or by `sft_model` alone."""
+    """A question with its answers by `teacher`, `student_before`, `student_fitted` and `student`, or by `sft_model`."""
 
     id: str
     place: tuple[int, int]
@@ -84,12 +86,16 @@ def as_teacher(model: Any) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def before_distillation(model: Any) -> Iterator[None]:
-    """The student as it starts: SwiftKV weights that are copies of the teacher's. As it was, afterwards."""
+def before_distillation(model: Any, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """The student whose SwiftKV weights are copies of the teacher's, but for those given by name. As it was,
+    afterwards."""
     trained = {name: p for name, p in model.named_parameters() if "_swiftkv" in name}
     kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
     try:
         swiftkv_backbone(model).start_from_teacher()
+        with torch.no_grad():
+            for name, weight in (weights or {}).items():
+                trained[name].copy_(weight)
         yield
     finally:
         with torch.no_grad():
@@ -202,7 +208,15 @@ class Evaluator:
     """A worker's share of the held-out samples, and what models answer to them."""
 
     def __init__(
-        self, model: Any, processor: Any, held_out: HeldOut, *, rank: int = 0, world_size: int = 1, teacher: Any = None
+        self,
+        model: Any,
+        processor: Any,
+        held_out: HeldOut,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        teacher: Any = None,
+        fitted: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         """
         Args:
@@ -211,7 +225,9 @@ class Evaluator:
             held_out: the same on every worker.
             rank, world_size: which share of the samples is this worker's.
             teacher: another model that is the teacher; None: the model itself with SwiftKV off.
+            fitted: the weights in which the side "student_fitted" differs from "student_before".
         """
+        self.fitted = fitted
         self.model, self.processor, self.held_out, self.teacher = model, processor, held_out, teacher
         rows = held_out.rows()
         self.places = rows[rank::world_size]
@@ -240,7 +256,7 @@ class Evaluator:
         """Every question with what each side makes of it. Few samples are held at a time.
 
         Args:
-            sides: of "teacher", "student_before" and "student", or "sft_model" for a plain model.
+            sides: of "teacher", "student_before", "student_fitted" and "student", or "sft_model" for a plain model.
             on_progress: told how many of how many samples are done, as often on every worker; what it raises ends it.
         """
         self.left_out = Counter()
@@ -268,8 +284,8 @@ class Evaluator:
         return questions
 
     def _measure(self, side: str, questions: Sequence[Question], references: Sequence[str]) -> list[Measured]:
-        if side == "student_before":
-            with before_distillation(self.model):
+        if side in ("student_before", FITTED):
+            with before_distillation(self.model, self.fitted() if side == FITTED else None):
                 return self._measure("student", questions, references)
         wanted: Sequence[list[int] | None]
         if side == "sft_model":

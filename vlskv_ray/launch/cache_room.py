@@ -1,7 +1,11 @@
 """Where a run keeps its teacher cache, and whether there is room for it."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +20,46 @@ from vlskv_ray.model.fingerprint import teacher_fingerprint
 from vlskv_ray.training.run import Run
 from vlskv_ray.words import format_bytes, short_path
 
+FIT_FORMAT = 1
+"""Of what is fitted and how; one of another is not used."""
+
 
 def teacher_cache_of(run: Run, num_key_value_layers: int) -> TeacherCache:
     """The teacher cache of a run with that N, named by all that the states of a sample depend on."""
+    depends_on = teacher_of(run) | {"num_key_value_layers": num_key_value_layers}
+    if run.config.model.teacher_cache == "memory":
+        return TeacherCache(IN_MEMORY, depends_on, temporary=True)
+    return TeacherCache(cache_folder(run), depends_on)
+
+
+def cache_folder(run: Run) -> Path:
+    """Where a run keeps on disk what other runs of its teacher can use."""
+    return Path(run.config.model.teacher_cache_dir or f"{run.config.output.dir}/.teacher-cache")
+
+
+def teacher_of(run: Run) -> dict[str, Any]:
+    """All that what a teacher makes of a sample depends on."""
     options, data = run.config.model, run.config.data
-    depends_on = {
+    return {
         "teacher": teacher_fingerprint(run.model_files, getattr(torch, options.dtype)),
-        "num_key_value_layers": num_key_value_layers,
         "dtype": options.dtype,
         "limits": [data.max_length, data.max_images_per_sample],
         "transformers": version("transformers"),
     }
-    if options.teacher_cache == "memory":
-        return TeacherCache(IN_MEMORY, depends_on, temporary=True)
-    return TeacherCache(Path(options.teacher_cache_dir or f"{run.config.output.dir}/.teacher-cache"), depends_on)
+
+
+def kept_fit(run: Run, loader: Loader, text_config: Any, samples: Sequence[Sequence[int]]) -> Path:
+    """The file of a fit for any run, named by all that it depends on."""
+    depends_on = teacher_of(run) | {
+        "format": FIT_FORMAT,
+        "num_key_value_layers": text_config.num_key_value_layers,
+        "key_value_group_size": text_config.key_value_group_size,
+        "data": [source.fingerprint for source in loader.sources],
+        "samples": samples,
+        "weights": [run.config.vision_loss_weight, run.config.text_loss_weight],
+    }
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return cache_folder(run) / f"fit-{digest[:16]}.safetensors"
 
 
 def check_cache(run: Run, loader: Loader) -> None:

@@ -165,6 +165,6 @@ def run_here(run: Run, loader: Loader, on_metrics: OnMetrics = None) -> tuple[Ou
     run = with_threads(run, run.config.cluster.threads_per_worker or os.cpu_count() or 1)
 
     def work() -> Outcome:
-        return train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps))
+        return train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps), loader.batch_of)
 
     return watch(run, work, on_metrics=on_metrics)

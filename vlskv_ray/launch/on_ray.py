@@ -1,6 +1,7 @@
 """A run's workers on Ray: a TorchTrainer on the cluster there is, or on this machine."""
 
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -130,7 +131,7 @@ def fit(run: Run, loader: Loader, reserved: Reserved) -> Outcome:
     send_by_value()
     trainer = TorchTrainer(
         ray_worker,
-        train_loop_config={"run": run},
+        train_loop_config={"run": run, "loader": pickle.dumps(replace(loader, cache=None))},
         torch_config=process_group(backend_of(config.cluster), config.cluster.network_interface, GROUP_TIMEOUT_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.num_workers,
@@ -169,6 +170,7 @@ def ray_worker(settings: dict[str, Any]) -> Outcome:
     import ray.train
 
     run: Run = settings["run"]
+    loader: Loader = pickle.loads(settings["loader"])
     context = ray.train.get_context()
 
     def is_warned() -> bool:
@@ -184,4 +186,4 @@ def ray_worker(settings: dict[str, Any]) -> Outcome:
                 begin_at(run.first_step_file, first_step)
             yield from ray_batches(shard)
 
-    return train_worker(run, worker, batches_from)
+    return train_worker(run, worker, batches_from, loader.batch_of)

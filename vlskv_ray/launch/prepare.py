@@ -21,7 +21,7 @@ from vlskv_ray.data.pipeline import Loader
 from vlskv_ray.data.plan import Plan, Table, Tokens, first_of_mixture
 from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sources import open_sources
-from vlskv_ray.launch.cache_room import teacher_cache_of
+from vlskv_ray.launch.cache_room import kept_fit, teacher_cache_of
 from vlskv_ray.launch.resume import check_resumable, check_unchanged
 from vlskv_ray.launch.start_block import start_block
 from vlskv_ray.launch.token_estimate import lengths_of, tokens_of
@@ -29,15 +29,18 @@ from vlskv_ray.model.build import ModelFiles, find_model, load_config, parameter
 from vlskv_ray.model.fingerprint import fingerprint_of
 from vlskv_ray.model.parts import PLAIN_PARTS
 from vlskv_ray.model.processor import load_processor
+from vlskv_ray.model.swiftkv import has_swiftkv
 from vlskv_ray.report.run_files import at
 from vlskv_ray.storage.checkpoint import SavedState
 from vlskv_ray.storage.run_folder import run_folder
 from vlskv_ray.training.objective import objective_of
 from vlskv_ray.training.profiling import matmul_seconds
-from vlskv_ray.training.run import Run
+from vlskv_ray.training.run import FitPlan, Run
 
 LARGEST_STEP = 2**24
 """Samples."""
+FIT_TOKENS = 64
+"""For each number of a hidden state, that a student is fitted to."""
 FEW_STEPS = 20
 """With which a student may end worse than it begins."""
 LEAST_WIDTH_OF_BFLOAT16 = 512
@@ -93,6 +96,8 @@ def prepare(
     print_info(config, start_block(run, plan, text_config))
     for notice in [*notices, *warnings_of(run, loader)]:
         print_info(config, f"warning: {notice}")
+    if config.model.start == "fit" and objective_of(config).has_student and not has_swiftkv(load_config(files)):
+        run = replace(run, fit=fit_plan_of(run, loader, text_config))
     if config.model.teacher_cache != "off":
         run = replace(run, cache=teacher_cache_of(run, text_config.num_key_value_layers))
         loader = replace(loader, cache=run.cache)
@@ -116,6 +121,25 @@ def settle_dtype(config: Config) -> Config:
     """The config with model.dtype=auto settled on this machine, for runs that are to have the same on many."""
     files = find_model(config.model.name_or_path, config.model.revision)
     return changed(config, {"model.dtype": resolve_model(config, files, None)[0].model.dtype})
+
+
+def fit_plan_of(run: Run, loader: Loader, text_config: Any) -> FitPlan:
+    """The samples that a student is fitted to: the first of an epoch that is dealt into single micro-batches."""
+    config, plan = run.config, loader.plan
+    dealt = Plan(
+        plan.tables,
+        plan.lengths,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+        micro_batches_per_step=1,
+    )
+    wanted, samples = config.model.fit_tokens or FIT_TOKENS * text_config.hidden_size, []
+    for row in dealt.rows(0, dealt.steps_per_epoch):
+        if wanted <= 0:
+            break
+        samples.append(tuple(row["samples"]))
+        wanted -= int(plan.lengths[row["samples"]].sum(dtype=np.int64))
+    return FitPlan(tuple(samples), kept_fit(run, loader, text_config, samples))
 
 
 def max_length_of(config: Config, text_config: Any) -> int:

@@ -10,10 +10,10 @@ from vlskv_ray.config import Config, changed_keys
 from vlskv_ray.storage.checkpoint import SavedState, has_checkpoints, newest_checkpoint
 from vlskv_ray.training.run import Run
 
-FIXED = {"objective", "micro_batch_size", "gradient_accumulation_steps"} | {
-    f"model.{name}" for name in ("num_key_value_layers", "key_value_group_size", "num_hidden_layers", "trainable")
-}
-"""What a checkpoint cannot go on with another value of: it decides which weights train, and what a step is."""
+OF_MODEL = ("num_key_value_layers", "key_value_group_size", "num_hidden_layers", "trainable", "start", "fit_tokens")
+FIXED = {"objective", "micro_batch_size", "gradient_accumulation_steps"} | {f"model.{name}" for name in OF_MODEL}
+"""What a checkpoint cannot go on with another value of: it decides which weights train, how they began, and what a step
+is."""
 
 
 REMEDY = "use --resume never to start anew, or another output.name"

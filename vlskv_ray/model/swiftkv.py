@@ -104,13 +104,14 @@ class SwiftKVPass:
             padding, which must be on the right, on all sequences in one row; and with an empty cache.
         distill: run the teacher's layers as well, without gradient. The forward then returns the teacher's hidden
             states, and the student's are in `student`.
+        teacher_alone: of a pass with `distill`, leave out the student, which is None then.
 
     After a pass with `distill`, both of `student` and the returned hidden states belong to the kept tokens and have
     gone through the final norm; `student_input` and `teacher_input` are they as they entered the last layer.
     """
 
-    def __init__(self, keep: int | Tensor | None = None, distill: bool = False) -> None:
-        self.keep, self.distill = keep, distill
+    def __init__(self, keep: int | Tensor | None = None, distill: bool = False, teacher_alone: bool = False) -> None:
+        self.keep, self.distill, self.teacher_alone = keep, distill, teacher_alone
         self.lengths: list[int] | None = None  # of the sequences that stand in one row, where they do
         self.trunk: Tensor | None = None  # [B, T, D] what enters layer N
         self.source: Tensor | None = None  # [B, T, D] norm_swiftkv of it: all keys and values come of that
@@ -144,7 +145,7 @@ class SwiftKVPass:
         if self.distill:  # all below is frozen, whatever hooks have embeddings ask for a gradient
             hidden_states = hidden_states.detach()
         self.trunk, self.source = hidden_states, self.norm(hidden_states)
-        self.student = self.select(hidden_states)
+        self.student = None if self.teacher_alone else self.select(hidden_states)
         self.position_embeddings = (self.select(position_embeddings[0]), self.select(position_embeddings[1]))
 
     def select(self, x: Tensor) -> Tensor:
@@ -335,13 +336,13 @@ class SwiftKVLayer(Stock):
         if swiftkv.source is None:
             assert position_embeddings is not None
             swiftkv.enter(hidden_states, position_embeddings)
-        if self.config.key_value_leader(self.layer_idx) == self.layer_idx:
+        if self.config.key_value_leader(self.layer_idx) == self.layer_idx and not swiftkv.teacher_alone:
             swiftkv.key_value = self.self_attn.key_value_states(swiftkv.source, position_embeddings, student=True)
             if past_key_values is not None:
                 swiftkv.key_value = past_key_values.update(*swiftkv.key_value, self.layer_idx)
-        assert swiftkv.key_value is not None
+        num_keys = hidden_states.shape[1] if swiftkv.key_value is None else swiftkv.key_value[0].shape[-2]
         kept = {
-            "attention_mask": swiftkv.select_mask(attention_mask, swiftkv.key_value[0].shape[-2]),
+            "attention_mask": swiftkv.select_mask(attention_mask, num_keys),
             "position_embeddings": swiftkv.position_embeddings,
         }
         is_last = self.layer_idx == self.config.num_hidden_layers - 1
@@ -349,12 +350,14 @@ class SwiftKVLayer(Stock):
             swiftkv.student_input = swiftkv.student
             swiftkv.teacher_input = swiftkv.select(hidden_states) if swiftkv.distill else None
 
-        student: Callable[[Tensor | None], Tensor]
-        student = functools.partial(stock, key_value=swiftkv.key_value, student=True, **kept)
-        if self.gradient_checkpointing and self.training:
-            student = functools.partial(self._gradient_checkpointing_func, student)  # so much of this forward is pure
-        swiftkv.student = student(swiftkv.student)
+        if not swiftkv.teacher_alone:
+            student: Callable[[Tensor | None], Tensor]
+            student = functools.partial(stock, key_value=swiftkv.key_value, student=True, **kept)
+            if self.gradient_checkpointing and self.training:
+                student = functools.partial(self._gradient_checkpointing_func, student)  # so much of it is pure
+            swiftkv.student = student(swiftkv.student)
         if not swiftkv.distill:
+            assert swiftkv.student is not None
             return swiftkv.student
 
         with torch.no_grad():
@@ -431,7 +434,7 @@ class SwiftKVModel(Stock):
                 output = stock(inputs_embeds=embeds[there][None], position_ids=positions, swiftkv=swiftkv)
         else:
             output = stock(**padded, swiftkv=swiftkv)
-        if swiftkv.distill:
+        if swiftkv.student is not None and swiftkv.distill:
             swiftkv.student = self.norm(swiftkv.student)
         return output
 

@@ -14,6 +14,7 @@ from vlskv_ray.words import shorten
 SIDE_TITLES = {
     "teacher": "teacher",
     "student_before": "student before",
+    "student_fitted": "student fitted",
     "student": "student after",
     "sft_model": "model",
 }

@@ -147,7 +147,7 @@ def _write_aside(aside: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
         save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, aside / f"{stem}.safetensors")
         fault_point("save_tensors", step)
     write_json(aside / "state.json", {"format": FORMAT, "step": step, **state})
-    make_readable(aside)
+    make_readable(*aside.iterdir())
     manifest = {path.name: {"sha256": _sha256(path), "bytes": _size(path)} for path in sorted(aside.iterdir())}
     write_json(aside / "manifest.json", manifest)
     for path in (*aside.iterdir(), aside):

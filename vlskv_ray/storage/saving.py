@@ -304,7 +304,7 @@ def export(run: Run, model: Any) -> None:
         model.save_pretrained(aside)
         fault_point("export_weights", run.total_steps)
         processor.save_pretrained(aside)
-        make_readable(aside)
+        make_readable(*aside.iterdir())
     except Exception as error:  # each library has its own kind for a full disk, and tokenizers has none
         shutil.rmtree(aside, ignore_errors=True)
         if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):

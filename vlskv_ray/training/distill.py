@@ -110,10 +110,10 @@ def shared_pass(model: Any, batch: Batch) -> States:
 
 @torch.no_grad()
 def frozen_states(model: Any, batch: Batch, layers: Iterable[int]) -> dict[int, FrozenStates]:
-    """What students with any of these N need of the frozen part of the model, by one forward.
+    """What students with any of these N need of the frozen part of the model, by one forward of the teacher alone.
 
     The teacher is the same for all of them, and what enters its layer N is the trunk of a student with that N. `model`
-    may be built with any N: its own student is of no account here.
+    may be built with any N up to these: its own student does not run.
     """
     trunks: dict[int, Tensor] = {}
     backbone = swiftkv_backbone(model)
@@ -126,11 +126,14 @@ def frozen_states(model: Any, batch: Batch, layers: Iterable[int]) -> dict[int, 
 
     handles = [keep(layer) for layer in layers]
     try:
-        states = shared_pass(model, batch)
+        swiftkv = SwiftKVPass(keep=supervised_positions(batch.labels), distill=True, teacher_alone=True)
+        teacher = model.base_model(**batch.model_inputs(model.config), use_cache=False, swiftkv=swiftkv)
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: FrozenStates(trunk, states.teacher, states.teacher_input) for layer, trunk in trunks.items()}
+    assert swiftkv.teacher_input is not None
+    states = teacher.last_hidden_state[0], swiftkv.teacher_input[0]
+    return {layer: FrozenStates(trunk, *states) for layer, trunk in trunks.items()}
 
 
 def cached_pass(model: Any, batch: Batch) -> States:

@@ -19,6 +19,16 @@ WAITING = Path("ray", "waiting")
 
 
 @dataclass(frozen=True)
+class FitPlan:
+    """What a student is fitted to before its first step."""
+
+    samples: tuple[tuple[int, ...], ...]
+    """The numbers in the plan of the samples of each micro-batch; they do not depend on the number of workers."""
+    kept: Path
+    """The file of this very fit, for any run."""
+
+
+@dataclass(frozen=True)
 class Run:
     """What every worker is told about the run, the same for all of them."""
 
@@ -39,6 +49,8 @@ class Run:
     """Whose the run folder is while this holds, see `storage/run_lock.py`."""
     cache: TeacherCache | None = None
     """Where the frozen states of samples are kept; None: nowhere."""
+    fit: FitPlan | None = None
+    """How the student starts; None: as it is loaded, its weights copied where they are new."""
     held_out: HeldOut | None = None
     """What answers are measured on; None: nothing was given."""
     parameters: dict[str, int] = field(default_factory=dict)
@@ -66,6 +78,11 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def start_file(self) -> Path:
+        """The keys' and values' weights that a fitted student starts with."""
+        return self.folder / "start.safetensors"
 
     @property
     def stop_file(self) -> Path:

@@ -112,7 +112,10 @@ def train_step(
 def autocast(model: Any) -> Any:
     """bfloat16 products where a weight is bfloat16, as frozen ones can be, so that float32 trained ones mix with it."""
     rounded = next((parameter for parameter in model.parameters() if parameter.dtype == torch.bfloat16), None)
-    return nullcontext() if rounded is None else torch.autocast(rounded.device.type, dtype=torch.bfloat16)
+    if rounded is None:
+        return nullcontext()
+    # rounded weights are not kept: a student measured with others in their place would still go by the first ones
+    return torch.autocast(rounded.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def add_of_all_workers(total: Tensor, gradient: Tensor) -> None:

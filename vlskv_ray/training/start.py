@@ -1,0 +1,285 @@
+"""How a student begins that is fitted to its teacher: by all workers before the first step, or as a run before did.
+
+The sums of the fit are added in the order of its micro-batches, whoever makes them, so that any number of workers gives
+the same student. Now and then they are kept, and a run that was killed goes on from there.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlskv_ray.data.collate import Batch, supervised_positions
+from vlskv_ray.errors import AskedToStop, StoppedRun
+from vlskv_ray.files import flush, make_readable
+from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
+from vlskv_ray.training.distill import distances_at_head, frozen_states, rows_per_chunk
+from vlskv_ray.training.faults import fault_point
+from vlskv_ray.training.fit import PARTS, FitSums, add_batch, choose, fit, projections_of, set_weights
+from vlskv_ray.training.run import Run, gather_objects, this_rank
+from vlskv_ray.training.step import autocast
+from vlskv_ray.training.watchdog import Watchdog
+from vlskv_ray.words import format_duration, short_path
+
+HELD_OUT_EVERY = 8
+"""One of so many micro-batches is not fitted to: by those is chosen."""
+MEASURED = 8
+"""Of these, so many at most are measured with the students that may be chosen."""
+KEEP_SECONDS = 30
+"""Between two times that the sums are kept."""
+TELL_SECONDS = 10
+CANDIDATES = {"keys and values": PARTS, "values alone": ("v_proj",), "neither": ()}
+"""What of a student may be fitted, queries of shared keys with these; the rest of it is copied."""
+
+BatchOf = Callable[[Sequence[int]], Batch]
+"""The micro-batch of some samples, by their numbers in the plan, without states of a teacher cache."""
+
+
+def start_fitted(run: Run, model: Any, batch_of: BatchOf, watchdog: Watchdog) -> None:
+    """Fits a student, whose weights are copies of the teacher's, or gives it those of the same fit of another run.
+
+    Raises:
+        AskedToStop: on every worker alike; what was done is kept.
+        StoppedRun: no sample can be used, or the disk is full.
+    """
+    assert run.fit is not None
+    if this_rank() == 0 and not is_whole(run.start_file) and is_whole(run.fit.kept):
+        shutil.copyfile(run.fit.kept, aside := run.start_file.with_name(".writing-start"))
+        os.replace(aside, run.start_file)
+        tell(run, f"{told_of(read_about(run.start_file))}, as {short_path(run.fit.kept)} has it")
+    if not gather_objects(this_rank() == 0 and is_whole(run.start_file))[0]:
+        Fitting(run, model, batch_of, watchdog).make()
+    set_weights(model, read_weights(run.start_file))
+
+
+class Fitting:
+    """The fit of a student, while it is made."""
+
+    def __init__(self, run: Run, model: Any, batch_of: BatchOf, watchdog: Watchdog) -> None:
+        assert run.fit is not None
+        self.run, self.model, self.batch_of, self.watchdog = run, model, batch_of, watchdog
+        self.samples, self.kept = run.fit.samples, run.fit.kept
+        self.every = min(HELD_OUT_EVERY, len(self.samples))
+        self.weights = (run.config.text_loss_weight, run.config.vision_loss_weight)
+        self.began = time.monotonic()
+
+    def make(self) -> None:
+        """Makes it and writes it down."""
+        self.watchdog.begin()
+        with autocast(self.model), torch.no_grad():
+            sums, held_out = self.add_up()
+            self.watchdog.begin()
+            if not sums.counts[2]:
+                raise StoppedRun("none of the samples that the student would be fitted to can be used; see --dry-run")
+            copied = {name: weight.detach().clone() for name, weight in projections_of(self.model).items()}
+            chosen = choose(self.model, sums, held_out if held_out.counts[2] else sums)
+            candidates = {
+                name: {part: chosen[part] if part in parts else [None] * len(chosen[part]) for part in PARTS}
+                for name, parts in CANDIDATES.items()
+            }
+            kl = self.measure([copied | fit(self.model, sums, ridges) for ridges in candidates.values()])
+            best = min(candidates, key=lambda name: kl[list(candidates).index(name)])
+            set_weights(self.model, copied)
+            weights = copied | fit(self.model, sums + held_out, candidates[best])
+        problem = ""
+        if this_rank() == 0:
+            counts = dict(
+                zip(("samples", "tokens", "supervised_tokens"), (sums + held_out).counts.tolist(), strict=True)
+            )
+            about = {"fitted": best, "kl": dict(zip(candidates, kl, strict=True)), "ridges": candidates[best], **counts}
+            try:
+                self.write(weights, about | {"seconds": round(time.monotonic() - self.began, 1)})
+                tell(self.run, told_of(about))
+            except OSError as error:
+                problem = f"{error.filename} {error.strerror}; make room, and the same command goes on"
+        if problem := gather_objects(problem)[0]:
+            raise StoppedRun(problem)
+
+    def add_up(self) -> tuple[FitSums, FitSums]:
+        """The sums over the samples that are fitted to, and over those that are held out."""
+        (sums, held_out), first = self.resume()
+        workers, mine = len(gather_objects(None)), FitSums.zeros(self.model)
+        saved = told = time.monotonic()
+        for at in range(first, len(self.samples), workers):
+            fault_point("fit", at, this_rank())
+            number = at + this_rank()
+            if number < len(self.samples):
+                add_batch(mine, self.model, self.batch(number), self.weights)
+            for theirs, of_worker in zip(range(at, len(self.samples)), in_turn(mine), strict=False):
+                (held_out if self.is_held_out(theirs) else sums).add_(of_worker)
+            mine.zero_()
+            self.watchdog.done()
+            done = min(at + workers, len(self.samples))
+            stop = any(gather_objects(this_rank() == 0 and self.run.stop_file.exists()))
+            now = time.monotonic()
+            if this_rank() == 0 and done < len(self.samples) and (stop or now - saved > KEEP_SECONDS):
+                self.keep(sums, held_out, done)
+                saved = time.monotonic()
+            if this_rank() == 0 and now - told > TELL_SECONDS:
+                left = (now - self.began) * (len(self.samples) - done) / (done - first)
+                tell(
+                    self.run, f"fitting       {done} of {len(self.samples)} micro-batches, {format_duration(left)} left"
+                )
+                told = now
+            if stop:
+                raise AskedToStop
+        return sums, held_out
+
+    def batch(self, number: int) -> Batch:
+        return self.batch_of(self.samples[number]).to(next(self.model.parameters()).device)
+
+    def is_held_out(self, number: int) -> bool:
+        return self.every > 1 and number % self.every == self.every - 1
+
+    def measure(self, students: Sequence[dict[str, Tensor]]) -> list[float]:
+        """Of each student the mean KL from the teacher on samples that are held out; infinite if there are none."""
+        held_out = [number for number in range(len(self.samples)) if self.is_held_out(number)][:MEASURED]
+        found = {}
+        for number in held_out[this_rank() :: len(gather_objects(None))]:
+            batch = self.batch(number)
+            keep = supervised_positions(batch.labels)
+            if keep.any():
+                found[number] = self.distances(students, batch, keep)
+            self.watchdog.alive()
+        everyone = {number: values for of_worker in gather_objects(found) for number, values in of_worker.items()}
+        sums = torch.tensor([everyone[number] for number in sorted(everyone)], dtype=torch.float64).sum(0)
+        return [float(kl / sums[-1]) for kl in sums[:-1]] if everyone else [0.0] * len(students)
+
+    def distances(self, students: Sequence[dict[str, Tensor]], batch: Batch, keep: Tensor) -> list[float]:
+        """Sum of KL of each student over the supervised positions of a batch, and how many these are."""
+        backbone, head = swiftkv_backbone(self.model), self.model.get_output_embeddings()
+        layer = backbone.config.num_key_value_layers
+        known = frozen_states(self.model, batch, [layer])[layer]
+        states = []
+        for weights in students:
+            set_weights(self.model, weights)
+            states.append(
+                backbone.from_trunk(known.trunk[None], batch.attention_mask.bool(), SwiftKVPass(keep=keep))[0]
+            )
+        rows = rows_per_chunk(head.weight.shape[0], self.run.config.model.logits_memory_mib)
+        of_students = distances_at_head(states, known.teacher, head, rows)
+        return [kl.double().sum().item() for kl, _ in of_students] + [float(len(known.teacher))]
+
+    # -------------------------------------------------------------------------------------------------- kept on storage
+    @property
+    def partial(self) -> Path:
+        return self.run.folder / "start.partial.safetensors"
+
+    def keep(self, sums: FitSums, held_out: FitSums, done: int) -> None:
+        """Keeps what so many micro-batches come to. A full disk costs no more than that it is made again."""
+        tensors = {
+            f"{name}.{key}": x
+            for name, of in (("sums", sums), ("held_out", held_out))
+            for key, x in of.tensors().items()
+        }
+        with suppress(OSError, SafetensorError):
+            write_tensors(self.partial, tensors, {"done": done, "fit": self.kept.name})
+
+    def resume(self) -> tuple[tuple[FitSums, FitSums], int]:
+        """The sums that were kept, and of how many micro-batches; the same on every worker."""
+        both, done = (FitSums.zeros(self.model), FitSums.zeros(self.model)), 0
+        if is_whole(self.partial):
+            with safe_open(self.partial, "pt") as file:
+                about = json.loads(file.metadata()["about"])
+                if about["fit"] == self.kept.name:
+                    done = about["done"]
+                    for name, of in zip(("sums", "held_out"), both, strict=True):
+                        for key, tensor in of.tensors().items():
+                            tensor.copy_(file.get_tensor(f"{name}.{key}"))
+        if len(set(gather_objects(done))) > 1:
+            raise RuntimeError(f"{self.partial}: workers see it differently")  # then it is tried once more
+        return both, done
+
+    def write(self, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Writes the weights for this run and for others of the same fit."""
+        write_tensors(self.run.start_file, weights, about)
+        with suppress(OSError, SafetensorError):  # that is to save others the work
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(self.kept, weights, about)
+        self.partial.unlink(missing_ok=True)
+
+
+def tell(run: Run, text: str) -> None:
+    """Shows a line to whoever watches the run."""
+    with suppress(OSError):  # a full disk ends no run
+        run.waiting_file.parent.mkdir(exist_ok=True)
+        with open(run.waiting_file, "a") as lines:
+            lines.write(f"{text}\n")
+
+
+def told_of(about: dict[str, Any]) -> str:
+    """One line on what was chosen."""
+    kl, best = about["kl"], about["fitted"]
+    return (
+        f"fitted        {best}, on {about['tokens']:,.0f} tokens: KL {kl['neither']:.4g} -> {kl[best]:.4g} on samples "
+        f"that are held out of the fit"
+    )
+
+
+def in_turn(mine: FitSums) -> Iterator[FitSums]:
+    """What every worker has, by rank; each is to be used before the next."""
+    if not dist.is_initialized():
+        yield mine
+        return
+    for rank in range(dist.get_world_size()):
+        shared = mine if rank == dist.get_rank() else mine.empty_like()
+        for tensor in shared.tensors().values():
+            dist.broadcast(tensor, rank)
+        yield shared
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Writes a file whole or not at all. OSError where the disk is full."""
+    aside = path.with_name(f".writing-{path.name}-{os.getpid()}")
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, aside, metadata={"about": json.dumps(about)})
+        make_readable(aside)
+        flush(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there that `write_tensors` wrote."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "about" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file that is whole."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What was chosen for them, and on how many samples, tokens and supervised tokens."""
+    with safe_open(path, "pt") as file:
+        return dict(json.loads(file.metadata()["about"]))
+
+
+@contextmanager
+def weights_of(model: Any, weights: dict[str, Tensor]) -> Iterator[None]:
+    """A model with other weights of these names; with its own, afterwards."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if name in weights}
+    try:
+        set_weights(model, weights)
+        yield
+    finally:
+        set_weights(model, kept)

@@ -1,1 +1,1 @@
-"""Data for real models, made of what package registries ship."""
+"""Data and a vision tower for real models, made of what package registries ship."""

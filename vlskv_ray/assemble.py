@@ -27,7 +27,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(
         "assemble",
         "Makes a LLaVA-NeXT of a text model and a vision tower: image token, projector, processor and chat template. "
-        "On texts it is the text model, which is checked. Of pictures it knows nothing until its projector is trained.",
+        "On texts it is the text model, which is checked. Of pictures it knows nothing until its projector is trained, "
+        "unless the tower brings a trained one.",
     )
     parser.add_argument(
         "--text",
@@ -38,7 +39,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vision",
         metavar="MODEL",
-        help="a CLIP or SigLIP, or its vision tower: a folder or a hub id (default: a small new tower)",
+        help="a CLIP or SigLIP, or its vision tower: a folder or a hub id; a projector.safetensors beside it is the "
+        "projector that was trained with it (default: a small new tower)",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write, which is not there yet")
     new = parser.add_argument_group("a new tower")
@@ -55,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=rows_and_columns,
         metavar="RxC",
         help="rows and columns of the tiles that a picture may be seen in (default: 1x2 2x1 2x2 1x3 3x1, of a new "
-        "tower 1x1)",
+        "tower 1x1, of one with a projector those it was trained with)",
     )
     parser.add_argument(
         "--chat-template",
@@ -97,8 +99,8 @@ def assemble(options: argparse.Namespace) -> int:
         template = read_template(template)
     import torch
 
-    from vlskv_ray.assembly.assemble import TILES, check_written
     from vlskv_ray.assembly.assemble import assemble as join
+    from vlskv_ray.assembly.assemble import check_written
     from vlskv_ray.assembly.text_model import read_text_model
 
     new_tower = None if options.vision else new_tower_of(options)
@@ -107,8 +109,7 @@ def assemble(options: argparse.Namespace) -> int:
     tower = tower_of(options, new_tower, text.model.dtype)
     print(f"text          {described(text.name, text.model)}, {text.config.vocab_size:,} tokens")
     print(f"vision        {described(tower.name, tower.model)}, pictures of {tower.config.image_size} px", flush=True)
-    grid = options.grid or (((1, 1),) if tower.is_new else TILES)
-    assembled = join(text, tower, grid=grid, template=template, seed=options.seed)
+    assembled = join(text, tower, grid=options.grid, template=template, seed=options.seed)
     config, processor = assembled.model.config, assembled.processor
     grown = config.text_config.vocab_size
     resized = f"; embeddings {assembled.num_tokens:,} -> {grown:,}" if grown != assembled.num_tokens else ""
@@ -126,8 +127,10 @@ def assemble(options: argparse.Namespace) -> int:
     print(f"checked       its logits on texts are the text model's, {exactly}")
     weights = sum(parameter.numel() for parameter in assembled.model.parameters())
     untrained = "tower and projector are" if tower.is_new else "the projector is"
-    print(f"written       {options.output}: {weights / 1e6:.1f} million weights; {untrained} untrained, pictures mean "
-          f"nothing to it yet")  # fmt: skip
+    seen = (
+        f"{untrained} untrained, pictures mean nothing to it yet" if not tower.projector else "its projector is trained"
+    )
+    print(f"written       {options.output}: {weights / 1e6:.1f} million weights; {seen}")
     return DONE
 
 

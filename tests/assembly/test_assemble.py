@@ -32,6 +32,7 @@ from waiting import HANG_SECONDS
 from vlskv_ray import assemble, generate, train
 from vlskv_ray.assembly import text_model as text_model_module
 from vlskv_ray.assembly.assemble import TEXTS, logits_on_texts
+from vlskv_ray.assembly.vision_tower import write_tower
 from vlskv_ray.model.build import build_student, find_model, load_config
 from vlskv_ray.model.processor import load_processor
 
@@ -269,6 +270,51 @@ def test_a_tower_that_people_have(
     assert model.config.image_grid_pinpoints == [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
     assert model.config.vision_feature_layer == -2
     assert model.config.vision_feature_select_strategy == ("default" if make is clip_folder else "full")
+
+
+def trained_tower(tmp_path: Path, text: Path) -> tuple[Path, Any]:
+    """A model whose projector has learnt something, and the folder that its tower and projector are written into."""
+    whole = assembled(text, tmp_path / "whole", *NEW, "--grid", "1x1", "1x2", "--seed", "3")
+    model = AutoModelForImageTextToText.from_pretrained(whole)
+    processor = AutoProcessor.from_pretrained(whole, backend="pil")
+    tower = tmp_path / "tower"
+    write_tower(model, processor.image_processor.to_dict() | {"image_mean": [0.5, 0.25, 0.125]}, tower, torch.float32)
+    return tower, model
+
+
+def test_a_tower_with_its_trained_projector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sees as the model did that both were trained in: the same features of the same tiles."""
+    text = text_folder(tmp_path / "text")
+    tower, before = trained_tower(tmp_path, text)
+    capsys.readouterr()
+    folder = assembled(text, tmp_path / "again", "--vision", str(tower))
+    assert "its projector is trained" in capsys.readouterr().out
+    after = AutoModelForImageTextToText.from_pretrained(folder)
+    assert after.config.vision_feature_layer == before.config.vision_feature_layer == -1
+    assert after.config.image_grid_pinpoints == before.config.image_grid_pinpoints == [[32, 32], [32, 64]]
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    assert list(processor.image_processor.image_mean) == [0.5, 0.25, 0.125]
+    wanted = before.state_dict()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in after.state_dict().items())
+    other = assembled(text, tmp_path / "other", "--vision", str(tower), "--grid", "1x1")
+    assert AutoModelForImageTextToText.from_pretrained(other).config.image_grid_pinpoints == [[32, 32]]
+
+
+def test_a_projector_that_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One trained for another text model, and a file that is none; without the file a new one is drawn."""
+    tower, _ = trained_tower(tmp_path, text_folder(tmp_path / "text"))
+    wider = text_folder(tmp_path / "wider", hidden_size=64)
+    asked = ["--text", str(wider), "--vision", str(tower), "--output", str(tmp_path / "out")]
+    for told in ("model.image_newline is [32]; wanted [64] for this text model", "is no trained projector: "):
+        capsys.readouterr()
+        assert assemble.main(asked) == 2
+        error = capsys.readouterr().err
+        assert f"{tower}/projector.safetensors: {told}" in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists()
+        (tower / "projector.safetensors").write_bytes(b"nothing")
+    (tower / "projector.safetensors").unlink()
+    assembled(wider, tmp_path / "out", "--vision", str(tower))
+    assert "the projector is untrained" in capsys.readouterr().out
 
 
 TAKES_PARTS = (

@@ -15,19 +15,21 @@ from transformers import AddedToken, AutoModelForImageTextToText
 
 from vlskv_ray.assembly.chat_template import PLAIN, takes_parts, with_pictures
 from vlskv_ray.assembly.text_model import TextModel
-from vlskv_ray.assembly.vision_tower import VisionTower
+from vlskv_ray.assembly.vision_tower import PROJECTOR_FILE, VisionTower
 from vlskv_ray.data.check import check_processor
 from vlskv_ray.data.labels import check_template
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import LIBRARY_ERRORS, build_plain, find_model, load_config, one_line
 from vlskv_ray.model.processor import load_processor
-from vlskv_ray.model.wrappers import llava_next
+from vlskv_ray.model.wrappers import PROJECTOR, llava_next
 
 IMAGE_TOKEN = "<image>"
 MULTIPLE = 64
 """Of which the new number of embeddings is one: matrix products are slow at odd sizes."""
 TILES = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 """Rows and columns of tiles that LLaVA-NeXT sees a picture in."""
+NEW_TILES = ((1, 1),)
+"""The same of a new tower."""
 TEXTS = (
     "The capital of France is Paris.",
     "def add(a, b):\n    return a + b\n",
@@ -57,23 +59,26 @@ def assemble(
     text: TextModel,
     tower: VisionTower,
     *,
-    grid: Sequence[tuple[int, int]] = TILES,
+    grid: Sequence[tuple[int, int]] | None = None,
     template: str | None = None,
     image_token: str = IMAGE_TOKEN,
     seed: int = 0,
 ) -> Assembled:
-    """A LLaVA-NeXT of a text model, which becomes part of it, and a vision tower, with a new projector.
+    """A LLaVA-NeXT of a text model, which becomes part of it, and a vision tower, with a new projector or the one that
+    was trained with the tower.
 
     Args:
         text: as `read_text_model` gives it.
         tower: as `read_tower` or `draw_tower` gives it.
-        grid: rows and columns of the tiles that a picture may be seen in, beside the whole of it.
+        grid: rows and columns of the tiles that a picture may be seen in, beside the whole of it; None for those that
+            its projector was trained with, `TILES` of a tower without one, one tile of a new tower.
         template: a chat template; None for the text model's own, `PLAIN` for USER: and ASSISTANT:.
         image_token: that stands for a feature of an image.
-        seed: the projector is drawn from it.
+        seed: a new projector is drawn from it.
 
     Raises:
-        ValueError: the text model has no chat template, or one that cannot be used, or its weights are no numbers.
+        ValueError: the text model has no chat template, or one that cannot be used, its weights are no numbers, or the
+            projector was trained for another text model.
     """
     tokenizer, num_tokens = text.tokenizer, text.config.vocab_size
     logits = logits_on_texts(text.model, tokenizer)
@@ -84,9 +89,13 @@ def assemble(
         )
     chat_template, keeps = _choose_template(text, template, image_token)
     image_token_id = add_image_token(text, image_token)
+    grid = grid or (tower.projector.grid if tower.projector else NEW_TILES if tower.is_new else TILES)
     config = llava_next.make_config(text.config, tower.config, image_token_id, grid)
     config.vision_feature_layer = -1 if tower.is_new else LAYER_OF_TRAINED
     model = _shell(config, seed).to(text.model.dtype)
+    if tower.projector:
+        config.vision_feature_layer = tower.projector.feature_layer
+        _take_projector(model, tower)
     model.model.language_model = text.model.get_decoder()
     model.lm_head = text.model.get_output_embeddings()
     model.model.vision_tower = tower.model
@@ -152,6 +161,22 @@ def _shell(config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForImageTextToText.from_config(small)
+
+
+def _take_projector(model: Any, tower: VisionTower) -> None:
+    """Gives a model the projector that was trained with its tower. ValueError where it does not fit the text model."""
+    trained = tower.projector.weights if tower.projector else {}
+    own = {name: weight for name, weight in model.named_parameters() if llava_next.part_of(name) == PROJECTOR}
+    for name in sorted(own.keys() | trained.keys()):
+        wanted, got = (list(found[name].shape) if name in found else None for found in (own, trained))
+        if wanted != got:
+            raise ValueError(
+                f"--vision: {tower.name}/{PROJECTOR_FILE}: {name} is {got}; wanted {wanted} for this text model: "
+                f"it was trained for another one; remove the file for a new projector"
+            )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(trained[name])
 
 
 @torch.inference_mode()

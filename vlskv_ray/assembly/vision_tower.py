@@ -1,16 +1,22 @@
-"""A vision tower: one that people have, or a small new one."""
+"""A vision tower: one that people have, or a small new one; with the projector that was trained behind it, if any."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionModel
 
 from vlskv_ray.model import presets
 from vlskv_ray.model.build import LIBRARY_ERRORS, find_model, naming_model, one_line, quiet_transformers
 from vlskv_ray.model.folder import read_json
 from vlskv_ray.model.sanity import VISION, check_image_processor, check_sections, processor_files
+from vlskv_ray.model.wrappers import PROJECTOR
+from vlskv_ray.model.wrappers.llava_next import part_of
 
 TOWERS = {
     "clip": CLIPVisionModel,
@@ -25,6 +31,21 @@ MOST_PATCHES = 2**14
 """Of a picture in a new tower: each becomes a feature, and is attended to by all."""
 HEAD_SIZE = 32
 """Of a new tower."""
+PROJECTOR_FILE = "projector.safetensors"
+"""Beside a tower's own files: the projector that was trained with it. How it sees is in the metadata of the file."""
+LAYER, GRID = "vision_feature_layer", "grid"
+"""That metadata: JSON by key."""
+
+
+@dataclass(frozen=True)
+class Projector:
+    """What was trained between a tower and a text model, and how the two saw pictures then."""
+
+    weights: dict[str, Tensor]
+    """By their names in a LLaVA-NeXT."""
+    feature_layer: int
+    grid: tuple[tuple[int, int], ...]
+    """Rows and columns of the tiles that a picture is seen in."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,8 @@ class VisionTower:
     image_processor: dict[str, Any] = field(default_factory=dict)
     """What its image processor has other than a stock one: mean, deviation, filter."""
     is_new: bool = False
+    projector: Projector | None = None
+    """The trained one that comes with it."""
 
     @property
     def config(self) -> Any:
@@ -127,4 +150,46 @@ def read_tower(name: str, dtype: torch.dtype) -> VisionTower:
             f"original model there"
         )
     *_, images = found[0]
-    return VisionTower(name, model.eval(), {key: images[key] for key in READ if images.get(key) is not None})
+    scale = {key: images[key] for key in READ if images.get(key) is not None}
+    return VisionTower(name, model.eval(), scale, projector=read_projector(folder / PROJECTOR_FILE))
+
+
+def read_projector(file: Path) -> Projector | None:
+    """The trained projector in a file as `write_tower` writes it; None where there is no such file.
+
+    Raises:
+        ValueError: it is another kind of file, or does not say how pictures are seen.
+    """
+    if not file.exists():
+        return None
+    try:
+        weights = load_file(file)
+        with safe_open(file, "pt") as stored:
+            said = stored.metadata() or {}
+        layer, grid = json.loads(said[LAYER]), json.loads(said[GRID])
+        pairs = tuple((int(rows), int(columns)) for rows, columns in grid)
+        return Projector(weights, int(layer), pairs)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: is no trained projector: {one_line(error)}; wanted safetensors with {LAYER} and {GRID} in their "
+            f"metadata; without the file a new projector is drawn"
+        ) from error
+
+
+def write_tower(model: Any, image_processor: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    """Writes a LLaVA-NeXT's vision tower and projector into a new folder, for `read_tower`.
+
+    Args:
+        model: a stock LLaVA-NeXT whose vision_feature_layer is one number.
+        image_processor: its image processor's options.
+        folder: to write.
+        dtype: of the weights in it.
+    """
+    model.model.vision_tower.to(dtype).save_pretrained(folder)
+    scale = {key: image_processor[key] for key in READ if image_processor.get(key) is not None}
+    (folder / "preprocessor_config.json").write_text(json.dumps(scale, indent=2) + "\n")
+    side = model.config.vision_config.image_size
+    grid = [[height // side, width // side] for height, width in model.config.image_grid_pinpoints]
+    said = {LAYER: json.dumps(model.config.vision_feature_layer), GRID: json.dumps(grid)}
+    weights = {name: weight for name, weight in model.state_dict().items() if part_of(name) == PROJECTOR}
+    save_file({name: weight.to(dtype).contiguous() for name, weight in weights.items()}, folder / PROJECTOR_FILE, said)

@@ -13,7 +13,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +218,8 @@ def attend_by_sequence(
     """
     counts, masks = swiftkv.of_each(query.shape[2], sliding_window)
     states = (query.split(counts, 2), key.split(swiftkv.lengths, 2), value.split(swiftkv.lengths, 2))
-    with torch.autocast(query.device.type, enabled=False):  # which would take `_attend`'s float32 back
+    rounds = query.device.type == "cpu" and torch.is_autocast_enabled("cpu")  # it would take `_attend`'s float32 back
+    with torch.autocast("cpu", enabled=False) if rounds else nullcontext():
         outputs = [_attend(q, k, v, mask, scaling) for q, k, v, mask in zip(*states, masks, strict=True) if q.shape[2]]
     return (torch.cat(outputs, dim=2) if outputs else query).transpose(1, 2), None
 

@@ -58,6 +58,14 @@ def write_texts(path: Path, texts: Iterable[str]) -> None:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
+def add_line(path: Path, text: str) -> None:
+    """Adds a line to a file for a process that nobody listens to; where the disk is full, it is not told."""
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a") as lines:
+            lines.write(f"{text}\n")
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -61,6 +61,21 @@ def make(
     return {name: weight.detach().clone() for name, weight in projections_of(model).items()}
 
 
+def make_five(run: Run) -> list[Sequence[int]]:
+    """Begins a fit and ends it after five micro-batches; what these were."""
+    seen: list[Sequence[int]] = []
+
+    def ending(numbers: Sequence[int]) -> Batch:
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(numbers)
+        return batch_of_numbers(numbers)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(run, ending)
+    return seen
+
+
 def work(run: Run, rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -104,16 +119,7 @@ def test_what_may_be_chosen_is_measured_each_with_its_own_weights(run: Run, dtyp
 def test_it_goes_on_where_it_was_ended(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "KEEP_SECONDS", -1)  # keep the sums each time
     alone = make(replace(run, folder=tmp_path / "alone", fit=FitPlan(SAMPLES, tmp_path / "of-alone")))
-    seen: list[Sequence[int]] = []
-
-    def ending(numbers: Sequence[int]) -> Batch:
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-        seen.append(numbers)
-        return batch_of_numbers(numbers)
-
-    with pytest.raises(KeyboardInterrupt):
-        make(run, ending)
+    seen = make_five(run)
     rest: list[Sequence[int]] = []
     again = make(run, lambda numbers: rest.append(numbers) or batch_of_numbers(numbers))
     assert [*seen, *rest] == [*SAMPLES, SAMPLES[7]]  # each once, and the one held out once more to be measured on
@@ -123,16 +129,7 @@ def test_it_goes_on_where_it_was_ended(run: Run, tmp_path: Path, monkeypatch: py
 
 def test_sums_of_another_fit_are_not_gone_on_with(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "KEEP_SECONDS", -1)
-    seen: list[Sequence[int]] = []
-
-    def ending(numbers: Sequence[int]) -> Batch:
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-        seen.append(numbers)
-        return batch_of_numbers(numbers)
-
-    with pytest.raises(KeyboardInterrupt):
-        make(run, ending)
+    seen = make_five(run)
     seen.clear()
     other = replace(run, fit=FitPlan(SAMPLES[:4], tmp_path / "fit-2"))
     make(other, lambda numbers: seen.append(numbers) or batch_of_numbers(numbers))

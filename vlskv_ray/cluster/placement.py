@@ -4,13 +4,15 @@ Workers and a first data task are bundles of one placement group. Were they aske
 each have a part of what they need would wait for each other for ever.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vlskv_ray.errors import NoRoom
+from vlskv_ray.files import add_line
 from vlskv_ray.words import plural
 
 Resources = dict[str, float]
@@ -102,14 +104,7 @@ def room_for(bundles: list[Resources], what: str, wait: Wait) -> Iterator[Any]:
 
 def write_waits_to(file: Path) -> Callable[[str], None]:
     """Tells by adding lines to a file, for a process that nobody listens to."""
-
-    def tell(text: str) -> None:
-        with suppress(OSError):  # a full disk ends no run
-            file.parent.mkdir(exist_ok=True)
-            with open(file, "a") as lines:
-                lines.write(f"{text}\n")
-
-    return tell
+    return functools.partial(add_line, file)
 
 
 class Bundles:

@@ -28,6 +28,7 @@ from vlskv_ray.data.sample import Sample
 from vlskv_ray.evaluation.generation import as_text, generate_answers
 from vlskv_ray.model.swiftkv import SwiftKVPass, has_swiftkv, swiftkv_backbone
 from vlskv_ray.training.distill import kl_divergence, rows_per_chunk, shared_pass
+from vlskv_ray.training.fit import set_weights
 
 FITTED = "student_fitted"
 """The side that is the student as it was fitted, before it was trained."""
@@ -89,18 +90,13 @@ def as_teacher(model: Any) -> AbstractContextManager[None]:
 def before_distillation(model: Any, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """The student whose SwiftKV weights are copies of the teacher's, but for those given by name. As it was,
     afterwards."""
-    trained = {name: p for name, p in model.named_parameters() if "_swiftkv" in name}
-    kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if "_swiftkv" in name}
     try:
         swiftkv_backbone(model).start_from_teacher()
-        with torch.no_grad():
-            for name, weight in (weights or {}).items():
-                trained[name].copy_(weight)
+        set_weights(model, weights or {})
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(kept[name])
+        set_weights(model, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------- the answers

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlskv_ray.data.collate import Batch, supervised_positions
 from vlskv_ray.errors import AskedToStop, StoppedRun
-from vlskv_ray.files import flush, make_readable
+from vlskv_ray.files import add_line, flush, make_readable
 from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
 from vlskv_ray.training.distill import distances_at_head, frozen_states, rows_per_chunk
 from vlskv_ray.training.faults import fault_point
@@ -142,7 +142,7 @@ class Fitting:
         return self.every > 1 and number % self.every == self.every - 1
 
     def measure(self, students: Sequence[dict[str, Tensor]]) -> list[float]:
-        """Of each student the mean KL from the teacher on samples that are held out; infinite if there are none."""
+        """Of each student the mean KL from the teacher on samples that are held out; 0 if there are none."""
         held_out = [number for number in range(len(self.samples)) if self.is_held_out(number)][:MEASURED]
         found = {}
         for number in held_out[this_rank() :: len(gather_objects(None))]:
@@ -182,7 +182,7 @@ class Fitting:
             for name, of in (("sums", sums), ("held_out", held_out))
             for key, x in of.tensors().items()
         }
-        with suppress(OSError, SafetensorError):
+        with suppress(OSError):
             write_tensors(self.partial, tensors, {"done": done, "fit": self.kept.name})
 
     def resume(self) -> tuple[tuple[FitSums, FitSums], int]:
@@ -203,7 +203,7 @@ class Fitting:
     def write(self, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Writes the weights for this run and for others of the same fit."""
         write_tensors(self.run.start_file, weights, about)
-        with suppress(OSError, SafetensorError):  # that is to save others the work
+        with suppress(OSError):  # that is to save others the work
             self.kept.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(self.kept, weights, about)
         self.partial.unlink(missing_ok=True)
@@ -211,10 +211,7 @@ class Fitting:
 
 def tell(run: Run, text: str) -> None:
     """Shows a line to whoever watches the run."""
-    with suppress(OSError):  # a full disk ends no run
-        run.waiting_file.parent.mkdir(exist_ok=True)
-        with open(run.waiting_file, "a") as lines:
-            lines.write(f"{text}\n")
+    add_line(run.waiting_file, text)
 
 
 def told_of(about: dict[str, Any]) -> str:
@@ -244,7 +241,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     aside = path.with_name(f".writing-{path.name}-{os.getpid()}")
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, aside, metadata={"about": json.dumps(about)})
+        try:
+            save_file(tensors, aside, metadata={"about": json.dumps(about)})
+        except SafetensorError as error:  # of a disk too
+            raise OSError(None, f"cannot be written: {error}", str(path)) from error
         make_readable(aside)
         flush(aside)
         os.replace(aside, path)
@@ -272,14 +272,3 @@ def read_about(path: Path) -> dict[str, Any]:
     """What was chosen for them, and on how many samples, tokens and supervised tokens."""
     with safe_open(path, "pt") as file:
         return dict(json.loads(file.metadata()["about"]))
-
-
-@contextmanager
-def weights_of(model: Any, weights: dict[str, Tensor]) -> Iterator[None]:
-    """A model with other weights of these names; with its own, afterwards."""
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if name in weights}
-    try:
-        set_weights(model, weights)
-        yield
-    finally:
-        set_weights(model, kept)

@@ -71,6 +71,7 @@ def evaluation() -> dict[str, Any]:
         "teacher": side(0.94, 0.0, 1.0, 0.101),
         "student_before": side(0.31, 1.913, 0.622, 2.207),
         "student": side(0.92, 0.01234, 0.981, 0.113),
+        "student_is": "distilled",
         "savings": dict(SAVINGS),
         "samples": 100,
         "questions": 100,
@@ -90,7 +91,7 @@ def sft_evaluation() -> dict[str, Any]:
 
 
 NEWER = {
-    *("perplexity", "agreed_prefix_share", "max_new_tokens", "prompt_images", "prefill_cpu_time_ratio"),
+    *("student_is", "perplexity", "agreed_prefix_share", "max_new_tokens", "prompt_images", "prefill_cpu_time_ratio"),
     *("teacher_prefill_cpu_seconds", "student_prefill_cpu_seconds"),
 }
 

@@ -37,14 +37,16 @@ def test_a_line_holds_the_figures_of_its_run(run: Path, capsys: pytest.CaptureFi
         "run": "shapes",
         "layers with their own cache": "2 of 4",
         "group": "1",
-        "KL before": "1.913",
+        "KL copied": "1.913",
+        "KL fitted": "–",
         "KL": "0.01234",
         "top-1": "98.1%",
         "perplexity": "1.12",
         "the teacher's perplexity": "1.106",
         "agreed prefix": "98.1%",
-        "accuracy before": "31.0%",
-        "accuracy after": "92.0%",
+        "accuracy copied": "31.0%",
+        "accuracy fitted": "–",
+        "accuracy": "92.0%",
         "kept": "97.9%",
         "kept with images": "97.9%",
         "kept text only": "97.8%",
@@ -128,7 +130,7 @@ def test_the_closing_table_of_a_run(run: Path, capsys: pytest.CaptureFixture[str
         assert figure in text, figure
     places = [
         *("KL per token, mean", "top-1 agreement", "perplexity", "cross-entropy", "agreed greedy prefix, tokens"),
-        *("accuracy ", "question, 1 image   What colour is the disc?", "student before      blue"),
+        *("accuracy ", "question, 1 image   What colour is the disc?", "student copied      blue"),
         "prefill operations",
     ]
     assert sorted(places, key=text.index) == places, "what says most about any answers comes first"
@@ -143,7 +145,7 @@ def test_answers_in_a_terminal_are_short_and_steer_nothing(run: Path, capsys: py
     text = capsys.readouterr().out
     assert "\x1b" not in text and text.count("\n```") == 1 and "teacher             –\n" in text
     (line,) = [line for line in text.splitlines() if "long long" in line]
-    assert line.startswith("student after       \\x1b[31mred ``` long") and line.endswith("… (of 1,013 characters)")
+    assert line.startswith("student distilled   \\x1b[31mred ``` long") and line.endswith("… (of 1,013 characters)")
     assert len(line) < 270
 
 
@@ -153,7 +155,7 @@ def test_the_summary_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     head, _, *rows, space, note = capsys.readouterr().out.strip().splitlines()
     cells = {label: rest for label, *rest in ([cell.strip() for cell in row.split("|")[1:-1]] for row in [head, *rows])}
     assert cells == {
-        "": ["teacher", "student before", "student after"],
+        "": ["teacher", "student copied", "student distilled"],
         "perplexity": ["1.106", "9.088", "1.12"],
         "agreed greedy prefix, share": ["100.0%", "62.2%", "98.1%"],
         "accuracy": ["94.0%", "31.0%", "92.0%"],

@@ -76,7 +76,7 @@ def test_a_student_gets_every_figure(run: Path, capsys: pytest.CaptureFixture[st
     assert evaluation["teacher"]["accuracy"] == 0 and printed.count("ccuracy") == 1
     assert "None of the teacher's matches its reference word for word, so no accuracy is shown." in printed
     example = evaluation["examples"][0]
-    for label, name in (("teacher", "teacher"), ("student before", "student_before"), ("student after", "student")):
+    for label, name in (("teacher", "teacher"), ("student copied", "student_before"), ("student", "student")):
         assert f"\n{label:20}{printable(' '.join(example[name].split()))}" in printed
     for label, name in (
         ("prefill CPU time", "prefill_cpu_time_ratio"),

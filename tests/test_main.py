@@ -21,6 +21,7 @@ QUICKSTART = str(PACKAGE / "config" / "shipped" / "quickstart.yaml")
 WRONG_CONFIG = ["--config", QUICKSTART, "epochs=many"]
 ANSWERED_AT_ONCE: dict[str, list[tuple[list[str], int]]] = {
     "train": [(["--config", QUICKSTART, "--print-config"], 0), (WRONG_CONFIG, 2)],
+    "fit": [(WRONG_CONFIG, 2), (["--config", QUICKSTART, "model.start=copy"], 2)],
     "tune": [(WRONG_CONFIG, 2)],
     "probe": [(WRONG_CONFIG, 2), (["--config", QUICKSTART, "objective=sft"], 2)],
     "evaluate": [(["--model", "m", "--data", "rows.jsonl", "--split", "test"], 2)],

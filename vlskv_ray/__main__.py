@@ -10,6 +10,7 @@ from vlskv_ray.command import DONE, exit_status
 
 COMMANDS = {
     "train": "distils a model into its SwiftKV form, or trains a teacher",
+    "fit": "makes a student in closed form, without training, and measures it",
     "tune": "tries settings on Ray Tune, and says which to take",
     "probe": "measures untrained students of every N and group size",
     "evaluate": "measures a student against its teacher on held-out samples",

@@ -13,7 +13,7 @@ import torch
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.errors import AskedToStop, StoppedRun
-from vlskv_ray.evaluation.evaluator import FITTED, Evaluator, evaluation_of, figures_of
+from vlskv_ray.evaluation.evaluator import Evaluator, evaluation_of, figures_of, sides_with
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.files import write_json
 from vlskv_ray.model.build import trainable_parameters
@@ -31,7 +31,7 @@ from vlskv_ray.storage.saving import (
 )
 from vlskv_ray.training.distill import LossSums
 from vlskv_ray.training.faults import fault_point
-from vlskv_ray.training.objective import Loss, build_model, objective_of
+from vlskv_ray.training.objective import Loss, build_model, made_by, objective_of
 from vlskv_ray.training.outcome import Outcome
 from vlskv_ray.training.run import Run, Worker, gather_objects, this_rank
 from vlskv_ray.training.start import BatchOf, is_whole, read_weights, start_fitted
@@ -175,7 +175,7 @@ def run_steps(training: Training, batches: Iterator[Batch], batch_of: BatchOf | 
         return None
     except StoppedRun as reason:
         return str(reason)
-    if training.step < training.run.total_steps:
+    if training.step < training.run.total_steps or not training.run.total_steps:
         return None
     return counts.nothing_learnt(config.vision_loss_weight, config.text_loss_weight, config.trained_parts)
 
@@ -392,6 +392,7 @@ def measure(training: Training) -> None:
     watchdog.rest()  # the workers part here
     if worker.rank == 0:
         if objective.has_student:
+            evaluation["student_is"] = made_by(run.config)
             evaluation["model"] = layers_of(training.model)
             typical = evaluator.typical_sample() if evaluator else None
             evaluation["savings"] = measure_savings(training.model, typical)
@@ -403,10 +404,9 @@ def measure(training: Training) -> None:
 
 
 def sides_of(run: Run) -> tuple[str, ...]:
-    """Whose answers are compared at the end."""
-    *others, trained = objective_of(run.config).sides
-    fitted = run.fit is not None and is_whole(run.start_file)  # somebody may have taken it away
-    return (*others, *([FITTED] if fitted else []), trained)
+    """Whose answers are compared at the end; the fitted student's where it is another than the one that is made."""
+    fitted = run.fit is not None and run.total_steps > 0 and is_whole(run.start_file)  # it may have been taken away
+    return sides_with(objective_of(run.config).sides, fitted=fitted)
 
 
 def stop_if_refused(run: Run, evaluator: Evaluator) -> None:

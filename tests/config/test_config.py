@@ -262,7 +262,7 @@ def test_a_file_that_can_not_be_read_is_one_line() -> None:
         ("epochs: 0", "epochs: wanted an integer > 0, got 0"),
         ("epochs: [1]", "epochs: wanted an integer > 0, got [1]"),
         ("epochs:", "epochs: wanted an integer > 0, got null"),
-        ("max_steps: -1", "max_steps: wanted an integer > 0 or null, got -1"),
+        ("max_steps: -1", "max_steps: wanted an integer >= 0 or null, got -1"),
         ("seed: -1", "seed: wanted an integer >= 0 and < 4294967296, got -1"),
         ("temperature: true", "temperature: wanted a number > 0, got true"),
         ("temperature: .inf", "temperature: wanted a number > 0, got '.inf'"),
@@ -433,7 +433,10 @@ def test_the_parts_that_train() -> None:
             "model.num_key_value_layers: has no effect with objective=sft; remove it",
         ),
         ("objective=sft model.start=fit", "model.start: has no effect with objective=sft; remove it"),
-        ("model.fit_tokens=9", "model.fit_tokens: nothing is fitted with start=copy; use start=fit, or remove it"),
+        (
+            "model.start=copy model.fit_tokens=9",
+            "model.fit_tokens: nothing is fitted with start=copy; use start=fit, or remove it",
+        ),
         (
             "objective=sft model.trainable=[projector] optimizer.learning_rates.text=1",
             "optimizer.learning_rates.text: text does not train, but projector; remove it, or add text to "

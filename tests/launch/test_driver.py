@@ -17,10 +17,13 @@ from pages import PLOTS, SECTIONS
 from runs import LOCAL, NO_ANSWERS, assert_same_weights, lines, main
 from safetensors.torch import load_file
 
-from vlskv_ray.report.figures import decimal, percent
+import vlskv_ray.fit
+from vlskv_ray.model.build import build_student, find_model
+from vlskv_ray.report.figures import columns, decimal, percent
 from vlskv_ray.storage.run_lock import own_run_folder
 from vlskv_ray.training import faults
 from vlskv_ray.training.objective import SIDES
+from vlskv_ray.training.start import read_weights
 
 ONE_EPOCH = ("epochs=1", "data.max_rejected_fraction=0.2")
 SHORT = (*NO_ANSWERS, "epochs=1")
@@ -200,3 +203,22 @@ def test_ctrl_c_and_sigterm_save_first(files: Path, tmp_path: Path) -> None:
     assert main(files / "run.yaml", *SHORT, "output.name=interrupted", "--resume", "must") == 0
     assert main(files / "run.yaml", *SHORT, "output.name=alone") == 0
     assert_same_weights(files / "runs" / "interrupted", files / "runs" / "alone")
+
+
+def test_a_run_without_steps_is_the_fitted_student(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exported and measured as what it is; asked again it says so, and another config does not write over it."""
+    arguments = ["--config", str(files / "run.yaml"), *LOCAL, "output.name=of-no-steps", "evaluation.every_steps=null"]
+    assert vlskv_ray.fit.main(arguments) == 0
+    run = files / "runs" / "of-no-steps-fit"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert columns(evaluation) == ["teacher", "student copied", "student fitted"]
+    assert "mean of" not in capsys.readouterr().out and (run / "report.html").exists()
+    exported = dict(build_student(find_model(str(run / "final"))).named_parameters())
+    fitted = read_weights(run / "start.safetensors")
+    assert fitted and all(torch.equal(exported[name], weight) for name, weight in fitted.items())
+    assert vlskv_ray.fit.main(arguments) == 0 and "already finished" in capsys.readouterr().out
+    assert vlskv_ray.fit.main([*arguments, "seed=5"]) == 2
+    assert "of-no-steps-fit: holds a run of another config; use --resume never" in capsys.readouterr().err
+    assert vlskv_ray.fit.main([*arguments, "objective=sft"]) == 2
+    assert vlskv_ray.fit.main([*arguments, f"model.name_or_path={run / 'final'}"]) == 2
+    assert "is a student already" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_figures_are_those_of_the_report(tmp_path: Path, objective: str) -> None
     in_card = [line for table in tables(card) for line in table[1:]]
     assert in_card and all(line in in_page for line in in_card)
     aside = [["image_damaged", "3"], ["too_long", "12"]]
-    names = {"question", "expected", "teacher", "student before", "student after", "model", ""}
+    names = {"question", "expected", "teacher", "student copied", "student distilled", "model", ""}
     assert all(line in in_card for line in in_page if line[0] not in names and line not in aside)
     headline = page.text[: page.text.index("Result")]
     for figure in ("97.9%", "98.1%", "46.8%", "0.01234", "1.12"):
@@ -71,8 +71,8 @@ def test_answers_stand_below_the_result(tmp_path: Path) -> None:
     assert "| KL per token, mean |" in before and "## What it saves" in after
     first, second = after.split("\n- question")[:2]
     assert first.startswith(
-        "- question: What colour is the disc?\n  - teacher: red\n  - student before: blue\n"
-        "  - student after: red \\*and\\* long long"
+        "- question: What colour is the disc?\n  - teacher: red\n  - student copied: blue\n"
+        "  - student distilled: red \\*and\\* long long"
     )
     assert first.endswith("… (of 1,010 characters)") and len(first) < 650
     assert second.startswith(", 1 image: What colour is the disc?\n  - teacher: red\n")
@@ -117,7 +117,7 @@ def test_what_fine_tuning_trained_is_said(tmp_path: Path) -> None:
             run_folder(
                 tmp_path / name,
                 objective="sft",
-                evaluation=evaluation() if "student" in name else sft_evaluation(),
+                evaluation=evaluation() | {"student_is": "fine-tuned"} if "student" in name else sft_evaluation(),
                 summary=SUMMARY | {"parameters": parameters},
                 plots=False,
                 model=model,

@@ -53,7 +53,7 @@ def test_a_whole_run_shows_everything(whole: Path) -> None:
     assert ["colour (40)", "94.0%", "31.0%", "92.0%"] in cells
     assert ["prefill operations", "19 GFLOP", "10.1 GFLOP", "0.53"] in cells
     assert ["too_long", "12"] in cells and ["torch", "2.13.0+cpu"] in cells
-    assert ["teacher", "red ✓ right"] in cells and ["student before", "blue ✗ wrong"] in cells
+    assert ["teacher", "red ✓ right"] in cells and ["student copied", "blue ✗ wrong"] in cells
     assert tiles(whole.read_text()) == [
         ("mean KL", "1.913 → 0.01234"),
         ("top-1 agreement", "62.2% → 98.1%"),
@@ -152,7 +152,7 @@ def test_an_answer_is_set_off_where_it_leaves_the_teachers(tmp_path: Path) -> No
     folder = run_folder(tmp_path, evaluation=found, plots=False)
     page = written(folder)
     source = (folder / "report.html").read_text()
-    of_student = re.findall('<th scope="row">student after</th><td>(.*?) <span class="(?:right|wrong)', source)
+    of_student = re.findall('<th scope="row">student distilled</th><td>(.*?) <span class="(?:right|wrong)', source)
     assert of_student[:5] == [
         "red",
         'r<span class="differs">ose &amp; &lt;b&gt;</span>',

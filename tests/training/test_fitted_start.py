@@ -189,13 +189,21 @@ def test_the_fitted_student_is_measured_beside_the_others(run: Run, tmp_path: Pa
     kl = [evaluation[side]["kl_mean"] for side in ("teacher", "student_before", "student_fitted", "student")]
     assert kl[0] == 0 and len(set(kl)) == 4
     shown = columns(evaluation)
-    assert shown == ["teacher", "student before", "student fitted", "student after"]
+    assert shown == ["teacher", "student copied", "student fitted", "student distilled"]
     (run.folder / "evaluation.json").unlink()
     run.start_file.unlink()
     assert train_worker(run, Worker(), batches(prepared()), batch_of_numbers).status == "done"
     assert "student_fitted" not in json.loads((run.folder / "evaluation.json").read_text())
 
 
-def test_samples_that_cannot_be_used_end_it(run: Run) -> None:
+def test_samples_that_cannot_be_used_leave_copies(run: Run) -> None:
+    """Where steps follow, which say at their end what is wrong; without any it is told here."""
+    copied = build_student(find_model(run.config.model.name_or_path), 2)
+    assert run.fit is not None
+    fitted = make(run, lambda numbers: batch_of([]))
+    assert all(torch.equal(fitted[name], weight) for name, weight in projections_of(copied).items())
+    assert "fitted        nothing" in run.waiting_file.read_text()
+    for file in (run.start_file, run.fit.kept):
+        file.unlink()
     with pytest.raises(StoppedRun, match="none of the samples that the student would be fitted to can be used"):
-        make(run, lambda numbers: batch_of([]))
+        make(replace(run, total_steps=0), lambda numbers: batch_of([]))

@@ -97,12 +97,13 @@ class ModelConfig(_Section):
     key_value_group_size: PositiveInt | None = None
     """Layers above N that share one key/value cache. None: what the checkpoint says, else 1, which loses the least."""
 
-    start: Literal["fit", "copy"] = "copy"
+    start: Literal["fit", "copy"] | None = None
     """How a student's keys and values start. copy: as the teacher's, which were made for other inputs. fit: as near to
-    the teacher's as a linear map comes, by one pass over some samples and a solve of seconds; see docs/fit.md."""
+    the teacher's as a linear map comes, by one pass over some samples and a solve of seconds; see docs/fit.md. None:
+    fit, but where the model is a student already or the run goes on from a checkpoint."""
 
     fit_tokens: PositiveInt | None = None
-    """With start=fit: about how many tokens that pass sees. None: 64 for each number of a hidden state."""
+    """About how many tokens that pass sees. None: 64 for each number of a hidden state."""
 
     trainable: Annotated[tuple[Trainable, ...], Strict(False)] = ()
     """Parts that train; the others are frozen, and no gradient of them is computed. projector: with all between tower
@@ -510,8 +511,8 @@ class Config(_Section):
     epochs: PositiveInt = 1
     """Passes over the mixture."""
 
-    max_steps: PositiveInt | None = None
-    """Stop after this many optimizer steps. None: only `epochs` counts."""
+    max_steps: NonNegativeInt | None = None
+    """Stop after this many optimizer steps; 0 makes the student that a run starts with. None: only `epochs` counts."""
 
     micro_batch_size: Size = 1
     """Samples of one forward pass of one worker."""
@@ -573,6 +574,8 @@ class Config(_Section):
             problems["checkpoint.keep_best"] = "nothing is measured on the way; set evaluation.sources and every_steps"
         if self.cluster.use_gpu and self.cluster.bit_identical:
             problems["cluster.bit_identical"] = "no two runs on GPUs give the same bits; remove it or cluster.use_gpu"
+        if self.objective == "sft" and self.max_steps == 0:
+            problems["max_steps"] = "0 steps with objective=sft change nothing; raise it"
         if self.objective == "sft" and self.model.teacher_cache != "off":
             problems["model.teacher_cache"] = "there is no teacher with objective=sft; remove it"
         if self.model.fit_tokens is not None and self.model.start == "copy":
@@ -589,10 +592,9 @@ class Config(_Section):
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         names = ("temperature", "vision_loss_weight", "text_loss_weight", "hidden_loss_weight")
         useless = [name for name in names if getattr(self, name) != defaults[name]]
-        of_student = ("num_key_value_layers", "key_value_group_size") if "swiftkv" not in self.trained_parts else ()
+        names = ("num_key_value_layers", "key_value_group_size", "start", "fit_tokens")
+        of_student = names if "swiftkv" not in self.trained_parts else ()
         useless += [f"model.{name}" for name in of_student if getattr(self.model, name) is not None]
-        if "swiftkv" not in self.trained_parts and self.model.start == "fit":
-            useless.append("model.start")
         problems = dict.fromkeys(useless, "has no effect with objective=sft; remove it")
         if self.model.dtype == "bfloat16" and self.trained_parts == PLAIN_PARTS:
             problems["model.dtype"] = (

@@ -69,6 +69,11 @@ class Result:
     by: dict[str, Measured]
 
 
+def sides_with(sides: Sequence[str], *, fitted: bool) -> tuple[str, ...]:
+    """The sides that answer, the student's own the last; before it that of the fitted student, if there is one."""
+    return (*sides[:-1], *([FITTED] if fitted else []), sides[-1])
+
+
 # ----------------------------------------------------------------------------------------------------------- the models
 @contextmanager
 def toggled(model: Any, on: bool) -> Iterator[None]:

@@ -17,7 +17,7 @@ from vlskv_ray.files import write_text
 from vlskv_ray.launch.cache_room import check_cache
 from vlskv_ray.launch.on_ray import run_on_ray
 from vlskv_ray.launch.prepare import prepare
-from vlskv_ray.launch.resume import find_start
+from vlskv_ray.launch.resume import REMEDY, find_start
 from vlskv_ray.launch.watch import OnMetrics, watch, with_threads
 from vlskv_ray.report.finished import is_untouched, seals, unfinished, unmade, write_pages
 from vlskv_ray.report.summary import closing, write_summary
@@ -46,11 +46,11 @@ def train(
     if resume == "never" and folder.exists():
         print_info(config, f"moved the older run to {short_path(move_aside(folder))}")
     with own_run_folder(folder) as owner:  # first of all: what is looked at from here on is this command's alone
-        saved = find_start(folder, resume)
+        saved = find_start(folder, resume, has_steps=config.max_steps != 0)
         run, loader = prepare(config, saved, num_samples, owner)
         if len(loader.plan.lengths) > ROWS_IN_MEMORY:
             loader = replace(loader, plan=loader.plan.with_lengths_in(folder / "lengths.npy"))
-        if saved and saved.step >= run.total_steps and is_completed(run):
+        if (saved.step if saved else 0) >= run.total_steps and is_completed(run):
             return DONE
         if run.cache is not None:
             check_cache(run, loader)
@@ -86,6 +86,8 @@ def is_completed(run: Run) -> bool:
     """
     folder, config_text = run.folder, dump_config(run.config)
     written = folder / "config.yaml"
+    if not run.total_steps and (folder / "summary.json").exists() and written.read_text() != config_text:
+        raise ValueError(f"{folder}: holds a run of another config; {REMEDY}")
     if not written.is_file() or config_text.startswith(written.read_text(errors="replace")):
         write_text(written, config_text)
     why = unfinished(folder, run.total_steps)

@@ -25,6 +25,7 @@ from vlskv_ray.launch.start_block import describe_parameters
 from vlskv_ray.model.build import trainable_parameters
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 from vlskv_ray.training.distill import LossSums, shared_pass
+from vlskv_ray.training.fit import fit_bytes
 from vlskv_ray.training.objective import build_model, objective_of
 from vlskv_ray.training.profiling import flop_counter, peak_bytes
 from vlskv_ray.training.run import Run
@@ -125,6 +126,9 @@ def print_memory(run: Run, model: Any, peak: int) -> None:
         f"{format_bytes(3 * moving)} more while one saves, {format_bytes(peak)} activations and logits (logits at most "
         f"{format_bytes(logits)}); this process, with its libraries, {format_bytes(process)}"
     )
+    if run.fit:
+        sums = format_bytes(fit_bytes(model, run.config.cluster.most_workers))
+        print(f"              {sums} of sums while the student is fitted, before the first step")
 
 
 def print_prediction(run: Run, step: float, later: float) -> None:

@@ -75,9 +75,10 @@ def prepare(
     config = changed(config, {"data.max_length": max_length_of(config, text_config)})
     loader, tokens = lay_out(config, saved, num_samples)
     plan = loader.plan
-    total_steps = min(config.epochs * plan.steps_per_epoch, config.max_steps or sys.maxsize)
+    most_steps = sys.maxsize if config.max_steps is None else config.max_steps
+    total_steps = min(config.epochs * plan.steps_per_epoch, most_steps)
     data_fingerprint = "-".join([plan.fingerprint(), *(source.fingerprint for source in loader.sources)])
-    every_steps = config.checkpoint.every_steps or math.ceil(total_steps / 10)
+    every_steps = config.checkpoint.every_steps or max(1, math.ceil(total_steps / 10))
     run = Run(
         config=changed(config, {"checkpoint.every_steps": every_steps}),
         folder=run_folder(config),
@@ -93,11 +94,11 @@ def prepare(
     if saved:
         check_unchanged(run, saved)
     run = replace(run, held_out=held_out_of(config, loader.limits))
+    if config.model.start == "fit":
+        run = replace(run, fit=fit_plan_of(run, loader, text_config))
     print_info(config, start_block(run, plan, text_config))
     for notice in [*notices, *warnings_of(run, loader)]:
         print_info(config, f"warning: {notice}")
-    if config.model.start == "fit" and objective_of(config).has_student and not has_swiftkv(load_config(files)):
-        run = replace(run, fit=fit_plan_of(run, loader, text_config))
     if config.model.teacher_cache != "off":
         run = replace(run, cache=teacher_cache_of(run, text_config.num_key_value_layers))
         loader = replace(loader, cache=run.cache)
@@ -106,15 +107,33 @@ def prepare(
 
 def resolve_model(config: Config, files: ModelFiles, saved: SavedState | None) -> tuple[Config, Any]:
     """The config with everything about the model that it leaves open settled, and that of the model that trains."""
-    model_config = objective_of(config).configure(load_config(files), files, config)
+    before = load_config(files)
+    model_config = objective_of(config).configure(before, files, config)
     text_config = model_config.text_config
     settled = {"model.revision": files.revision}
     if objective_of(config).has_student:
         names = ("num_key_value_layers", "key_value_group_size")
         settled |= {f"model.{name}": getattr(text_config, name) for name in names}
+        settled["model.start"] = start_of(config, saved, is_student=has_swiftkv(before))
     if config.model.dtype == "auto":
         settled["model.dtype"] = dtype_of(config, saved, text_config)
     return changed(config, settled), model_config
+
+
+def start_of(config: Config, saved: SavedState | None, *, is_student: bool) -> str | None:
+    """What model.start=null stands for; as the checkpoint has it, whose run copied if it does not say.
+
+    Raises:
+        ValueError: a student that is trained already is to begin anew.
+    """
+    if not is_student:
+        return config.model.start or (at(saved.state["config"], "model", "start") or "copy" if saved else "fit")
+    if config.model.start:
+        raise ValueError(
+            f"model.start: {config.model.start}, but {config.model.name_or_path} is a student already, and goes on "
+            f"from its own weights; remove it, or give the teacher"
+        )
+    return None
 
 
 def settle_dtype(config: Config) -> Config:
@@ -133,13 +152,13 @@ def fit_plan_of(run: Run, loader: Loader, text_config: Any) -> FitPlan:
         micro_batch_size=config.micro_batch_size,
         micro_batches_per_step=1,
     )
-    wanted, samples = config.model.fit_tokens or FIT_TOKENS * text_config.hidden_size, []
+    wanted, tokens, samples = config.model.fit_tokens or FIT_TOKENS * text_config.hidden_size, 0, []
     for row in dealt.rows(0, dealt.steps_per_epoch):
-        if wanted <= 0:
+        if tokens >= wanted:
             break
         samples.append(tuple(row["samples"]))
-        wanted -= int(plan.lengths[row["samples"]].sum(dtype=np.int64))
-    return FitPlan(tuple(samples), kept_fit(run, loader, text_config, samples))
+        tokens += int(plan.lengths[row["samples"]].sum(dtype=np.int64))
+    return FitPlan(tuple(samples), kept_fit(run, loader, text_config, samples), tokens)
 
 
 def max_length_of(config: Config, text_config: Any) -> int:
@@ -188,7 +207,7 @@ def lay_out(config: Config, saved: SavedState | None, num_samples: int | None) -
 def warnings_of(run: Run, loader: Loader) -> Iterator[str]:
     """What a reader should know before so many steps are made with these data."""
     config = run.config
-    if run.total_steps < FEW_STEPS and objective_of(config).has_student:
+    if 0 < run.total_steps < FEW_STEPS and objective_of(config).has_student:
         yield (
             f"{run.total_steps} steps with optimizer.lr={config.optimizer.lr} may leave the student worse than it "
             f"starts; raise epochs or lower the learning rate"

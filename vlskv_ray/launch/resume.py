@@ -19,16 +19,21 @@ is."""
 REMEDY = "use --resume never to start anew, or another output.name"
 
 
-def find_start(folder: Path, resume: str) -> SavedState | None:
+def find_start(folder: Path, resume: str, *, has_steps: bool = True) -> SavedState | None:
     """The checkpoint that a run goes on from, None for a new run. Damaged ones are passed over, and told.
 
     Args:
         folder: of the run.
         resume: "auto" or "must", as on the command line; "never" has moved an older run aside before.
+        has_steps: whether the run has any, and with them checkpoints.
 
     Raises:
         ValueError: there is none and there must be, or a run would be written over that has none that is whole.
     """
+    if not has_steps:
+        if has_checkpoints(folder / "checkpoints"):
+            raise ValueError(f"{folder}: holds a run that has steps, and this one has none (max_steps=0); {REMEDY}")
+        return None
     saved = newest_checkpoint(folder / "checkpoints", warn=lambda text: print_error(f"warning: {text}"))
     if saved is None and resume == "must":
         raise ValueError(f"{folder}: --resume must was given, but there is no checkpoint to go on from")
@@ -51,6 +56,8 @@ def check_resumable(config: Config, saved: SavedState | None) -> int:
         except (ValidationError, RecursionError):
             raise ValueError(f"{saved.path}: cannot go on from here: written by another version; {REMEDY}") from None
         changed = changed_keys(before, config)
+        if before.model.start is None and config.model.start == "copy":  # written when there was nothing else
+            del changed["model.start"]
         parts = [" and ".join(one.trained_parts) for one in (before, config)]
         changed = {key: values for key, values in changed.items() if not key.startswith("model.trainable")}
         if parts[0] != parts[1]:  # the same ones may be written in several ways

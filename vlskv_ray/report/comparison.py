@@ -7,7 +7,7 @@ from typing import Any
 from vlskv_ray.report.figures import (
     ACCURACIES,
     MEASURES,
-    SIDE_TITLES,
+    STUDENTS,
     decimal,
     held_out,
     is_number,
@@ -18,6 +18,8 @@ from vlskv_ray.report.figures import (
     savings_warning,
     scores,
     seconds,
+    sides,
+    title,
     whole,
 )
 from vlskv_ray.report.markdown import escape_markdown, markdown_table
@@ -25,9 +27,9 @@ from vlskv_ray.report.run_files import DASH, RunFiles, as_written, at, read_run
 from vlskv_ray.report.summary import closing_lines
 
 COLUMNS = (
-    *("layers with their own cache", "group", "KL before", "KL", "top-1"),
+    *("layers with their own cache", "group", "KL copied", "KL fitted", "KL", "top-1"),
     *("perplexity", "the teacher's perplexity", "agreed prefix"),
-    *("accuracy before", "accuracy after", "kept", "kept with images", "kept text only"),
+    *("accuracy copied", "accuracy fitted", "accuracy", "kept", "kept with images", "kept text only"),
     *("prefill operations", "prefill CPU time", "prefill time", "cache bytes", "trained weights", "training"),
 )
 SUMMARISED = ("kl_mean", "top1_agreement", "perplexity", "agreed_prefix_share", "accuracy")
@@ -57,7 +59,7 @@ def summaries(runs: Sequence[RunFiles]) -> str:
 
 
 def _summary_lines(run: RunFiles) -> list[str]:
-    evaluation, who = run.evaluation, ("teacher", "student_before", "student")
+    evaluation, who = run.evaluation, sides(run.evaluation)
     has_accuracy = scores(evaluation, "accuracy")
     rows = [
         (label, [form(at(evaluation, side, key)) for side in who])
@@ -65,14 +67,14 @@ def _summary_lines(run: RunFiles) -> list[str]:
         if key in SUMMARISED and (key != "accuracy" or has_accuracy)
     ]
     if has_accuracy:
-        rows.append(("accuracy kept", ["", "", kept(evaluation, "accuracy")]))
+        rows.append(("accuracy kept", [*[""] * (len(who) - 1), kept(evaluation, "accuracy")]))
     savings = dict(savings_rows(evaluation))
     if "prefill CPU time" in savings:
         savings.pop("prefill time", None)
     for label, (its, mine, share) in savings.items():
         if label.startswith("prefill"):
-            rows.append((label, [its, "", f"{mine} ({share} of the teacher's)"]))
-    table = markdown_table([SIDE_TITLES[side] for side in who], rows)
+            rows.append((label, [its, *[""] * (len(who) - 2), f"{mine} ({share} of the teacher's)"]))
+    table = markdown_table([title(side, evaluation) for side in who], rows)
     notes = (held_out(run), savings_note(evaluation, briefly=True), savings_warning(evaluation))
     return [table, "", escape_markdown(" ".join(filter(None, notes)))]
 
@@ -96,21 +98,17 @@ def row(run: RunFiles) -> list[str]:
         whole(at(evaluation, "model", key))
         for key in ("num_hidden_layers", "num_key_value_layers", "key_value_group_size")
     )
-    of_teacher, before, after = (
-        {key: at(evaluation, side, key) for key in ("kl_mean", "top1_agreement", "perplexity", "accuracy")}
-        for side in ("teacher", "student_before", "student")
-    )
+    students = [at(evaluation, side) or {} for side in STUDENTS]
     has_accuracy = scores(evaluation, "accuracy")
     return [
         f"{first} of {layers}",
         group,
-        decimal(before["kl_mean"]),
-        decimal(after["kl_mean"]),
-        percent(after["top1_agreement"]),
-        decimal(after["perplexity"]),
-        decimal(of_teacher["perplexity"]),
+        *(decimal(student.get("kl_mean")) for student in students),
+        percent(at(evaluation, "student", "top1_agreement")),
+        decimal(at(evaluation, "student", "perplexity")),
+        decimal(at(evaluation, "teacher", "perplexity")),
         percent(at(evaluation, "student", "agreed_prefix_share")),
-        *(percent(side["accuracy"]) if has_accuracy else DASH for side in (before, after)),
+        *(percent(student.get("accuracy")) if has_accuracy else DASH for student in students),
         *(kept(evaluation, measure) for measure in ACCURACIES),
         *(
             ratio(at(evaluation, "savings", f"{what}_ratio"))

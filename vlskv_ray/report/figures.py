@@ -13,12 +13,13 @@ from vlskv_ray.words import shorten
 
 SIDE_TITLES = {
     "teacher": "teacher",
-    "student_before": "student before",
+    "student_before": "student copied",
     "student_fitted": "student fitted",
-    "student": "student after",
+    "student": "student",
     "sft_model": "model",
 }
-"""Who may have answered, as evaluation.json names them, with the titles of their columns."""
+"""Who may have answered, as evaluation.json names them, with the titles of their columns; see `title`."""
+STUDENTS = ("student_before", "student_fitted", "student")
 
 Rows = list[tuple[str, list[str]]]
 """Lines of a table: a label, and a text for each column."""
@@ -65,9 +66,15 @@ def sides(evaluation: dict[str, Any]) -> list[str]:
     return [side for side in SIDE_TITLES if isinstance(evaluation.get(side), dict)]
 
 
+def title(side: str, evaluation: dict[str, Any]) -> str:
+    """Of a side's column. What made the student last, evaluation.json says of a run's own."""
+    made = evaluation.get("student_is") if side == "student" else None
+    return f"student {made}" if isinstance(made, str) else SIDE_TITLES[side]
+
+
 def columns(evaluation: dict[str, Any]) -> list[str]:
     """Titles of the columns of `result_rows` and `kind_rows`; none where no answers were measured."""
-    return [SIDE_TITLES[side] for side in sides(evaluation)]
+    return [title(side, evaluation) for side in sides(evaluation)]
 
 
 MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -177,7 +184,7 @@ def answer_pairs(evaluation: dict[str, Any], num_pairs: int, most: int) -> list[
         pictures = len(example.get("images") or [])
         question = "question" + (f", {pictures} images" if pictures > 1 else ", 1 image" if pictures else "")
         lines = [(question, example.get("question"))]
-        lines += [(title, example[side]) for side, title in SIDE_TITLES.items() if side in example]
+        lines += [(title(side, evaluation), example[side]) for side in SIDE_TITLES if side in example]
         pairs.append([(label, [shorten(DASH if text is None else str(text), most)]) for label, text in lines])
     return pairs
 
@@ -264,10 +271,10 @@ def headline(run: RunFiles) -> Rows:
         ]
     else:
         rows = [
-            ("mean KL", _before_and_after(evaluation, "kl_mean", decimal)),
-            ("top-1 agreement", _before_and_after(evaluation, "top1_agreement", percent)),
+            ("mean KL", _on_the_way(evaluation, "kl_mean", decimal)),
+            ("top-1 agreement", _on_the_way(evaluation, "top1_agreement", percent)),
             ("perplexity, teacher / student", _beside_teacher(evaluation, "perplexity", decimal)),
-            ("agreed greedy prefix", _before_and_after(evaluation, "agreed_prefix_share", percent)),
+            ("agreed greedy prefix", _on_the_way(evaluation, "agreed_prefix_share", percent)),
             ("prefill operations saved", percent(1 - saved) if is_number(saved) else DASH),
             ("accuracy kept", kept(evaluation, "accuracy") if scores(evaluation, "accuracy") else DASH),
         ]
@@ -275,10 +282,10 @@ def headline(run: RunFiles) -> Rows:
     return [(label, [text]) for label, text in rows if text != DASH]
 
 
-def _before_and_after(evaluation: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
-    """A student's figure before and after distillation: 1.9 → 0.012; the latter alone where only it is known."""
-    before, after = (form(at(evaluation, side, key)) for side in ("student_before", "student"))
-    return after if DASH in (before, after) else f"{before} → {after}"
+def _on_the_way(evaluation: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:
+    """A student's figure copied, fitted and at its end, as far as they are known: 1.9 → 0.12 → 0.012."""
+    known = [form(at(evaluation, side, key)) for side in STUDENTS]
+    return DASH if known[-1] == DASH else " → ".join(text for text in known if text != DASH)
 
 
 def _beside_teacher(evaluation: dict[str, Any], key: str, form: Callable[[Any], str]) -> str:

@@ -1,6 +1,7 @@
 """A student measured once more, on what samples, and where the figures go."""
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ from vlskv_ray.data.questions import HeldOut
 from vlskv_ray.data.sample import refused_message
 from vlskv_ray.data.sources import open_sources
 from vlskv_ray.errors import StoppedRun
-from vlskv_ray.evaluation.evaluator import Evaluator, evaluation_of
+from vlskv_ray.evaluation.evaluator import Evaluator, evaluation_of, sides_with
 from vlskv_ray.evaluation.loading import device_asked_for, load
 from vlskv_ray.evaluation.savings import layers_of, measure_savings
 from vlskv_ray.model.swiftkv import swiftkv_backbone
 from vlskv_ray.report.model_card import card
 from vlskv_ray.report.run_files import as_written, read_run
-from vlskv_ray.training.objective import SIDES
+from vlskv_ray.training.objective import SIDES, made_by
+from vlskv_ray.training.run import START
+from vlskv_ray.training.start import is_whole, read_weights
 
 
 def num_samples_in(file: Path) -> int:
@@ -46,7 +49,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         swiftkv_backbone(model).config.max_position_embeddings, max_images_per_sample=2**30, is_of_model=True
     )
     held_out = HeldOut(sources, options.num_samples, limits, options.batch_size, options.max_new_tokens)
-    evaluator = Evaluator(model, processor, held_out, teacher=teacher)
+    run = None if options.teacher else run_of(options.model)
+    made = made_by(load_config(run / "config.yaml")) if run else None
+    fitted = run is not None and made in ("distilled", "fine-tuned") and is_whole(run / START)
+    sides = sides_with(SIDES, fitted=fitted)
+    evaluator = Evaluator(
+        model,
+        processor,
+        held_out,
+        teacher=teacher,
+        fitted=functools.partial(read_weights, run / START) if run and fitted else dict,
+    )
     names = ", ".join(source.name for source in sources)
     sample = evaluator.typical_sample()
     stop_if_refused(evaluator, options.on_refused)
@@ -62,9 +75,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         stop_if_refused(evaluator, options.on_refused)
         print(f"answered {done} of {of}", flush=True)
 
-    results = evaluator.results(*SIDES, on_progress=tell)
-    evaluation = evaluation_of([(results, evaluator.left_out)], SIDES, held_out)
+    results = evaluator.results(*sides, on_progress=tell)
+    evaluation = evaluation_of([(results, evaluator.left_out)], sides, held_out)
     print("measuring what the student saves", flush=True)
+    evaluation |= {"student_is": made} if made else {}
     evaluation["model"] = layers_of(model)
     evaluation["savings"] = measure_savings(model, sample)
     return evaluation

@@ -25,6 +25,7 @@ from vlskv_ray.report.figures import (
     savings_warning,
     scores,
     sides,
+    title,
     training_rows,
     whole,
 )
@@ -69,8 +70,8 @@ def report_page(run: RunFiles) -> str:
         ("environment", "Environment", html_table([], environment_rows(run), "Versions and machine of the run.")),
     )
     body = "".join(
-        f'<section id="{name}">\n<h2>{title}</h2>\n{content}\n</section>\n'
-        for name, title, content in sections
+        f'<section id="{name}">\n<h2>{heading}</h2>\n{content}\n</section>\n'
+        for name, heading, content in sections
         if content
     )
     tiles = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, [text] in headline(run))
@@ -124,17 +125,17 @@ def savings_section(evaluation: dict[str, Any]) -> str:
 def samples_section(evaluation: dict[str, Any]) -> str:
     """The first examples with their answers, each marked in words and by colour where exact match says something."""
     examples = (evaluation.get("examples") or [])[:NUM_EXAMPLES]
-    is_marked = scores(evaluation, "accuracy")
-    articles = "".join(sample_article(example, is_marked) for example in examples)
+    articles = "".join(sample_article(example, evaluation) for example in examples)
     legend = "Greedy answers to some held-out questions"
     legend += "; dotted from where an answer is no longer the teacher's." if "teacher" in sides(evaluation) else "."
     return f'<p>{legend}</p>\n<div class="samples">{articles}</div>' if examples else ""
 
 
-def sample_article(example: dict[str, Any], is_marked: bool) -> str:
+def sample_article(example: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """A question, its pictures, and the answers, each cut where it is very long. What of a student's answer comes after
     all that is the teacher's too is set off."""
     reference, name = example.get("reference"), escape(str(example.get("id", "")))
+    is_marked = scores(evaluation, "accuracy")
     uris = [str(uri) for uri in example.get("images") or []]
     shown = [uri for uri in uris if DATA_URI.fullmatch(uri)]  # an SVG could hold a script, an address would be loaded
     pictures = "".join(
@@ -143,11 +144,11 @@ def sample_article(example: dict[str, Any], is_marked: bool) -> str:
     if len(shown) < len(uris):
         pictures += f"<p>{len(uris) - len(shown)} not shown: no PNG, JPEG or WebP data URI.</p>"
     lines = [("question", shown_text(example.get("question"))), ("expected", shown_text(reference))]
-    for side, title in SIDE_TITLES.items():
+    for side in SIDE_TITLES:
         if side in example:
             mark = MARKS[example[side] == reference] if is_marked else ""
             text = shown_text(example[side], None if side == "teacher" else example.get("teacher"))
-            lines.append((title, text + mark))
+            lines.append((title(side, evaluation), text + mark))
     rows = "".join(f'<tr><th scope="row">{label}</th><td>{text}</td></tr>\n' for label, text in lines)
     return (
         f'<article>\n<div class="pictures">{pictures}</div>\n<table>\n'

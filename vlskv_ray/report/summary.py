@@ -83,7 +83,7 @@ def closing_lines(run: RunFiles) -> list[str]:
     """The end of a run for the eye: where the loss began and ended, what the model answers, what it saves."""
     summary = run.summary
     count = summary["averaged_steps"]
-    lines = [f"{f'mean of {count} steps' if count > 1 else 'step':36}{'first':>12}{'last':>12}"]
+    lines = [f"{f'mean of {count} steps' if count > 1 else 'step':36}{'first':>12}{'last':>12}"] if run.metrics else []
     for name, label in AVERAGED.items():
         values = (summary["first"][name], summary["last"][name])
         if values != (None, None):  # another objective has other metrics, and a run may have one modality only

@@ -49,8 +49,8 @@ class FitSums:
     """Samples, tokens and supervised positions, [3]."""
 
     @staticmethod
-    def zeros(model: nn.Module) -> "FitSums":
-        """None yet, for a student's fit."""
+    def zeros(model: nn.Module, device: Any = None) -> "FitSums":
+        """None yet, for a student's fit; on the model's own device unless another is given."""
         groups = groups_of(model)
         weight = groups[0][0].self_attn.k_proj.weight
         size = weight.shape[1] + (groups[0][0].self_attn.k_proj.bias is not None)
@@ -63,7 +63,10 @@ class FitSums:
             "counts": (3,),
         }
         return FitSums(
-            **{name: torch.zeros(shape, dtype=torch.float64, device=weight.device) for name, shape in shapes.items()}
+            **{
+                name: torch.zeros(shape, dtype=torch.float64, device=device or weight.device)
+                for name, shape in shapes.items()
+            }
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,6 +89,13 @@ class FitSums:
 
     def __add__(self, other: "FitSums") -> "FitSums":
         return FitSums(**{name: tensor + getattr(other, name) for name, tensor in self.tensors().items()})
+
+
+def fit_bytes(model: nn.Module, workers: int) -> int:
+    """What one of so many workers holds of sums: those of the samples fitted to, those held out, and of several workers
+    its own and another's."""
+    sums = FitSums.zeros(model, "meta").tensors().values()
+    return (4 if workers > 1 else 2) * sum(tensor.numel() * tensor.element_size() for tensor in sums)
 
 
 def groups_of(model: nn.Module) -> list[list[Any]]:

@@ -75,6 +75,13 @@ def objective_of(config: Config) -> Objective:
     return objective_named(config.objective, config.trained_parts)
 
 
+def made_by(config: Config) -> str:
+    """What made the student of a run, last: distilled, fine-tuned, fitted or copied."""
+    if config.max_steps == 0:
+        return "fitted" if config.model.start == "fit" else "copied"
+    return {"distill": "distilled", "sft": "fine-tuned"}[config.objective]
+
+
 def objective_named(name: str, trained_parts: Sequence[str]) -> Objective:
     """The objective of this name, where these parts of the model train."""
     return STUDENT_FINE_TUNING if name == "sft" and SWIFTKV in trained_parts else OBJECTIVES[name]

@@ -16,6 +16,8 @@ from vlskv_ray.model.build import ModelFiles, find_model
 
 WAITING = Path("ray", "waiting")
 """In the folder of a run: lines on what is waited for before its workers can start."""
+START = "start.safetensors"
+"""In the folder of a run: the keys' and values' weights that a fitted student starts with."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class FitPlan:
     """The numbers in the plan of the samples of each micro-batch; they do not depend on the number of workers."""
     kept: Path
     """The file of this very fit, for any run."""
+    tokens: int = 0
+    """In these samples, about."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,7 @@ class Run:
 
     @property
     def start_file(self) -> Path:
-        """The keys' and values' weights that a fitted student starts with."""
-        return self.folder / "start.safetensors"
+        return self.folder / START
 
     @property
     def stop_file(self) -> Path:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,12 @@ def start_fitted(run: Run, model: Any, batch_of: BatchOf, watchdog: Watchdog) ->
         StoppedRun: no sample can be used, or the disk is full.
     """
     assert run.fit is not None
-    if this_rank() == 0 and not is_whole(run.start_file) and is_whole(run.fit.kept):
+    name = run.fit.kept.name
+    if this_rank() == 0 and not is_fit(run.start_file, name) and is_fit(run.fit.kept, name):
         shutil.copyfile(run.fit.kept, aside := run.start_file.with_name(".writing-start"))
         os.replace(aside, run.start_file)
         tell(run, f"{told_of(read_about(run.start_file))}, as {short_path(run.fit.kept)} has it")
-    if not gather_objects(this_rank() == 0 and is_whole(run.start_file))[0]:
+    if not gather_objects(this_rank() == 0 and is_fit(run.start_file, name))[0]:
         Fitting(run, model, batch_of, watchdog).make()
     set_weights(model, read_weights(run.start_file))
 
@@ -79,24 +80,9 @@ class Fitting:
         with autocast(self.model), torch.no_grad():
             sums, held_out = self.add_up()
             self.watchdog.begin()
-            if not sums.counts[2]:
-                raise StoppedRun("none of the samples that the student would be fitted to can be used; see --dry-run")
-            copied = {name: weight.detach().clone() for name, weight in projections_of(self.model).items()}
-            chosen = choose(self.model, sums, held_out if held_out.counts[2] else sums)
-            candidates = {
-                name: {part: chosen[part] if part in parts else [None] * len(chosen[part]) for part in PARTS}
-                for name, parts in CANDIDATES.items()
-            }
-            kl = self.measure([copied | fit(self.model, sums, ridges) for ridges in candidates.values()])
-            best = min(candidates, key=lambda name: kl[list(candidates).index(name)])
-            set_weights(self.model, copied)
-            weights = copied | fit(self.model, sums + held_out, candidates[best])
+            weights, about = self.solve(sums, held_out)
         problem = ""
         if this_rank() == 0:
-            counts = dict(
-                zip(("samples", "tokens", "supervised_tokens"), (sums + held_out).counts.tolist(), strict=True)
-            )
-            about = {"fitted": best, "kl": dict(zip(candidates, kl, strict=True)), "ridges": candidates[best], **counts}
             try:
                 self.write(weights, about | {"seconds": round(time.monotonic() - self.began, 1)})
                 tell(self.run, told_of(about))
@@ -105,19 +91,43 @@ class Fitting:
         if problem := gather_objects(problem)[0]:
             raise StoppedRun(problem)
 
+    def solve(self, sums: FitSums, held_out: FitSums) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The weights that the student starts with, and what was chosen for them."""
+        copied = {name: weight.detach().clone() for name, weight in projections_of(self.model).items()}
+        kl, candidates = {}, {"neither": dict.fromkeys(PARTS, [None] * len(sums.gram))}
+        if sums.gram.any():
+            chosen = choose(self.model, sums, held_out if held_out.counts[2] else sums)
+            candidates = {
+                name: {part: chosen[part] if part in parts else [None] * len(chosen[part]) for part in PARTS}
+                for name, parts in CANDIDATES.items()
+            }
+            kl = self.measure({name: copied | fit(self.model, sums, ridges) for name, ridges in candidates.items()})
+        elif not self.run.total_steps:  # what trains says at its end what was wrong with the samples
+            raise StoppedRun("none of the samples that the student would be fitted to can be used; see --dry-run")
+        best = min(kl, key=lambda name: kl[name]) if kl else "neither"
+        set_weights(self.model, copied)
+        names = ("samples", "tokens", "supervised_tokens")
+        about = {"fit": self.kept.name, "fitted": best, "kl": kl, "ridges": candidates[best]}
+        about |= dict(zip(names, (sums + held_out).counts.tolist(), strict=True))
+        return copied | fit(self.model, sums + held_out, candidates[best]), about
+
     def add_up(self) -> tuple[FitSums, FitSums]:
         """The sums over the samples that are fitted to, and over those that are held out."""
         (sums, held_out), first = self.resume()
-        workers, mine = len(gather_objects(None)), FitSums.zeros(self.model)
+        workers = len(gather_objects(None))
+        mine = FitSums.zeros(self.model) if workers > 1 else None
         saved = told = time.monotonic()
         for at in range(first, len(self.samples), workers):
             fault_point("fit", at, this_rank())
             number = at + this_rank()
-            if number < len(self.samples):
-                add_batch(mine, self.model, self.batch(number), self.weights)
-            for theirs, of_worker in zip(range(at, len(self.samples)), in_turn(mine), strict=False):
-                (held_out if self.is_held_out(theirs) else sums).add_(of_worker)
-            mine.zero_()
+            if mine is None:
+                self.add(held_out if self.is_held_out(number) else sums, number)
+            else:
+                if number < len(self.samples):
+                    self.add(mine, number)
+                for theirs, of_worker in zip(range(at, len(self.samples)), in_turn(mine), strict=False):
+                    (held_out if self.is_held_out(theirs) else sums).add_(of_worker)
+                mine.zero_()
             self.watchdog.done()
             done = min(at + workers, len(self.samples))
             stop = any(gather_objects(this_rank() == 0 and self.run.stop_file.exists()))
@@ -135,25 +145,29 @@ class Fitting:
                 raise AskedToStop
         return sums, held_out
 
+    def add(self, sums: FitSums, number: int) -> None:
+        """Adds the tokens of one micro-batch."""
+        add_batch(sums, self.model, self.batch(number), self.weights)
+
     def batch(self, number: int) -> Batch:
         return self.batch_of(self.samples[number]).to(next(self.model.parameters()).device)
 
     def is_held_out(self, number: int) -> bool:
         return self.every > 1 and number % self.every == self.every - 1
 
-    def measure(self, students: Sequence[dict[str, Tensor]]) -> list[float]:
-        """Of each student the mean KL from the teacher on samples that are held out; 0 if there are none."""
+    def measure(self, students: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
+        """Of each student the mean KL from the teacher on samples that are held out; nothing if there are none."""
         held_out = [number for number in range(len(self.samples)) if self.is_held_out(number)][:MEASURED]
         found = {}
         for number in held_out[this_rank() :: len(gather_objects(None))]:
             batch = self.batch(number)
             keep = supervised_positions(batch.labels)
             if keep.any():
-                found[number] = self.distances(students, batch, keep)
+                found[number] = self.distances(list(students.values()), batch, keep)
             self.watchdog.alive()
         everyone = {number: values for of_worker in gather_objects(found) for number, values in of_worker.items()}
         sums = torch.tensor([everyone[number] for number in sorted(everyone)], dtype=torch.float64).sum(0)
-        return [float(kl / sums[-1]) for kl in sums[:-1]] if everyone else [0.0] * len(students)
+        return dict(zip(students, (sums[:-1] / sums[-1]).tolist(), strict=True)) if everyone else {}
 
     def distances(self, students: Sequence[dict[str, Tensor]], batch: Batch, keep: Tensor) -> list[float]:
         """Sum of KL of each student over the supervised positions of a batch, and how many these are."""
@@ -217,6 +231,8 @@ def tell(run: Run, text: str) -> None:
 def told_of(about: dict[str, Any]) -> str:
     """One line on what was chosen."""
     kl, best = about["kl"], about["fitted"]
+    if not kl:
+        return "fitted        nothing: of so few samples none is left to choose by; keys and values start as copies"
     return (
         f"fitted        {best}, on {about['tokens']:,.0f} tokens: KL {kl['neither']:.4g} -> {kl[best]:.4g} on samples "
         f"that are held out of the fit"
@@ -224,10 +240,7 @@ def told_of(about: dict[str, Any]) -> str:
 
 
 def in_turn(mine: FitSums) -> Iterator[FitSums]:
-    """What every worker has, by rank; each is to be used before the next."""
-    if not dist.is_initialized():
-        yield mine
-        return
+    """What each of several workers has, by rank; each is to be used before the next."""
     for rank in range(dist.get_world_size()):
         shared = mine if rank == dist.get_rank() else mine.empty_like()
         for tensor in shared.tensors().values():
@@ -260,6 +273,11 @@ def is_whole(path: Path) -> bool:
             return "about" in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
+
+
+def is_fit(path: Path, name: str) -> bool:
+    """Whether a file is there and whole that holds the fit of this name."""
+    return is_whole(path) and read_about(path).get("fit") == name
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -122,6 +122,7 @@ def alone(files: Path) -> Path:
 
 
 MOMENTS = [
+    ("fit", 4),
     ("step", 0),
     ("micro_batch", 0),
     ("micro_batch", 5),

@@ -22,6 +22,7 @@ from benchmarks.recovery import last_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 MOMENTS = [
+    ("fit", 0),
     ("step", 0),
     ("micro_batch", 2),
     ("reduce", 5),

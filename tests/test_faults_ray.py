@@ -53,7 +53,8 @@ def test_each_process_killed_at_each_moment(
     of_a_worker = victim.startswith("worker")
     plan_faults(planned, *((phase, step, rank, "kill" if of_a_worker else "wait") for phase, step in moments))
     name = f"output.name=matrix-{victim.replace(' ', '-')}"
-    arguments = ("--config", str(files / "run.yaml"), name, f"cluster.max_failures={2 * len(moments)}")
+    of_its_own = f"model.teacher_cache_dir={files / 'caches' / victim.replace(' ', '-')}"  # where no fit is found
+    arguments = ("--config", str(files / "run.yaml"), name, of_its_own, f"cluster.max_failures={2 * len(moments)}")
     process = Command("train", *arguments, env=cluster)
     for i in range(0 if of_a_worker else len(moments)):
         process.wait_until((planned / f"{i:02}.json.done").exists)

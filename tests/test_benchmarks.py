@@ -1,15 +1,16 @@
 """The benchmarks on a tiny model: equality and counted operations, which no noisy machine can change; no seconds."""
 
 import json
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_config
+from conftest import conversation, tiny_config
 
-from benchmarks import memory, same_numbers, step, trl_step, workloads
+from benchmarks import memory, real_step, same_numbers, step, trl_step, workloads
 from benchmarks.arithmetic import lengths_of, step_flops, tower_flops
 from vlskv_ray.data.collate import Batch, supervised_positions
 from vlskv_ray.model.wrappers import llava_next
@@ -120,3 +121,23 @@ def test_numbers_that_differ_are_found_and_times_are_no_such(tmp_path: Path) -> 
     for changed in ({"loss": 1.0000001}, {"weight": b"abd"}, {"kl": 0.6}):
         name = "-".join(changed)
         assert len(same_numbers.differences(first, run(name, seconds=1.0, **changed))) == 1, changed
+
+
+def test_a_step_of_a_real_model_is_set_beside_the_peak(
+    tmp_path: Path, teacher_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cached step makes fewer operations than a first one, of both types as many, and neither changes a weight."""
+    answers, figures = tmp_path / "answers.jsonl", tmp_path / "figures.json"
+    rows = [{"messages": conversation(f"what is {i}?", f"it is {i}, of course", images=0)} for i in range(3)]
+    for row in rows:
+        for turn in row["messages"]:
+            turn["content"] = turn["content"][-1]["text"]
+    answers.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--model", str(teacher_folder()), "--data", str(answers), "--layers", "3", "--samples", "3"]
+    assert real_step.main([*arguments, "--repeats", "1", "--json", str(figures)]) == 0
+    measured = json.loads(figures.read_text())
+    assert set(measured) == {f"{what}, {dtype}" for what in ("cached", "first pass") for dtype in real_step.DTYPES}
+    operations = {name: of_step["mflop_per_token"] for name, of_step in measured.items()}
+    assert operations["cached, float32"] == operations["cached, bfloat16"] < operations["first pass, float32"]
+    assert all(of_step["of_peak"] > 0 for of_step in measured.values())
+    assert "| cached, float32 |" in capsys.readouterr().out

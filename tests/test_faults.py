@@ -358,14 +358,14 @@ def work(rank: int, world: int, port: int, options: list[str], stop_after: int |
             if batch.micro_batch % world == rank:
                 yield batch
 
-    outcome = train_worker(run, Worker(rank, world), batches_from)
+    outcome = train_worker(run, Worker(rank, world), batches_from, loader.batch_of)
     assert outcome.status == ("done" if stop_after is None else "stopped"), outcome
     dist.destroy_process_group()
 
 
 def run_on(files: Path, name: str, workers: int, stop_after: int | None = None) -> None:
     """So many workers go on with a run of 12 micro-batches a step, up to its end or a step."""
-    options = [str(files / "run.yaml"), f"output.name={name}", f"cluster.num_workers={workers}"]
+    options = [str(files / "run.yaml"), f"output.name={name}", f"cluster.num_workers={workers}", own_fit(files, name)]
     options += [f"gradient_accumulation_steps={12 // workers}", "cluster.bit_identical=true", "micro_batch_size=1"]
     options += ["evaluation.sources=[]", "evaluation.every_steps=null"]
     port = free_ports(1)[0]

@@ -1,6 +1,7 @@
 """A whole run, from its config to `final/` and summary.json, and what is said of how it ended."""
 
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -169,4 +170,7 @@ def run_here(run: Run, loader: Loader, on_metrics: OnMetrics = None) -> tuple[Ou
     def work() -> Outcome:
         return train_worker(run, Worker(), lambda step: local_batches(loader, step, run.total_steps), loader.batch_of)
 
-    return watch(run, work, on_metrics=on_metrics)
+    try:
+        return watch(run, work, on_metrics=on_metrics)
+    finally:
+        shutil.rmtree(run.waiting_file.parent, ignore_errors=True)  # what was told on the way

@@ -1,8 +1,7 @@
-"""The command `vlskv-ray probe`: how far the untrained student is from its teacher, for every N and group size, by
-one pass over a few hundred samples: where to look, before anything is spent on training.
+"""The command `vlskv-ray probe`: how far untrained students are from their teacher, copied and fitted, for every N and
+group size: where to look, before anything is spent on training.
 
-The teacher runs once over each batch; what enters each of its layers is the trunk of a student that begins there, and
-such a student runs at supervised positions only. Its weights are copies of the teacher's, as when training starts.
+The teacher runs once over each batch, of those that students are fitted to and of those that they are measured on.
 """
 
 import argparse
@@ -28,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Options of the command, and what is left: overrides of the config."""
     what = (
-        "Measures the untrained student for every N and group size, in one pass over some samples: held-out ones where "
-        f"the config has evaluation.sources, the first {NUM_SAMPLES} of them unless --num-samples says otherwise."
+        "Measures untrained students, copied and fitted, for every N and group size. They are fitted to what a run of "
+        "the config would begin with, and measured on evaluation.sources, or else on samples that they are not fitted "
+        f"to: {NUM_SAMPLES} of them unless --num-samples says otherwise."
     )
     parser = run_parser("probe", what)
     parser.set_defaults(num_samples=NUM_SAMPLES)
@@ -37,6 +37,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         "--groups", type=numbers, default=[1, 2, 4], metavar="1,2,4", help="group sizes (default: 1,2,4)"
     )
     parser.add_argument("--layers", type=numbers, metavar="8,12,16", help="values of N (default: all)")
+    parser.add_argument(
+        "--start",
+        choices=("fit", "copy"),
+        help="copy: measure copied students only, which takes no pass to fit others (default: model.start, else fit)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--against", metavar="SWEEP", help="a finished sweep, whose order this one is compared with")
     parser.add_argument("--into", metavar="FILE", help="write the table into this page instead of printing it")
@@ -57,19 +62,11 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def probe(config: Config, options: argparse.Namespace) -> int:
     """Measures and shows. ValueError for what the user can mend."""
-    from vlskv_ray.launch.prepare import prepare
     from vlskv_ray.model.build import find_model
     from vlskv_ray.model.build import load_config as load_model_config
     from vlskv_ray.model.swiftkv import has_swiftkv
     from vlskv_ray.report.markdown import write_block
-    from vlskv_ray.sweep.probing import (
-        agreement_with,
-        distance_table,
-        measure_distances,
-        probe_config,
-        read_trained,
-        settings_of,
-    )
+    from vlskv_ray.sweep.probing import agreement_with, distance_table, measure, read_trained, rows_of, settings_of
     from vlskv_ray.training.objective import objective_of
 
     if not objective_of(config).has_student:
@@ -83,25 +80,11 @@ def probe(config: Config, options: argparse.Namespace) -> int:
     for option, file in (("--json", options.json), ("--into", options.into)):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{option}: there is no folder {Path(file).absolute().parent}")
-    run, loader = prepare(probe_config(config), num_samples=options.num_samples)
     began = time.monotonic()
-    distances = measure_distances(run, loader, settings)
-    print_info(
-        config, f"{options.num_samples} samples, {plural(len(settings), 'setting')} in {time.monotonic() - began:.0f} s"
-    )
+    distances, count = measure(config, settings, options.num_samples, options.start)
+    print_info(config, f"{count} samples, {plural(len(settings), 'setting')} in {time.monotonic() - began:.0f} s")
     if options.json:
-        write_json(
-            Path(options.json),
-            [
-                {
-                    "num_key_value_layers": n,
-                    "key_value_group_size": g,
-                    "kl_mean": d.kl_mean,
-                    "top1_agreement": d.top1_agreement,
-                }
-                for (n, g), d in distances.items()
-            ],
-        )
+        write_json(Path(options.json), rows_of(distances))
     text = distance_table(distances, last)
     if options.against:
         text += f"\n\n{agreement_with(Path(options.against).name, trained, distances)}"

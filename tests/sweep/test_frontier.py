@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vlskv_ray.files import write_json
+from vlskv_ray.report.run_files import DASH
 from vlskv_ray.sweep.frontier import Frontier, Point, is_pareto, points_of, recommendation
 from vlskv_ray.sweep.frontier_page import edge, write_frontier
 from vlskv_ray.sweep.trials import TRIAL_DONE, TRIAL_FAILED, Trial, write_outcome
@@ -43,7 +44,14 @@ def test_the_edge_is_what_nothing_as_cheap_beats() -> None:
 
 
 def trial(
-    folder: Path, name: str, accuracy: float | None, kl: float, prefill: float, cache: float, teacher: float = 0.95
+    folder: Path,
+    name: str,
+    accuracy: float | None,
+    kl: float,
+    prefill: float,
+    cache: float,
+    teacher: float = 0.95,
+    more: dict[str, Any] | None = None,
 ) -> Trial:
     made = Trial(name, {"model.num_key_value_layers": 2})
     write_json_in(
@@ -52,7 +60,8 @@ def trial(
             "teacher": {"accuracy": teacher},
             "student": {"accuracy": accuracy, "kl_mean": kl},
             "savings": {"prefill_flops_ratio": prefill, "cache_bytes_ratio": cache},
-        },
+        }
+        | (more or {}),
     )
     write_outcome(folder / "trials" / name, made, TRIAL_DONE)
     return made
@@ -84,6 +93,34 @@ def test_files_of_a_frontier(tmp_path: Path) -> None:
     assert "train N4" in page and page.count("<svg") == 4
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert any("never: not done" in line for line in lines) and lines[-1].endswith("on more data:  train N4")
+
+
+def test_a_trial_shows_its_student_copied_fitted_and_distilled(tmp_path: Path) -> None:
+    """Each where there is one: a run without steps has none distilled, and one from copies none fitted."""
+    copied = {"student_before": {"kl_mean": 2.5}}
+    trials = [
+        trial(tmp_path, "trained", 0.9, 0.125, 0.3, 1.0, more=copied | {"student_fitted": {"kl_mean": 0.75}}),
+        trial(tmp_path, "untrained", 0.9, 0.75, 0.4, 1.0, more=copied | {"student_is": "fitted"}),
+        trial(tmp_path, "from-copies", 0.9, 0.25, 0.5, 1.0, more=copied | {"student_is": "distilled"}),
+        trial(tmp_path, "copied", 0.9, 2.5, 0.6, 1.0, more=copied | {"student_is": "copied"}),
+    ]
+    lines = [line.split() for line in write_frontier(tmp_path, trials, 0.01, lambda trial: "")]
+    figures = {line[0]: line[4:7] for line in lines if line and line[0] in {trial.name for trial in trials}}
+    assert figures == {
+        "trained": ["2.5", "0.75", "0.125"],
+        "untrained": ["2.5", "0.75", DASH],
+        "from-copies": ["2.5", DASH, "0.25"],
+        "copied": ["2.5", DASH, DASH],
+    }
+    points = json.loads((tmp_path / "frontier.json").read_text())["points"]
+    assert [(point["kl_copied"], point["kl_fitted"], point["is_trained"]) for point in points] == [
+        (2.5, 0.75, True),
+        (2.5, 0.75, False),
+        (2.5, None, True),
+        (2.5, None, False),
+    ]
+    page = (tmp_path / "frontier.html").read_text()
+    assert all(title in page for title in ("KL copied", "KL fitted", "KL distilled"))
 
 
 def test_nothing_is_recommended_by_an_accuracy_that_nobody_has(tmp_path: Path) -> None:

@@ -32,8 +32,10 @@ def test_a_terminal_has_one_table_redrawn(tmp_path: Path) -> None:
     metrics(tmp_path / "N2", eval_kl_mean=0.125, eval_accuracy=0.5)
     table.update()
     first = out.getvalue()
-    assert "trial  status  step     loss  KL     accuracy  time" in first
-    assert "N2     runs    5 (25%)  0.5   0.125  50.0%     0:00" in first and "N4     waits" in first
+    assert "trial  status  step     loss  KL copied  KL fitted  KL     accuracy  time" in first
+    assert (
+        "N2     runs    5 (25%)  0.5                         0.125  50.0%     0:00" in first and "N4     waits" in first
+    )
     write_outcome(tmp_path / "N2", TRIALS[0], TRIAL_FAILED, "no room")
     table.update()
     second = out.getvalue()[len(first) :]
@@ -61,6 +63,22 @@ def test_elsewhere_lines_tell_what_begins_and_ends(tmp_path: Path) -> None:
         "1 of 3 trials  N2 25%",
         "N2 failed in 0:00  KL 0.125  accuracy 50.0%: no room",
     ]
+
+
+def test_a_trial_that_is_done_shows_how_it_began(tmp_path: Path) -> None:
+    out, terminal = io.StringIO(), Terminal()
+    for file in (out, terminal):
+        table = SweepTable(TRIALS[:1], tmp_path, epochs=1, shown=True, out=file)
+        table.begin(TRIALS[0])
+        if not (tmp_path / "N2").exists():
+            metrics(tmp_path / "N2")
+            sides = {"student_before": {"kl_mean": 2.5}, "student_fitted": {"kl_mean": 0.5}}
+            sides["student"] = {"kl_mean": 0.125, "accuracy": 0.5}
+            (tmp_path / "N2" / "evaluation.json").write_text(json.dumps(sides))
+            write_outcome(tmp_path / "N2", TRIALS[0], TRIAL_DONE)
+        table.update()
+    assert out.getvalue() == "N2 done in 0:00  KL copied 2.5  KL fitted 0.5  KL 0.125  accuracy 50.0%\n"
+    assert "N2     done                2.5        0.5        0.125  50.0%" in terminal.getvalue()
 
 
 def test_a_trial_whose_workers_lack_room_says_so(tmp_path: Path) -> None:

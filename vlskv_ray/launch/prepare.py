@@ -145,6 +145,18 @@ def settle_dtype(config: Config) -> Config:
 def fit_plan_of(run: Run, loader: Loader, text_config: Any) -> FitPlan:
     """The samples that a student is fitted to: the first of an epoch that is dealt into single micro-batches."""
     config, plan = run.config, loader.plan
+    wanted, tokens, samples = config.model.fit_tokens or FIT_TOKENS * text_config.hidden_size, 0, []
+    for numbers in dealt_one_by_one(config, plan):
+        if tokens >= wanted:
+            break
+        samples.append(numbers)
+        tokens += int(plan.lengths[list(numbers)].sum(dtype=np.int64))
+    return FitPlan(tuple(samples), kept_fit(run, loader, text_config, samples), tokens)
+
+
+def dealt_one_by_one(config: Config, plan: Plan) -> Iterator[tuple[int, ...]]:
+    """The numbers of the samples of each micro-batch of an epoch, dealt as if each were a step: so they are the same
+    however many a step has."""
     dealt = Plan(
         plan.tables,
         plan.lengths,
@@ -152,13 +164,7 @@ def fit_plan_of(run: Run, loader: Loader, text_config: Any) -> FitPlan:
         micro_batch_size=config.micro_batch_size,
         micro_batches_per_step=1,
     )
-    wanted, tokens, samples = config.model.fit_tokens or FIT_TOKENS * text_config.hidden_size, 0, []
-    for row in dealt.rows(0, dealt.steps_per_epoch):
-        if tokens >= wanted:
-            break
-        samples.append(tuple(row["samples"]))
-        tokens += int(plan.lengths[row["samples"]].sum(dtype=np.int64))
-    return FitPlan(tuple(samples), kept_fit(run, loader, text_config, samples), tokens)
+    return (tuple(row["samples"]) for row in dealt.rows(0, dealt.steps_per_epoch))
 
 
 def max_length_of(config: Config, text_config: Any) -> int:

@@ -13,7 +13,7 @@ from vlskv_ray.report.run_files import DASH, at, read_run
 from vlskv_ray.sweep.trials import TRIAL_DONE, Trial, outcome_of
 from vlskv_ray.words import plural, terminal_table
 
-COLUMNS = ("accuracy", "loses", "KL", "prefill operations", "cache bytes", "")
+COLUMNS = ("accuracy", "loses", "KL copied", "KL fitted", "KL distilled", "prefill operations", "cache bytes", "")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class Point:
     cache: float
     num_key_value_layers: int | None = None
     key_value_group_size: int | None = None
+    kl_copied: float | None = None
+    """Of the student before anything was fitted or trained, where it was measured."""
+    kl_fitted: float | None = None
+    """Of the fitted student, where there was one."""
+    is_trained: bool = True
+    """Else `kl` is that of the student as it begins."""
     pareto: bool = False
     """No other trial is at least as good in KL, prefill and cache, and better in one of them."""
 
@@ -94,10 +100,22 @@ def points_of(trials: Sequence[Trial], folder: Path) -> list[Point]:
         if all(map(is_number, numbers)):
             accuracy, teacher, kl, prefill, cache = map(float, numbers)
             n, g = (at(evaluation, "model", key) for key in ("num_key_value_layers", "key_value_group_size"))
-            found.append(Point(trial.name, trial.values, accuracy, teacher, kl, prefill, cache, n, g))
+            copied, fitted, distilled = kl_by_start(evaluation)
+            more = (n, g, copied, fitted, distilled is not None)
+            found.append(Point(trial.name, trial.values, accuracy, teacher, kl, prefill, cache, *more))
     # whether one is beaten is only known when all are there
     found.sort(key=lambda point: (point.prefill, point.cache, point.kl))
     return [Point(**(asdict(point) | {"pareto": is_pareto(point, found)})) for point in found]
+
+
+def kl_by_start(evaluation: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """Mean KL of the student copied, fitted and trained, each where there is one that was measured."""
+    keys = {"copied": "student_before", "fitted": "student_fitted", "trained": "student"}
+    if (made := evaluation.get("student_is")) in ("copied", "fitted"):  # nothing was trained: that is its student
+        keys |= {made: "student", "trained": ""}
+    found = [at(evaluation, side, "kl_mean") for side in keys.values()]
+    copied, fitted, trained = (float(kl) if is_number(kl) else None for kl in found)
+    return copied, fitted, trained
 
 
 def is_pareto(point: Point, points: Sequence[Point]) -> bool:
@@ -129,7 +147,8 @@ def cells(point: Point, frontier: Frontier) -> list[str]:
     mark = "* recommended" if point == frontier.recommended else "*" if point.pareto else ""
     costs = [f"{cost:.2f}" for cost in (point.prefill, point.cache)]
     kept = [percent(point.accuracy), f"{100 * point.accuracy_drop:.1f} points"] if frontier.has_accuracy else [DASH] * 2
-    return [*kept, decimal(point.kl), *costs, mark]
+    by_start = [point.kl_copied, point.kl_fitted, point.kl if point.is_trained else None]
+    return [*kept, *(DASH if kl is None else decimal(kl) for kl in by_start), *costs, mark]
 
 
 def recommendation(frontier: Frontier) -> str:

@@ -85,6 +85,7 @@ def frontier_page(name: str, frontier: Frontier, again: str | None) -> str:
         again: the command that trains the recommended setting once more, where there is one.
     """
     caption = (
+        "KL is of the student as copied, as fitted before its first step, and as it came out. "
         "Costs are student over teacher. * no other trial is at least as good in KL, prefill and cache and better in "
         "one of them. Lines: the teacher's accuracy, and what is allowed to be lost."
     )

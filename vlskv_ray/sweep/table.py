@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from vlskv_ray.files import Follower
 from vlskv_ray.report.figures import decimal, is_number, percent
 from vlskv_ray.report.run_files import at, read_run
+from vlskv_ray.sweep.frontier import kl_by_start
 from vlskv_ray.sweep.trials import TRIAL_DONE, Trial, outcome_of
 from vlskv_ray.training.run import WAITING
 from vlskv_ray.words import format_duration, terminal_table
@@ -30,6 +31,8 @@ class Progress:
     outcome: dict[str, Any] | None = None
     answers: dict[str, Any] = field(default_factory=dict)
     """Its figures on held-out samples, once it is done."""
+    kl_before: tuple[float | None, float | None] = (None, None)
+    """Its KL as it began, copied and fitted, once it is done."""
     began: float | None = None
     """Since when it runs, by the monotonic clock; None: it does not."""
     waits_for: str = ""
@@ -46,6 +49,7 @@ class Progress:
             if self.status == TRIAL_DONE:  # read once: the table is drawn twice a second
                 evaluation = read_run(self.folder).evaluation
                 self.answers = at(evaluation, "student") or at(evaluation, "sft_model") or {}
+                self.kl_before = kl_by_start(evaluation)[:2]
 
     @property
     def is_running(self) -> bool:
@@ -65,7 +69,7 @@ class SweepTable:
     """One table of all trials, redrawn on a terminal; elsewhere a line when a trial begins or ends, and now and then
     one on how far those are that run."""
 
-    HEAD = ("trial", "status", "step", "loss", "KL", "accuracy", "time")
+    HEAD = ("trial", "status", "step", "loss", "KL copied", "KL fitted", "KL", "accuracy", "time")
 
     def __init__(self, trials: Sequence[Trial], folder: Path, epochs: int, shown: bool, out: TextIO | None = None):
         self.out, self.shown, self.epochs = out or sys.stdout, shown, epochs
@@ -130,10 +134,11 @@ class SweepTable:
         return min(1.0, float(row.latest.get("epoch", 0)) / self.epochs)
 
     def _ended(self, row: Progress) -> str:
-        cells = [text for text in self._cells(row)[4:6] if text]
+        names = ("KL copied", "KL fitted", "KL", "accuracy")
+        cells = dict(zip(self.HEAD, self._cells(row), strict=True))
+        figures = "".join(f"  {name} {cells[name]}" for name in names if cells[name])
         took = f" in {format_duration(time.monotonic() - row.began)}" if row.began is not None else " before"
         reason = f": {row.outcome['reason']}" if row.outcome and row.outcome.get("reason") else ""
-        figures = f"  KL {cells[0]}  accuracy {cells[1]}" if len(cells) == 2 else ""
         return f"{row.trial.name} {row.status}{took}{figures}{reason}"
 
     def _cells(self, row: Progress) -> list[str]:
@@ -145,7 +150,7 @@ class SweepTable:
             row.status,
             f"{step} ({self._share(row):.0%})" if row.status == "runs" else step,
             decimal(row.latest["loss"]) if "loss" in row.latest else "",
-            decimal(kl) if is_number(kl) else "",
+            *(decimal(figure) if is_number(figure) else "" for figure in (*row.kl_before, kl)),
             percent(accuracy) if is_number(accuracy) else "",
             format_duration(time.monotonic() - row.began) if row.began is not None and row.outcome is None else "",
         ]

@@ -12,7 +12,7 @@ Shapes: T tokens of all samples of a batch in one row, n supervised positions, D
 bias), U groups of layers above N (or layers), M layers of a group, K key/value heads, E head size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -31,6 +31,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 QUERIES_AT_ONCE = 128
 """Supervised positions whose attention is held at a time."""
 PARTS = ("k_proj", "v_proj")
+Setting = tuple[int, int]
+"""N and group size."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the sums
@@ -98,6 +100,24 @@ def fit_bytes(model: nn.Module, workers: int) -> int:
     return (4 if workers > 1 else 2) * sum(tensor.numel() * tensor.element_size() for tensor in sums)
 
 
+def setting_of(model: nn.Module) -> Setting:
+    """The one that a student has."""
+    config = swiftkv_backbone(model).config
+    return config.num_key_value_layers, config.key_value_group_size
+
+
+@contextmanager
+def as_setting(model: nn.Module, setting: Setting) -> Iterator[None]:
+    """A student taken for one of another setting, which may be any where it has N = 1 and groups of 1, so that each
+    layer has all weights; these stay as they are. Its own again, afterwards."""
+    config, before = swiftkv_backbone(model).config, setting_of(model)
+    config.num_key_value_layers, config.key_value_group_size = setting
+    try:
+        yield
+    finally:
+        config.num_key_value_layers, config.key_value_group_size = before
+
+
 def groups_of(model: nn.Module) -> list[list[Any]]:
     """The layers above N, by the groups that share keys and values."""
     backbone = swiftkv_backbone(model)
@@ -105,52 +125,86 @@ def groups_of(model: nn.Module) -> list[list[Any]]:
     return [list(layers[at : at + size]) for at in range(0, len(layers), size)]
 
 
-@torch.no_grad()
 def add_batch(sums: FitSums, model: Any, batch: Batch, weights: tuple[float, float] = (1.0, 1.0)) -> None:
-    """Adds the tokens of a batch, by one forward of the teacher.
+    """Adds the tokens of a batch to the sums of a student, see `add_to_all`."""
+    add_to_all({setting_of(model): sums}, model, batch, weights)
+
+
+@torch.no_grad()
+def add_to_all(
+    sums: Mapping[Setting, FitSums], model: Any, batch: Batch, weights: tuple[float, float] = (1.0, 1.0)
+) -> None:
+    """Adds the tokens of a batch to the sums of several settings, by one forward of the teacher.
 
     Args:
         sums: added to.
-        model: the student, on which they are to be fitted.
+        model: the student, on which they are to be fitted; for other settings than its own see `as_setting`.
         batch: without known states.
         weights: how much the supervised positions of samples without and with images count.
     """
     keep = supervised_positions(batch.labels)
     if not keep.any():
         return
-    with projected(model) as seen:
+    backbone = swiftkv_backbone(model)
+    layers = backbone.layers[min(n for n, _ in sums) :]
+    with projected(layers, {n for n, _ in sums}) as seen:
         swiftkv = SwiftKVPass(keep=keep, distill=True, teacher_alone=True)
         model.base_model(**batch.model_inputs(model.config), use_cache=False, swiftkv=swiftkv)
-    assert swiftkv.source is not None and swiftkv.lengths is not None
+    assert swiftkv.lengths is not None
     rows = torch.tensor(weights, device=keep.device)[batch.has_image.long()].split(1)  # by sample
     queries = torch.cat([row.expand(int(count)) for row, count in zip(rows, keep.sum(1), strict=True)])
-    x = swiftkv.source[0].double()
-    for unit, layers in enumerate(groups_of(model)):
-        of_layers = [attention_received(model, layer, seen[layer.layer_idx], swiftkv, queries) for layer in layers]
-        received = torch.stack(of_layers).sum(0)
+    for layer in layers:  # the same for all settings
+        of_layer = seen[layer.layer_idx]
+        of_layer["received"] = attention_received(model, layer, of_layer, swiftkv, queries)
+        of_layer["power"] = power_of_queries(layer, of_layer.pop("q_proj"), swiftkv, queries)
+    for setting, of_setting in sums.items():
+        with as_setting(model, setting):
+            backbone.start_from_teacher(lambda weight: weight is backbone.norm_swiftkv.weight)
+            add_layers(of_setting, groups_of(model), backbone.norm_swiftkv(seen[setting[0]]["trunk"])[0], seen)
+        of_setting.counts.add_(of_setting.counts.new_tensor([len(keep), sum(swiftkv.lengths), int(keep.sum())]))
+
+
+def add_layers(
+    sums: FitSums, groups: Sequence[Sequence[Any]], source: Tensor, seen: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Adds tokens to all sums but the counts.
+
+    Args:
+        sums: added to.
+        groups: of layers.
+        source: float[T, D], the normed trunk.
+        seen: by layer `k_proj` and `v_proj`, what attention each token has `received`, and the `power` of the queries.
+    """
+    x = source.double()
+    for unit, layers in enumerate(groups):
+        of_layers = [seen[layer.layer_idx] for layer in layers]
+        received = torch.stack([of_layer["received"] for of_layer in of_layers]).sum(0)
         inputs = x if layers[0].self_attn.k_proj.bias is None else F.pad(x, (0, 1), value=1.0)
         weighted = (inputs * received[:, None]).T  # [D, T]
         sums.gram[unit] += weighted @ inputs
-        for member, layer in enumerate(layers):
-            sums.queries[unit, member] += power_of_queries(layer, seen[layer.layer_idx]["q_proj"], swiftkv, queries)
+        for member, of_layer in enumerate(of_layers):
+            sums.queries[unit, member] += of_layer["power"]
             for part, name in enumerate(PARTS):
-                y = seen[layer.layer_idx][name][0].double()
-                sums.cross[unit, member, part] += weighted @ y
-    sums.counts.add_(sums.counts.new_tensor([len(keep), len(x), int(keep.sum())]))
+                sums.cross[unit, member, part] += weighted @ of_layer[name][0].double()
 
 
 @contextmanager
-def projected(model: nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
-    """What a forward of the teacher makes of tokens by its projections above N: by layer and name, [1, T, H or K * E],
-    queries of the last layer [1, n, H * E]."""
+def projected(layers: Iterable[Any], trunks: Collection[int]) -> Iterator[dict[int, dict[str, Tensor]]]:
+    """What a forward of the teacher makes of tokens by the projections of layers above N: by layer and name, [1, T, H
+    or K * E], queries of the last layer [1, n, H * E]; and what enters some of them, as `trunk` [1, T, D]."""
     seen: dict[int, dict[str, Tensor]] = {}
 
     def keep(of_layer: dict[str, Tensor], name: str) -> Any:
         return lambda module, arguments, output: of_layer.__setitem__(name, output)
 
+    def keep_input(of_layer: dict[str, Tensor]) -> Any:
+        return lambda module, arguments: of_layer.__setitem__("trunk", arguments[0])
+
     handles = []
-    for layer in (layer for group in groups_of(model) for layer in group):
+    for layer in layers:
         of_layer = seen.setdefault(layer.layer_idx, {})
+        if layer.layer_idx in trunks:
+            handles.append(layer.register_forward_pre_hook(keep_input(of_layer)))
         for name in ("q_proj", *PARTS):
             handles.append(getattr(layer.self_attn, name).register_forward_hook(keep(of_layer, name)))
     try:

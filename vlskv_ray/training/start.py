@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlskv_ray.data.collate import Batch, supervised_positions
+from vlskv_ray.data.collate import Batch, FrozenStates, supervised_positions
 from vlskv_ray.errors import AskedToStop, StoppedRun
 from vlskv_ray.files import add_line, flush, make_readable
 from vlskv_ray.model.swiftkv import SwiftKVPass, swiftkv_backbone
@@ -70,7 +70,6 @@ class Fitting:
         assert run.fit is not None
         self.run, self.model, self.batch_of, self.watchdog = run, model, batch_of, watchdog
         self.samples, self.kept = run.fit.samples, run.fit.kept
-        self.every = min(HELD_OUT_EVERY, len(self.samples))
         self.weights = (run.config.text_loss_weight, run.config.vision_loss_weight)
         self.began = time.monotonic()
 
@@ -94,17 +93,11 @@ class Fitting:
     def solve(self, sums: FitSums, held_out: FitSums) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The weights that the student starts with, and what was chosen for them."""
         copied = {name: weight.detach().clone() for name, weight in projections_of(self.model).items()}
-        kl, candidates = {}, {"neither": dict.fromkeys(PARTS, [None] * len(sums.gram))}
-        if sums.gram.any():
-            chosen = choose(self.model, sums, held_out if held_out.counts[2] else sums)
-            candidates = {
-                name: {part: chosen[part] if part in parts else [None] * len(chosen[part]) for part in PARTS}
-                for name, parts in CANDIDATES.items()
-            }
-            kl = self.measure({name: copied | fit(self.model, sums, ridges) for name, ridges in candidates.items()})
-        elif not self.run.total_steps:  # what trains says at its end what was wrong with the samples
+        candidates = candidates_of(self.model, sums, held_out)
+        if not sums.gram.any() and not self.run.total_steps:  # what trains says at its end what was wrong with them
             raise StoppedRun("none of the samples that the student would be fitted to can be used; see --dry-run")
-        best = min(kl, key=lambda name: kl[name]) if kl else "neither"
+        kl = self.measure({name: copied | fit(self.model, sums, ridges) for name, ridges in candidates.items()})
+        best = nearest(kl)
         set_weights(self.model, copied)
         names = ("samples", "tokens", "supervised_tokens")
         about = {"fit": self.kept.name, "fitted": best, "kl": kl, "ridges": candidates[best]}
@@ -121,12 +114,12 @@ class Fitting:
             fault_point("fit", at, this_rank())
             number = at + this_rank()
             if mine is None:
-                self.add(held_out if self.is_held_out(number) else sums, number)
+                self.add(held_out if is_held_out(number, len(self.samples)) else sums, number)
             else:
                 if number < len(self.samples):
                     self.add(mine, number)
                 for theirs, of_worker in zip(range(at, len(self.samples)), in_turn(mine), strict=False):
-                    (held_out if self.is_held_out(theirs) else sums).add_(of_worker)
+                    (held_out if is_held_out(theirs, len(self.samples)) else sums).add_(of_worker)
                 mine.zero_()
             self.watchdog.done()
             done = min(at + workers, len(self.samples))
@@ -152,37 +145,19 @@ class Fitting:
     def batch(self, number: int) -> Batch:
         return self.batch_of(self.samples[number]).to(next(self.model.parameters()).device)
 
-    def is_held_out(self, number: int) -> bool:
-        return self.every > 1 and number % self.every == self.every - 1
-
     def measure(self, students: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
         """Of each student the mean KL from the teacher on samples that are held out; nothing if there are none."""
-        held_out = [number for number in range(len(self.samples)) if self.is_held_out(number)][:MEASURED]
         found = {}
-        for number in held_out[this_rank() :: len(gather_objects(None))]:
+        for number in measured_of(len(self.samples))[this_rank() :: len(gather_objects(None))]:
             batch = self.batch(number)
-            keep = supervised_positions(batch.labels)
-            if keep.any():
-                found[number] = self.distances(list(students.values()), batch, keep)
+            if supervised_positions(batch.labels).any():
+                layer = swiftkv_backbone(self.model).config.num_key_value_layers
+                known = frozen_states(self.model, batch, [layer])[layer]
+                memory = self.run.config.model.logits_memory_mib
+                found[number] = distances(self.model, list(students.values()), batch, known, memory)
             self.watchdog.alive()
         everyone = {number: values for of_worker in gather_objects(found) for number, values in of_worker.items()}
-        sums = torch.tensor([everyone[number] for number in sorted(everyone)], dtype=torch.float64).sum(0)
-        return dict(zip(students, (sums[:-1] / sums[-1]).tolist(), strict=True)) if everyone else {}
-
-    def distances(self, students: Sequence[dict[str, Tensor]], batch: Batch, keep: Tensor) -> list[float]:
-        """Sum of KL of each student over the supervised positions of a batch, and how many these are."""
-        backbone, head = swiftkv_backbone(self.model), self.model.get_output_embeddings()
-        layer = backbone.config.num_key_value_layers
-        known = frozen_states(self.model, batch, [layer])[layer]
-        states = []
-        for weights in students:
-            set_weights(self.model, weights)
-            states.append(
-                backbone.from_trunk(known.trunk[None], batch.attention_mask.bool(), SwiftKVPass(keep=keep))[0]
-            )
-        rows = rows_per_chunk(head.weight.shape[0], self.run.config.model.logits_memory_mib)
-        of_students = distances_at_head(states, known.teacher, head, rows)
-        return [kl.double().sum().item() for kl, _ in of_students] + [float(len(known.teacher))]
+        return means(list(students), [everyone[number] for number in sorted(everyone)])
 
     # -------------------------------------------------------------------------------------------------- kept on storage
     @property
@@ -221,6 +196,63 @@ class Fitting:
             self.kept.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(self.kept, weights, about)
         self.partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------- what is chosen by
+def is_held_out(number: int, count: int) -> bool:
+    """Whether a micro-batch, of so many, is chosen by and not fitted to."""
+    every = min(HELD_OUT_EVERY, count)
+    return every > 1 and number % every == every - 1
+
+
+def measured_of(count: int) -> list[int]:
+    """Those of so many micro-batches that students are measured on, to choose one."""
+    return [number for number in range(count) if is_held_out(number, count)][:MEASURED]
+
+
+def candidates_of(model: Any, sums: FitSums, held_out: FitSums) -> dict[str, dict[str, list[float | None]]]:
+    """The students that may be chosen: by name, then by part, the ridges of their fit. Without any tokens, the copied
+    one alone."""
+    if not sums.gram.any():
+        return {"neither": {part: [None] * len(sums.gram) for part in PARTS}}
+    chosen = choose(model, sums, held_out if held_out.counts[2] else sums)
+    return {
+        name: {part: chosen[part] if part in parts else [None] * len(chosen[part]) for part in PARTS}
+        for name, parts in CANDIDATES.items()
+    }
+
+
+def distances(
+    model: Any, students: Sequence[Mapping[str, Tensor]], batch: Batch, known: FrozenStates, logits_memory_mib: int
+) -> list[float]:
+    """Sum of KL of each student over the supervised positions of a batch, and how many these are.
+
+    Args:
+        model: left with the weights of the last student.
+        students: all of their weights.
+        batch: with something supervised.
+        known: of the batch, at the model's N.
+        logits_memory_mib: as in the config.
+    """
+    backbone, head = swiftkv_backbone(model), model.get_output_embeddings()
+    keep, states = supervised_positions(batch.labels), []
+    for weights in students:
+        set_weights(model, weights)
+        states.append(backbone.from_trunk(known.trunk[None], batch.attention_mask.bool(), SwiftKVPass(keep=keep))[0])
+    rows = rows_per_chunk(head.weight.shape[0], logits_memory_mib)
+    of_students = distances_at_head(states, known.teacher, head, rows)
+    return [kl.double().sum().item() for kl, _ in of_students] + [float(len(known.teacher))]
+
+
+def means(names: Sequence[str], found: Sequence[list[float]]) -> dict[str, float]:
+    """The mean KL of each student, by its name, from the `distances` of all batches; nothing if there are none."""
+    sums = torch.tensor(found, dtype=torch.float64).sum(0)
+    return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)) if found else {}
+
+
+def nearest(kl: Mapping[str, float]) -> str:
+    """The student to take, by the mean KL of each; the copied one where none was measured."""
+    return min(kl, key=lambda name: kl[name]) if kl else "neither"
 
 
 def tell(run: Run, text: str) -> None:

@@ -19,6 +19,7 @@ from vlskv_ray.words import printable
 
 FIGURES = {
     *("accuracy", "accuracy_vision", "accuracy_text", "by_kind", "kl_mean", "kl_p95", "top1_agreement"),
+    *("kl_vision", "kl_text"),
     *("perplexity", "cross_entropy", "agreed_prefix", "agreed_prefix_share"),
 }
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -119,7 +120,7 @@ def test_text_alone_is_measured(run: Path, odds_and_ends: None, capsys: pytest.C
     assert "Prefill of a prompt of 512 tokens of text, with threads: 1." in printed
     for side in ("teacher", "student_before", "student"):
         figures = evaluation[side]
-        assert all(figures[name] is not None for name in FIGURES - {"accuracy_vision"})
+        assert all(figures[name] is not None for name in FIGURES - {"accuracy_vision", "kl_vision"})
         assert figures["kl_mean"] == figures["details"]["text"]["kl_mean"] and figures["accuracy_vision"] is None
     assert evaluation["savings"]["prefill_flops_ratio"] < 1 and len(evaluation["examples"]) == 2
 

@@ -421,6 +421,8 @@ def test_figures_are_means_over_questions_and_over_tokens() -> None:
         "accuracy": 0.75,
         "accuracy_vision": 0.5,
         "accuracy_text": 1.0,
+        "kl_vision": 2.5,
+        "kl_text": 4.0,
         "by_kind": {"colour": 0.5, "sum": 1.0},
         "kl_mean": 3.0,
         "kl_p95": 6.5,  # of 0 1 2 3 5 7: three quarters of the way from 5 to 7

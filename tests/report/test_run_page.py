@@ -26,6 +26,7 @@ from pages import (
 )
 from waiting import HANG_SECONDS
 
+from vlskv_ray.report.figures import result_rows
 from vlskv_ray.report.model_card import write_model_card
 from vlskv_ray.report.plots import curve
 from vlskv_ray.report.run_page import write_report
@@ -313,3 +314,13 @@ def test_a_browser_shows_it(whole: Path, tmp_path: Path) -> None:
     found = subprocess.run([chromium, *flags, whole.as_uri()], capture_output=True, text=True, timeout=HANG_SECONDS)
     dom = Page(found.stdout)
     assert dom.ids("section") == SECTIONS and dom.ids("figure") == PLOTS
+
+
+def test_kl_by_modality_shows_where_there_are_both() -> None:
+    """Of one alone it is the mean of all."""
+    teacher, student = ({"kl_mean": kl, "kl_vision": kl, "kl_text": kl / 2} for kl in (0.0, 0.5))
+    evaluation = {"teacher": teacher, "student": student}
+    rows = dict(result_rows(evaluation))
+    assert rows["KL per token, with images"] == ["0", "0.5"] and rows["KL per token, text only"] == ["0", "0.25"]
+    teacher["kl_text"] = student["kl_text"] = None
+    assert list(dict(result_rows(evaluation))) == ["KL per token, mean"]

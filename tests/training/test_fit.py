@@ -1,5 +1,6 @@
 """The fit against numpy's least squares in float64, on attention that transformers' own eager function gives."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,14 +10,16 @@ import pytest
 import torch
 from conftest import batch_of
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlskv_ray.data.collate import Batch, Encoded, supervised_positions
 from vlskv_ray.evaluation.evaluator import toggled
 from vlskv_ray.model.swiftkv import BACKBONES, swiftkv_backbone
-from vlskv_ray.training.distill import kl_divergence, shared_pass
+from vlskv_ray.training.distill import frozen_states, kl_divergence, shared_pass
 from vlskv_ray.training.fit import (
     FLOOR,
     PARTS,
+    RIDGES,
     FitSums,
     add_batch,
     as_complex,
@@ -30,6 +33,7 @@ from vlskv_ray.training.fit import (
     shared_values,
     solve,
 )
+from vlskv_ray.training.profiling import flop_counter
 
 RIDGE = 0.01
 WEIGHTS = (1.3, 0.7)
@@ -118,14 +122,14 @@ def test_equals_numpys_least_squares(
     split = sums_of(model, [in_float64(batch_of([sample])) for sample in encoded])
     for unit, at in enumerate(range(0, len(layers), group_size)):
         received = sum(by_layer[layer]["received"] for layer in layers[at : at + group_size])
-        for member, number in enumerate(layers[at : at + group_size]):
-            layer = swiftkv_backbone(model).layers[number]
+        members = groups_of(model)[unit]
+        for member, (number, layer) in enumerate(zip(layers[at : at + group_size], members, strict=True)):
             for part, name in enumerate(PARTS):
                 own = joined(getattr(layer.self_attn, name))
                 inputs = x if own.shape[1] == x.shape[1] else np.pad(x, ((0, 0), (0, 1)), constant_values=1.0)
                 wanted = least_squares(inputs, by_layer[number][name], received, own.numpy(), RIDGE)
                 for sums in (whole, split):
-                    got = solve(sums, unit, member, part, layer, RIDGE)
+                    got = solve(sums, unit, members, RIDGE)[part][member]
                     assert np.abs(got.numpy() - wanted).max() < 1e-6 * np.abs(wanted).max()
                 if number > 2:  # what enters layer N is the trunk: there copies are exact
                     assert np.abs((got - own).numpy()).max() > 1e-2 * np.abs(wanted).max()
@@ -184,7 +188,7 @@ def test_shared_keys_lose_the_least_of_all_layers_keys(
     layers = groups_of(model)[unit]
     attentions = [layer.self_attn for layer in layers]
     received = sum(by_layer[layer.layer_idx]["received"] for layer in layers)
-    own = [solve(sums, unit, member, 0, layer, RIDGE) for member, layer in enumerate(layers)]
+    own = solve(sums, unit, layers, RIDGE)[0]
     keys, queries = shared_keys(attentions, own, sums.gram[unit], sums.queries[unit])
     inputs = x if own[0].shape[1] == x.shape[1] else np.pad(x, ((0, 0), (0, 1)), constant_values=1.0)
     heads = sums.queries.shape[2]
@@ -213,7 +217,7 @@ def test_keys_that_are_normed_are_the_mean_of_the_layers(mixed_up: Callable[...,
     model = mixed_up("qwen3", 2)
     sums = sums_of(model, [in_float64(batch_of(encoded))])
     attentions = [layer.self_attn for layer in groups_of(model)[0]]
-    own = [solve(sums, 0, member, 0, layer, RIDGE) for member, layer in enumerate(groups_of(model)[0])]
+    own = solve(sums, 0, groups_of(model)[0], RIDGE)[0]
     keys, queries = shared_keys(attentions, own, sums.gram[0], sums.queries[0])
     assert torch.equal(keys, (own[0] + own[1]) / 2)
     assert all(torch.equal(mine, joined(a.q_proj)) for mine, a in zip(queries, attentions, strict=True))
@@ -241,3 +245,54 @@ def test_the_whole_fit_of_shared_layers_is_nearer_than_copies(
 
 def in_float64(batch: Batch) -> Batch:
     return replace(batch, pixels={name: x.double() for name, x in batch.pixels.items()})
+
+
+# ------------------------------------------------------------------------------------------------------ what it takes
+def test_sums_add_little_to_a_forward_of_the_teacher(student: Callable[..., Any], encoded: list[Encoded]) -> None:
+    """To the last operation; with what is not the sums themselves, in float64, it is less than 1.15 forwards."""
+    model = student("llama", moved=False)
+    batch = batch_of(encoded)
+    keep = supervised_positions(batch.labels)
+    with flop_counter() as forward:
+        frozen_states(model, batch, [2])
+    sums = FitSums.zeros(model)
+    with flop_counter() as whole:
+        add_batch(sums, model, batch)
+    layers, text = len(groups_of(model)), model.config.text_config
+    heads, size = text.num_attention_heads, text.head_dim
+    lengths, asked = batch.attention_mask.sum(1).tolist(), keep.sum(1).tolist()
+    tokens, queries = sum(lengths), sum(asked)
+    products = 2 * tokens * text.hidden_size * (text.hidden_size + 2 * text.num_key_value_heads * size)
+    pairs = sum(length * n for length, n in zip(lengths, asked, strict=True))
+    scores = 2 * pairs * heads * size + 2 * pairs  # of queries with keys, and their sum by weights
+    power = 2 * heads * size * queries
+    extra = whole.get_total_flops() - forward.get_total_flops()
+    assert extra == layers * (products + scores + power)
+    assert extra - layers * products < 0.15 * forward.get_total_flops()
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_one_factor_of_the_tokens_matrix_for_each_ridge(
+    student: Callable[..., Any], encoded: list[Encoded], group_size: int
+) -> None:
+    """Whatever the number of layers and parts that are solved with it."""
+    model = student("llama", moved=False, key_value_group_size=group_size)
+    sums = sums_of(model, [batch_of(encoded)])
+    with Counted() as counted:
+        chosen = choose(model, sums, sums)
+    assert counted.calls["linalg_cholesky_ex"] == len(groups_of(model)) * len(RIDGES)
+    with Counted() as counted:
+        fit(model, sums, chosen)
+    assert counted.calls["linalg_cholesky_ex"] <= len(groups_of(model)) * len(PARTS)
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))

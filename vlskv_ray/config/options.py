@@ -103,7 +103,7 @@ class ModelConfig(_Section):
     fit, but where the model is a student already or the run goes on from a checkpoint."""
 
     fit_tokens: PositiveInt | None = None
-    """About how many tokens that pass sees. None: 64 for each number of a hidden state, and 40,000 at least."""
+    """About how many tokens that pass sees. None: 64 for each number of a hidden state, and 100,000 at least."""
 
     trainable: Annotated[tuple[Trainable, ...], Strict(False)] = ()
     """Parts that train; the others are frozen, and no gradient of them is computed. projector: with all between tower

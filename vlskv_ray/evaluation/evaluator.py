@@ -365,6 +365,8 @@ def figures_of(results: Sequence[Result], side: str) -> dict[str, Any]:
         "accuracy": whole["accuracy"],
         "accuracy_vision": parts["vision"]["accuracy"],
         "accuracy_text": parts["text"]["accuracy"],
+        "kl_vision": parts["vision"]["kl_mean"],
+        "kl_text": parts["text"]["kl_mean"],
         "by_kind": {kind: figures["accuracy"] for kind, figures in by_kind.items()},
         **{name: value for name, value in whole.items() if name not in ("accuracy", "questions")},
         "details": {**parts, "kinds": by_kind},

@@ -41,7 +41,7 @@ LARGEST_STEP = 2**24
 """Samples."""
 FIT_TOKENS = 64
 """For each number of a hidden state, that a student is fitted to."""
-LEAST_FIT_TOKENS = 40_000
+LEAST_FIT_TOKENS = 100_000
 """That a student is fitted to where the model is small: of fewer, too few are left to choose by."""
 FEW_STEPS = 20
 """With which a student may end worse than it begins."""
@@ -147,7 +147,11 @@ def settle_dtype(config: Config) -> Config:
 def fit_plan_of(run: Run, loader: Loader, text_config: Any) -> FitPlan:
     """The samples that a student is fitted to: the first of an epoch that is dealt into single micro-batches."""
     config, plan = run.config, loader.plan
-    wanted, tokens, samples = config.model.fit_tokens or max(FIT_TOKENS * text_config.hidden_size, LEAST_FIT_TOKENS), 0, []
+    wanted, tokens, samples = (
+        config.model.fit_tokens or max(FIT_TOKENS * text_config.hidden_size, LEAST_FIT_TOKENS),
+        0,
+        [],
+    )
     for numbers in dealt_one_by_one(config, plan):
         if tokens >= wanted:
             break

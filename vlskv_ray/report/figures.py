@@ -79,6 +79,8 @@ def columns(evaluation: dict[str, Any]) -> list[str]:
 
 MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("kl_mean", "KL per token, mean", decimal),
+    ("kl_vision", "KL per token, with images", decimal),
+    ("kl_text", "KL per token, text only", decimal),
     ("kl_p95", "KL per token, 95th percentile", decimal),
     ("top1_agreement", "top-1 agreement", percent),
     ("perplexity", "perplexity", decimal),
@@ -91,6 +93,8 @@ MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 """What is measured of each side, the first first: what says something of any answers, then exact match."""
 ACCURACIES = ("accuracy", "accuracy_vision", "accuracy_text")
+OF_MODALITY = ("kl_vision", "kl_text")
+"""Shown where there are both: of one alone it is the mean of all."""
 
 LEAST_ACCURACY = 0.05
 """Of the teacher, from which on exact match is shown. Where it matches fewer references word for word, they are free
@@ -98,12 +102,13 @@ text, of which a few match by chance."""
 
 
 def result_rows(evaluation: dict[str, Any]) -> Rows:
-    """The result, a column for each of `columns`. Left out are measures that none of them has, and accuracies where the
-    teacher does not score."""
+    """The result, a column for each of `columns`. Left out are measures that none of them has, accuracies where the
+    teacher does not score, and the parts of a modality where there is no other."""
+    has_both = all(any(is_number(evaluation[side].get(key)) for side in sides(evaluation)) for key in OF_MODALITY)
     rows = [
         (label, [form(evaluation[side].get(key)) for side in sides(evaluation)])
         for key, label, form in MEASURES
-        if key not in ACCURACIES or scores(evaluation, key)
+        if (key not in ACCURACIES or scores(evaluation, key)) and (key not in OF_MODALITY or has_both)
     ]
     return [(label, texts) for label, texts in rows if set(texts) - {DASH}]
 

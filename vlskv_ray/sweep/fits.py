@@ -23,7 +23,7 @@ from vlskv_ray.training.fit import (
     projections_of,
 )
 from vlskv_ray.training.run import Run
-from vlskv_ray.training.start import candidates_of, distances, is_held_out, means, measured_of, nearest
+from vlskv_ray.training.start import candidates_of, distances, is_held_out, measured_of, nearest
 from vlskv_ray.training.step import autocast
 from vlskv_ray.words import format_bytes, plural
 
@@ -152,7 +152,7 @@ def choose_students(
                 copied = {name: weight.detach().clone() for name, weight in projections_of(model).items()}
                 some = [{**copied, **weights} for weights in by_name.values()]
                 found[setting].append(distances(model, some, batch, known[setting[0]], logits_memory_mib))
-    return {setting: nearest(means(list(by_name), found[setting])) for setting, by_name in students.items()}
+    return {setting: nearest(list(by_name), found[setting]) for setting, by_name in students.items()}
 
 
 @contextmanager

@@ -301,12 +301,8 @@ def fit(model: nn.Module, sums: FitSums, chosen: Mapping[str, Sequence[float | N
     for unit, layers in enumerate(groups_of(model)):
         attentions = [layer.self_attn for layer in layers]
         ridges = [chosen[name][unit] for name in PARTS]
-        own = [
-            None
-            if ridge is None
-            else [solve(sums, unit, member, part, layer, ridge) for member, layer in enumerate(layers)]
-            for part, ridge in enumerate(ridges)
-        ]
+        solved = {ridge: solve(sums, unit, layers, ridge) for ridge in set(ridges) if ridge is not None}
+        own = [None if ridge is None else solved[ridge][part] for part, ridge in enumerate(ridges)]
         keys, values = own
         if values is not None:
             fitted[attentions[0].v_proj_swiftkv] = shared_values(attentions, values)
@@ -329,25 +325,33 @@ def choose(model: nn.Module, sums: FitSums, held_out: FitSums) -> dict[str, list
     """
     chosen: dict[str, list[float | None]] = {name: [] for name in PARTS}
     for unit, layers in enumerate(groups_of(model)):
-        for part, name in enumerate(PARTS):
-            errors: dict[float | None, float] = {}
-            if len(layers) == 1:
-                errors[None] = error(held_out, unit, 0, part, joined(getattr(layers[0].self_attn, name)))
-            for ridge in RIDGES:
-                errors[ridge] = sum(
-                    error(held_out, unit, member, part, solve(sums, unit, member, part, layer, ridge))
-                    for member, layer in enumerate(layers)
+        errors: dict[str, dict[float | None, float]] = {name: {} for name in PARTS}
+        if len(layers) == 1:
+            for part, name in enumerate(PARTS):
+                errors[name][None] = error(held_out, unit, 0, part, joined(getattr(layers[0].self_attn, name)))
+        for ridge in RIDGES:
+            for part, own in enumerate(solve(sums, unit, layers, ridge)):
+                errors[PARTS[part]][ridge] = sum(
+                    error(held_out, unit, member, part, weight) for member, weight in enumerate(own)
                 )
-            chosen[name].append(min(errors, key=lambda ridge: errors[ridge]))
+        for name, of_part in errors.items():
+            chosen[name].append(min(of_part, key=lambda ridge: of_part[ridge]))
     return chosen
 
 
-def solve(sums: FitSums, unit: int, member: int, part: int, layer: Any, ridge: float) -> Tensor:
-    """float64[K * E, D]: the weights nearest to a layer's own keys or values, a bias in the last column."""
-    gram, cross = sums.gram[unit], sums.cross[unit, member, part]
+def solve(sums: FitSums, unit: int, layers: Sequence[Any], ridge: float) -> list[list[Tensor]]:
+    """float64[K * E, D] by part and layer of a group: the weights nearest to a layer's own keys or values, a bias in
+    the last column. One factor of the tokens' matrix does for all of them."""
+    gram, cross = sums.gram[unit], sums.cross[unit]
     ridge = ridge * float(gram.diagonal().mean())
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    return torch.cholesky_solve(cross + ridge * joined(getattr(layer.self_attn, PARTS[part])).T, factor).T
+    wanted = [
+        cross[member, part] + ridge * joined(getattr(layer.self_attn, name)).T
+        for part, name in enumerate(PARTS)
+        for member, layer in enumerate(layers)
+    ]
+    solved = torch.cholesky_solve(torch.cat(wanted, dim=1), factor).T.split(cross.shape[-1])
+    return [list(solved[part * len(layers) : (part + 1) * len(layers)]) for part in range(len(PARTS))]
 
 
 def error(sums: FitSums, unit: int, member: int, part: int, weight: Tensor) -> float:

@@ -5,6 +5,7 @@ the same student. Now and then they are kept, and a run that was killed goes on 
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -33,7 +34,9 @@ from vlskv_ray.words import format_duration, short_path
 
 HELD_OUT_EVERY = 8
 """One of so many micro-batches is not fitted to: by those is chosen."""
-MEASURED = 8
+LEAST_HELD_OUT = 4
+"""Of few micro-batches more are held out, for so many; by one alone chance would choose."""
+MEASURED = 16
 """Of these, so many at most are measured with the students that may be chosen."""
 KEEP_SECONDS = 30
 """Between two times that the sums are kept."""
@@ -96,11 +99,12 @@ class Fitting:
         candidates = candidates_of(self.model, sums, held_out)
         if not sums.gram.any() and not self.run.total_steps:  # what trains says at its end what was wrong with them
             raise StoppedRun("none of the samples that the student would be fitted to can be used; see --dry-run")
-        kl = self.measure({name: copied | fit(self.model, sums, ridges) for name, ridges in candidates.items()})
-        best = nearest(kl)
+        found = self.measure([copied | fit(self.model, sums, ridges) for ridges in candidates.values()])
+        best = nearest(list(candidates), found)
         set_weights(self.model, copied)
         names = ("samples", "tokens", "supervised_tokens")
-        about = {"fit": self.kept.name, "fitted": best, "kl": kl, "ridges": candidates[best]}
+        about = {"fit": self.kept.name, "fitted": best, "kl": means(list(candidates), found)}
+        about |= {"ridges": candidates[best]}
         about |= dict(zip(names, (sums + held_out).counts.tolist(), strict=True))
         return copied | fit(self.model, sums + held_out, candidates[best]), about
 
@@ -145,8 +149,8 @@ class Fitting:
     def batch(self, number: int) -> Batch:
         return self.batch_of(self.samples[number]).to(next(self.model.parameters()).device)
 
-    def measure(self, students: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
-        """Of each student the mean KL from the teacher on samples that are held out; nothing if there are none."""
+    def measure(self, students: Sequence[dict[str, Tensor]]) -> list[list[float]]:
+        """The `distances` of students on each micro-batch that is chosen by."""
         found = {}
         for number in measured_of(len(self.samples))[this_rank() :: len(gather_objects(None))]:
             batch = self.batch(number)
@@ -154,10 +158,10 @@ class Fitting:
                 layer = swiftkv_backbone(self.model).config.num_key_value_layers
                 known = frozen_states(self.model, batch, [layer])[layer]
                 memory = self.run.config.model.logits_memory_mib
-                found[number] = distances(self.model, list(students.values()), batch, known, memory)
+                found[number] = distances(self.model, students, batch, known, memory)
             self.watchdog.alive()
         everyone = {number: values for of_worker in gather_objects(found) for number, values in of_worker.items()}
-        return means(list(students), [everyone[number] for number in sorted(everyone)])
+        return [everyone[number] for number in sorted(everyone)]
 
     # -------------------------------------------------------------------------------------------------- kept on storage
     @property
@@ -201,8 +205,8 @@ class Fitting:
 # ---------------------------------------------------------------------------------------------------- what is chosen by
 def is_held_out(number: int, count: int) -> bool:
     """Whether a micro-batch, of so many, is chosen by and not fitted to."""
-    every = min(HELD_OUT_EVERY, count)
-    return every > 1 and number % every == every - 1
+    every = min(HELD_OUT_EVERY, max(2, count // LEAST_HELD_OUT))
+    return number % every == every - 1
 
 
 def measured_of(count: int) -> list[int]:
@@ -250,9 +254,20 @@ def means(names: Sequence[str], found: Sequence[list[float]]) -> dict[str, float
     return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)) if found else {}
 
 
-def nearest(kl: Mapping[str, float]) -> str:
-    """The student to take, by the mean KL of each; the copied one where none was measured."""
-    return min(kl, key=lambda name: kl[name]) if kl else "neither"
+def nearest(names: Sequence[str], found: Sequence[list[float]]) -> str:
+    """The student to take, from the `distances` of all batches: the copied one, unless another is nearer by more than
+    chance, which is twice the standard error of their difference over batches.
+
+    Where a few tokens make most of the KL, as where copies are near already, the smallest mean is often chance.
+    """
+    sums = torch.tensor(found, dtype=torch.float64).reshape(len(found), len(names) + 1)[:, :-1]
+    copied = sums[:, names.index("neither")]
+    for at in sums.sum(0).argsort().tolist():
+        gain = copied - sums[:, at]
+        chance = 2 * gain.std() * math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+        if gain.sum() > chance:
+            return names[at]
+    return "neither"
 
 
 def tell(run: Run, text: str) -> None:

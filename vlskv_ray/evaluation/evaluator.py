@@ -1,7 +1,8 @@
 """What a student kept of its teacher on held-out samples: its greedy answers, and the distributions behind them.
 
-Up to four models answer side by side: the teacher, the student whose SwiftKV weights are copies of the teacher's, the one
-that is fitted, and the student itself. It knows neither Ray nor the config; workers each take their share of the samples.
+Up to four models answer side by side: the teacher, the student whose SwiftKV weights are copies of the teacher's, the
+one that is fitted, and the student itself. It knows neither Ray nor the config; workers each take their share of the
+samples.
 
 Shapes: T tokens, D hidden, V vocabulary, n supervised positions of a batch.
 """

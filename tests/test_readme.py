@@ -190,7 +190,7 @@ def test_results_agree() -> None:
     """The figures of the short table in README.md stand in the whole one, so both are of one run."""
     whole = (ROOT / "docs/results.md").read_text()
     rows = dict(re.findall(r"^\| ([\w, -]+?) \| (.+) \|$", README.partition("<!-- quickstart: end -->")[0], re.M))
-    for label in ("accuracy", "KL per token, mean", "top-1 agreement", "prefill time", "prefill operations"):
+    for label in ("accuracy", "KL per token, mean", "top-1 agreement", "prefill CPU time", "prefill operations"):
         figures = [figure for figure in re.sub(r"\(.*\)", "", rows[label]).replace("|", " ").split("  ") if figure]
         (line,) = re.findall(rf"^{label}  +(.+)$", whole, re.MULTILINE)
         assert figures and all(figure.strip() in line for figure in figures), label

@@ -169,7 +169,7 @@ def run_steps(training: Training, batches: Iterator[Batch], batch_of: BatchOf | 
     try:
         if training.step == 0 and training.run.fit is not None:
             assert batch_of is not None
-            start_fitted(training.run, training.model, batch_of, training.watchdog)
+            fit(training, batch_of)
         train(training, batches)
     except AskedToStop:
         return None
@@ -178,6 +178,19 @@ def run_steps(training: Training, batches: Iterator[Batch], batch_of: BatchOf | 
     if training.step < training.run.total_steps or not training.run.total_steps:
         return None
     return counts.nothing_learnt(config.vision_loss_weight, config.text_loss_weight, config.trained_parts)
+
+
+def fit(training: Training, batch_of: BatchOf) -> None:
+    """What comes before the first step. Where none follows, which would see the same samples, it tells of those that
+    are left out; StoppedRun where they are too many."""
+    run, counts, data = training.run, training.counts, training.run.config.data
+    about = start_fitted(run, training.model, batch_of, training.watchdog)
+    if run.total_steps:
+        return
+    counts.add_left_out(int(about["samples"]) + len(about["left_out"]), about["left_out"])
+    if training.log:
+        training.log.left_out(0, about["left_out"])
+    counts.check(data.max_rejected_fraction, data.on_refused, whole_epoch=True)
 
 
 def train(training: Training, batches: Iterator[Batch]) -> None:

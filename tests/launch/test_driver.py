@@ -216,9 +216,16 @@ def test_a_run_without_steps_is_the_fitted_student(files: Path, capsys: pytest.C
     exported = dict(build_student(find_model(str(run / "final"))).named_parameters())
     fitted = read_weights(run / "start.safetensors")
     assert fitted and all(torch.equal(exported[name], weight) for name, weight in fitted.items())
+    left_out = {(row["step"], row["id"]) for row in lines(run / "rejected.jsonl")}
+    assert left_out == {(0, f"chat.jsonl:{number}") for number in (9, 14, 22)}
+    assert sum(json.loads((run / "summary.json").read_text())["rejected"].values()) == 3
     assert vlskv_ray.fit.main(arguments) == 0 and "already finished" in capsys.readouterr().out
     assert vlskv_ray.fit.main([*arguments, "seed=5"]) == 2
     assert "of-no-steps-fit: holds a run of another config; use --resume never" in capsys.readouterr().err
+    few = [*arguments, "output.name=few", "data.max_rejected_fraction=0.01"]
+    assert [vlskv_ray.fit.main(few) for _ in range(2)] == [1, 1]
+    assert "3 of the 52 samples so far had to be left out" in capsys.readouterr().err
+    assert len(lines(files / "runs" / "few-fit" / "rejected.jsonl")) == 3
     assert vlskv_ray.fit.main([*arguments, "objective=sft"]) == 2
     assert vlskv_ray.fit.main([*arguments, f"model.name_or_path={run / 'final'}"]) == 2
     assert "is a student already" in capsys.readouterr().err

@@ -46,12 +46,16 @@ class RunLog:
         if with_metrics:
             self._line("metrics", metrics)
             self._show(step, metrics)
-        for row in rejected:
-            self._line("rejected", {"step": step, **row})
+        self.left_out(step, rejected)
         for row in notices:
             self._line("notices", {"step": step, **row})
         if "order" in self.files:
             self._line("order", {"step": step, "micro_batches": ids})
+
+    def left_out(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes down rows that were left out of a step; 0 is what comes before the first."""
+        for row in rows:
+            self._line("rejected", {"step": step, **row})
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         """In TensorBoard; where the disk is full, metrics.jsonl will have it."""
@@ -90,11 +94,12 @@ def _opened(folder: Path, name: str) -> io.FileIO:
 
 
 def truncate_logs(folder: Path, step: int) -> None:
-    """Drops from a run's logs the lines of later steps, and a last line that a kill cut short."""
+    """Drops from a run's logs the lines of later steps, and a last line that a kill cut short; all of them for a run
+    that begins anew."""
     for path in (folder / f"{name}.jsonl" for name in ("metrics", "rejected", "notices", "order", "warnings")):
         if path.exists():
             lines = path.read_text(errors="replace").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
+            write_text(path, "".join(f"{line}\n" for line in lines if step and step_of(line) <= step))
 
 
 def step_of(line: str) -> float:

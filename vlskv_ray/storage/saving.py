@@ -80,16 +80,22 @@ class Counts:
     ) -> None:
         for batch in micro_batches:
             self.mine += zip(batch.attention_mask.sum(1).tolist(), batch.num_images.tolist(), strict=True)
-        self.seen += int(sums.samples + sums.rejected)
+        self.add_left_out(
+            int(sums.samples + sums.rejected), [row for _, _, rejected, _ in gathered for row in rejected]
+        )
         self.latest_ids = [ids for _, ids, _, _ in gathered]
-        self.latest_rejected = [row for _, _, rejected, _ in gathered for row in rejected]
         self.latest_notices = [row for _, _, _, notices in gathered for row in notices]
-        self.reasons.update(row["reason"] for row in self.latest_rejected)
         self.notices.update(row["reason"] for row in self.latest_notices)
         self.supervised.update(vision=int(sums.tokens_vision), text=int(sums.tokens_text))
         self.empty_steps += not sums.supervised_tokens
-        if self.latest_rejected:
-            self.example = {name: self.latest_rejected[0][name] for name in ("id", "detail")}
+
+    def add_left_out(self, seen: int, rows: list[dict[str, Any]]) -> None:
+        """So many samples were seen, of which these were left out."""
+        self.seen += seen
+        self.latest_rejected = rows
+        self.reasons.update(row["reason"] for row in rows)
+        if rows:
+            self.example = {name: rows[0][name] for name in ("id", "detail")}
 
     def check(self, max_fraction: float, on_refused: str, whole_epoch: bool) -> None:
         """StoppedRun where a row of the step was refused, or once more rows are left out than allowed; within an epoch,

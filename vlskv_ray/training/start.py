@@ -48,8 +48,11 @@ BatchOf = Callable[[Sequence[int]], Batch]
 """The micro-batch of some samples, by their numbers in the plan, without states of a teacher cache."""
 
 
-def start_fitted(run: Run, model: Any, batch_of: BatchOf, watchdog: Watchdog) -> None:
+def start_fitted(run: Run, model: Any, batch_of: BatchOf, watchdog: Watchdog) -> dict[str, Any]:
     """Fits a student, whose weights are copies of the teacher's, or gives it those of the same fit of another run.
+
+    Returns:
+        what is known of the fit: what was chosen, on how many samples and tokens, and the samples left out.
 
     Raises:
         AskedToStop: on every worker alike; what was done is kept.
@@ -64,6 +67,7 @@ def start_fitted(run: Run, model: Any, batch_of: BatchOf, watchdog: Watchdog) ->
     if not gather_objects(this_rank() == 0 and is_fit(run.start_file, name))[0]:
         Fitting(run, model, batch_of, watchdog).make()
     set_weights(model, read_weights(run.start_file))
+    return read_about(run.start_file)
 
 
 class Fitting:
@@ -74,6 +78,7 @@ class Fitting:
         self.run, self.model, self.batch_of, self.watchdog = run, model, batch_of, watchdog
         self.samples, self.kept = run.fit.samples, run.fit.kept
         self.weights = (run.config.text_loss_weight, run.config.vision_loss_weight)
+        self.left_out: list[dict[str, Any]] = []
         self.began = time.monotonic()
 
     def make(self) -> None:
@@ -104,7 +109,7 @@ class Fitting:
         set_weights(self.model, copied)
         names = ("samples", "tokens", "supervised_tokens")
         about = {"fit": self.kept.name, "fitted": best, "kl": means(list(candidates), found)}
-        about |= {"ridges": candidates[best]}
+        about |= {"ridges": candidates[best], "left_out": self.left_out}
         about |= dict(zip(names, (sums + held_out).counts.tolist(), strict=True))
         return copied | fit(self.model, sums + held_out, candidates[best]), about
 
@@ -116,18 +121,20 @@ class Fitting:
         saved = told = time.monotonic()
         for at in range(first, len(self.samples), workers):
             fault_point("fit", at, this_rank())
-            number = at + this_rank()
+            number, left_out = at + this_rank(), []
             if mine is None:
-                self.add(held_out if is_held_out(number, len(self.samples)) else sums, number)
+                left_out = self.add(held_out if is_held_out(number, len(self.samples)) else sums, number)
             else:
                 if number < len(self.samples):
-                    self.add(mine, number)
+                    left_out = self.add(mine, number)
                 for theirs, of_worker in zip(range(at, len(self.samples)), in_turn(mine), strict=False):
                     (held_out if is_held_out(theirs, len(self.samples)) else sums).add_(of_worker)
                 mine.zero_()
             self.watchdog.done()
             done = min(at + workers, len(self.samples))
-            stop = any(gather_objects(this_rank() == 0 and self.run.stop_file.exists()))
+            everyone = gather_objects((this_rank() == 0 and self.run.stop_file.exists(), left_out))
+            stop = any(is_asked for is_asked, _ in everyone)
+            self.left_out += [row for _, rows in everyone for row in rows]
             now = time.monotonic()
             if this_rank() == 0 and done < len(self.samples) and (stop or now - saved > KEEP_SECONDS):
                 self.keep(sums, held_out, done)
@@ -142,9 +149,11 @@ class Fitting:
                 raise AskedToStop
         return sums, held_out
 
-    def add(self, sums: FitSums, number: int) -> None:
-        """Adds the tokens of one micro-batch."""
-        add_batch(sums, self.model, self.batch(number), self.weights)
+    def add(self, sums: FitSums, number: int) -> list[dict[str, Any]]:
+        """Adds the tokens of one micro-batch; its rows that are left out."""
+        batch = self.batch(number)
+        add_batch(sums, self.model, batch, self.weights)
+        return batch.rejected
 
     def batch(self, number: int) -> Batch:
         return self.batch_of(self.samples[number]).to(next(self.model.parameters()).device)
@@ -176,7 +185,8 @@ class Fitting:
             for key, x in of.tensors().items()
         }
         with suppress(OSError):
-            write_tensors(self.partial, tensors, {"done": done, "fit": self.kept.name})
+            about = {"done": done, "fit": self.kept.name, "left_out": self.left_out}
+            write_tensors(self.partial, tensors, about)
 
     def resume(self) -> tuple[tuple[FitSums, FitSums], int]:
         """The sums that were kept, and of how many micro-batches; the same on every worker."""
@@ -185,7 +195,7 @@ class Fitting:
             with safe_open(self.partial, "pt") as file:
                 about = json.loads(file.metadata()["about"])
                 if about["fit"] == self.kept.name:
-                    done = about["done"]
+                    done, self.left_out = about["done"], about["left_out"]
                     for name, of in zip(("sums", "held_out"), both, strict=True):
                         for key, tensor in of.tensors().items():
                             tensor.copy_(file.get_tensor(f"{name}.{key}"))
@@ -277,12 +287,12 @@ def tell(run: Run, text: str) -> None:
 
 def told_of(about: dict[str, Any]) -> str:
     """One line on what was chosen."""
-    kl, best = about["kl"], about["fitted"]
+    kl, best, left_out = about["kl"], about["fitted"], len(about["left_out"])
     if not kl:
         return "fitted        nothing: of so few samples none is left to choose by; keys and values start as copies"
     return (
         f"fitted        {best}, on {about['tokens']:,.0f} tokens: KL {kl['neither']:.4g} -> {kl[best]:.4g} on samples "
-        f"that are held out of the fit"
+        f"that are held out of the fit" + (f"; {left_out} samples left out" if left_out else "")
     )
 
 

@@ -108,7 +108,7 @@ class Fitting:
         best = nearest(list(candidates), found)
         set_weights(self.model, copied)
         names = ("samples", "tokens", "supervised_tokens")
-        about = {"fit": self.kept.name, "fitted": best, "kl": means(list(candidates), found)}
+        about: dict[str, Any] = {"fit": self.kept.name, "fitted": best, "kl": means(list(candidates), found)}
         about |= {"ridges": candidates[best], "left_out": self.left_out}
         about |= dict(zip(names, (sums + held_out).counts.tolist(), strict=True))
         return copied | fit(self.model, sums + held_out, candidates[best]), about

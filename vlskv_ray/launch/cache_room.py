@@ -20,7 +20,7 @@ from vlskv_ray.model.fingerprint import teacher_fingerprint
 from vlskv_ray.training.run import Run
 from vlskv_ray.words import format_bytes, short_path
 
-FIT_FORMAT = 2
+FIT_FORMAT = 3
 """Of what is fitted and how; one of another is not used."""
 
 

@@ -208,6 +208,7 @@ def test_ctrl_c_and_sigterm_save_first(files: Path, tmp_path: Path) -> None:
 def test_a_run_without_steps_is_the_fitted_student(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exported and measured as what it is; asked again it says so, and another config does not write over it."""
     arguments = ["--config", str(files / "run.yaml"), *LOCAL, "output.name=of-no-steps", "evaluation.every_steps=null"]
+    arguments.append("cluster.threads_per_worker=null")
     assert vlskv_ray.fit.main(arguments) == 0
     run = files / "runs" / "of-no-steps-fit"
     evaluation = json.loads((run / "evaluation.json").read_text())
@@ -221,7 +222,7 @@ def test_a_run_without_steps_is_the_fitted_student(files: Path, capsys: pytest.C
     assert sum(json.loads((run / "summary.json").read_text())["rejected"].values()) == 3
     assert vlskv_ray.fit.main(arguments) == 0 and "already finished" in capsys.readouterr().out
     assert vlskv_ray.fit.main([*arguments, "seed=5"]) == 2
-    assert "of-no-steps-fit: holds a run of another config; use --resume never" in capsys.readouterr().err
+    assert "of-no-steps-fit: holds a run of another config: seed was 0 and is 5; use" in capsys.readouterr().err
     few = [*arguments, "output.name=few", "data.max_rejected_fraction=0.01"]
     assert [vlskv_ray.fit.main(few) for _ in range(2)] == [1, 1]
     assert "3 of the 52 samples so far had to be left out" in capsys.readouterr().err

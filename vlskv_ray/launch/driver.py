@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlskv_ray.command import DONE, FAILED, print_error, print_info
-from vlskv_ray.config import Config, dump_config
+from vlskv_ray.config import Config, changed_keys, dump_config, load_config
 from vlskv_ray.data.pipeline import Loader, local_batches
 from vlskv_ray.data.plan import ROWS_IN_MEMORY
 from vlskv_ray.errors import RunFailed
@@ -87,8 +87,10 @@ def is_completed(run: Run) -> bool:
     """
     folder, config_text = run.folder, dump_config(run.config)
     written = folder / "config.yaml"
-    if not run.total_steps and (folder / "summary.json").exists() and written.read_text() != config_text:
-        raise ValueError(f"{folder}: holds a run of another config; {REMEDY}")
+    if not run.total_steps and (folder / "summary.json").exists() and written.is_file():  # no checkpoint tells
+        changed = changed_keys(load_config(written), run.config)
+        if texts := [f"{key} was {was} and is {now}" for key, (was, now) in changed.items()]:
+            raise ValueError(f"{folder}: holds a run of another config: {', '.join(texts)}; {REMEDY}")
     if not written.is_file() or config_text.startswith(written.read_text(errors="replace")):
         write_text(written, config_text)
     why = unfinished(folder, run.total_steps)

@@ -105,7 +105,7 @@ def refuse_other_options(sweep: Sweep, trial: Trial) -> None:
     if before.model.num_key_value_layers is not None:  # a run writes down what was left open
         same = {
             f"model.{name}": getattr(before.model, name)
-            for name in ("num_key_value_layers", "key_value_group_size", "revision", "dtype")
+            for name in ("num_key_value_layers", "key_value_group_size", "start", "revision", "dtype")
             if getattr(now.model, name) in (None, "auto")
         }
         now = changed(now, same)

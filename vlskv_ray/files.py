@@ -80,14 +80,17 @@ class Follower:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset, self.partial = path.stat().st_size if path.exists() else 0, ""
+        self.offset, self.inode = self._size_and_inode()
+        self.partial = ""
         self.taken_back = False
-        """The file was shorter than before when it was looked at last, and is read from its start again."""
+        """The file was shorter than before when it was looked at last, or written anew, and is read from its start
+        again."""
 
     def new_lines(self) -> list[str]:
         """Whole lines that have not been seen."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        self.taken_back = size < self.offset
+        size, inode = self._size_and_inode()
+        self.taken_back = size < self.offset or (self.offset > 0 and inode != self.inode)
+        self.inode = inode
         if self.taken_back:
             self.offset, self.partial = 0, ""
         if size == self.offset:
@@ -97,3 +100,11 @@ class Follower:
             *lines, self.partial = (self.partial + file.read()).split("\n")
             self.offset = file.tell()
         return lines
+
+    def _size_and_inode(self) -> tuple[int, int]:
+        """Of the file; zeros where there is none."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return found.st_size, found.st_ino

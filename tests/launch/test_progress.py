@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from vlskv_ray.files import Follower
 from vlskv_ray.launch.progress import ProgressLine
+from vlskv_ray.storage.run_log import truncate_logs
 from vlskv_ray.words import format_duration
 
 
@@ -75,6 +77,26 @@ def test_steps_taken_back_by_a_restart_are_shown_again(tmp_path: Path) -> None:
     progress.update()
     assert "step 3/10" in out.getvalue() and "step 1/10" in out.getvalue().rpartition("\r")[2]
     assert "a worker was lost; all were started again from the newest checkpoint\n" in out.getvalue()
+
+
+def test_a_log_that_is_begun_anew_between_two_looks_is_read_from_its_start(tmp_path: Path) -> None:
+    """Though it is as long as before by then, or longer; one that only lost nothing is gone on with."""
+    for name in ("metrics", "rejected"):
+        (tmp_path / f"{name}.jsonl").write_text(step(1) + step(2))
+    followers = [Follower(tmp_path / f"{name}.jsonl") for name in ("metrics", "rejected")]
+    truncate_logs(tmp_path, 2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(step(3))
+    assert [json.loads(line)["step"] for line in followers[0].new_lines()] == [3]
+    truncate_logs(tmp_path, 0)
+    assert (tmp_path / "rejected.jsonl").read_text() == ""
+    for number in range(1, 7):
+        for name in ("metrics", "rejected"):
+            with open(tmp_path / f"{name}.jsonl", "a") as file:
+                file.write(step(number))
+    for follower in followers:
+        assert [json.loads(line)["step"] for line in follower.new_lines()] == [1, 2, 3, 4, 5, 6]
+        assert follower.taken_back and not follower.new_lines() and not follower.taken_back
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])

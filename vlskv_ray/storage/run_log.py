@@ -98,8 +98,10 @@ def truncate_logs(folder: Path, step: int) -> None:
     that begins anew."""
     for path in (folder / f"{name}.jsonl" for name in ("metrics", "rejected", "notices", "order", "warnings")):
         if path.exists():
-            lines = path.read_text(errors="replace").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if step and step_of(line) <= step))
+            text = path.read_text(errors="replace")
+            kept = "".join(f"{line}\n" for line in text.splitlines() if step and step_of(line) <= step)
+            if kept != text:  # else whoever follows it would read it anew
+                write_text(path, kept)
 
 
 def step_of(line: str) -> float:

@@ -6,20 +6,16 @@ One thread, in CPU time; the forward and the pass with sums in turn. The solve d
 are: it is that of a whole fit.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.real_step import cpu_seconds, micro_batch
+from benchmarks.real_step import cpu_seconds, micro_batch, parser_of, show
 from vlskv_ray.data.collate import Batch
 from vlskv_ray.model.build import build_student, find_model
-from vlskv_ray.report.markdown import markdown_table
 from vlskv_ray.training.distill import frozen_states
 from vlskv_ray.training.fit import FitSums, add_batch, choose, fit, fit_bytes
 from vlskv_ray.training.profiling import flop_counter
@@ -54,27 +50,17 @@ def measure(model: Any, batch: Batch, layers: int, repeats: int) -> dict[str, fl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a teacher")
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="its answers, as JSON lines")
+    parser = parser_of("fit", __doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[20], metavar="N", help="N; default: 20")
     parser.add_argument("--group", type=int, default=1, help="layers that share keys and values; default: %(default)s")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
-    parser.add_argument("--samples", type=int, default=8, help="of the micro-batch; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     batch, figures = micro_batch(options.model, options.data, options.samples), {}
     for layers in options.layers:
         model = build_student(find_model(options.model), layers, options.group, dtype=getattr(torch, options.dtype))
         figures[f"N = {layers}"] = measure(model, batch, layers, options.repeats)
-    rows = [(key, [f"{of_n[key]:.3g}" for of_n in figures.values()]) for key in next(iter(figures.values()))]
-    print(markdown_table(list(figures), rows, corner=f"{int(batch.attention_mask.sum())} tokens, {options.dtype}"))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    show(figures, f"{int(batch.attention_mask.sum())} tokens, {options.dtype}", options.json)
     return 0
 
 

@@ -86,16 +86,32 @@ def measure(work: Callable[[], Any], dtype: torch.dtype, tokens: int, repeats: i
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of what is measured on one micro-batch of a real model."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.real_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a teacher")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="its answers, as JSON lines")
-    parser.add_argument("--layers", type=int, default=20, metavar="N", help="N; default: %(default)s")
     parser.add_argument("--samples", type=int, default=8, help="of the micro-batch; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
+    return parser
+
+
+def show(figures: dict[str, dict[str, float]], corner: str, file: Path | None) -> None:
+    """Prints figures, a column for each case, and writes all their digits into a file if one is given."""
+    rows = [(key, [f"{of_case[key]:.3g}" for of_case in figures.values()]) for key in next(iter(figures.values()))]
+    print(markdown_table(list(figures), rows, corner=corner))
+    if file:
+        file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = parser_of("real_step", __doc__)
+    parser.add_argument("--layers", type=int, default=20, metavar="N", help="N; default: %(default)s")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     batch, figures = micro_batch(options.model, options.data, options.samples), {}
@@ -105,10 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = build_student(find_model(options.model), options.layers, 1, dtype=dtype)
         for step, work in steps_of(model, batch).items():
             figures[f"{step}, {name}"] = measure(work, dtype, tokens, options.repeats)
-    rows = [(key, [f"{of_step[key]:.3g}" for of_step in figures.values()]) for key in next(iter(figures.values()))]
-    print(markdown_table(list(figures), rows, corner=f"N = {options.layers}, {tokens} supervised tokens"))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    show(figures, f"N = {options.layers}, {tokens} supervised tokens", options.json)
     return 0
 
 
